@@ -1,0 +1,290 @@
+"""Layer safety coefficients: where in the network ε sits, hence which layers carry safety (Panacea,
+arXiv 2501.18100).
+
+For layer l with entries ε_l (n_l of them): ``norm = ‖ε_l‖``, ``share = ‖ε_l‖² / Σ_k ‖ε_k‖²``,
+``density = ‖ε_l‖ / sqrt(n_l)`` and, for an adapter, ``effective = ‖s(B+ε_B)(A+ε_A) − sBA‖_F`` over
+the layer's projections. All in float64 on the host.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from panacea_jax.errors import InputError
+
+Result = dict[str, Any]
+
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Order of the projections in files and figures; other modules (norms of full-parameter ε) follow
+by name."""
+
+
+def layer_coefficients(
+    epsilon: Any, params: Any = None, scale: float | None = None, kind: str = "last"
+) -> Result:
+    """Coefficients of every layer, in the shape of one object of layers.json.
+
+    Args:
+        epsilon: an Adapter, its nested dict
+            ``{"self_attn": {"q_proj": {"a": [L, in, r], "b": [L, r, out]}, …}, "mlp": {…}}``, or a
+            weight tree whose stacked part is under "layers".
+        params: the adapter w that ε belongs to, in the same form; needed for "effective".
+        scale: s = α/r; taken from ``params`` or ``epsilon`` where one is an Adapter.
+        kind: which ε this is, "last" or "mean" (the running mean over training).
+
+    Returns:
+        One object of layers.json: ``{"epsilon": kind, "layers": [{"layer", "norm", "share",
+        "density", "effective", "modules": {name: {"norm", "share"}}}, …], "outside": …}``.
+        A module's share is of the same total as its layer's, so the shares of a layer's modules add
+        up to the layer's and those of all layers to 1 (all are 0 for ε = 0). "effective" is None
+        without params, without a scale, or for a weight tree. "outside" holds norm and modules of
+        what belongs to no layer (embeddings, final norm, head), outside every share; None for an
+        adapter.
+
+    Raises:
+        InputError: no stacked array, arrays that disagree on the number of layers, shapes of params
+            and ε that differ, NaN or inf.
+    """
+    layers, outside = _split_tree(epsilon)
+    modules = _modules(layers)
+    squares = {
+        name: np.sum([_square_norms(a, name) for a in arrays.values()], axis=0)
+        for name, arrays in modules.items()
+    }
+    depths = {s.size for s in squares.values()}
+    if len(depths) != 1:
+        raise InputError(
+            f"epsilon: layers are stacked in {sorted(depths) or 'no arrays'}, not one depth"
+        )
+    entries = sum(math.prod(a.shape[1:]) for arrays in modules.values() for a in arrays.values())
+    total = sum(float(s.sum()) for s in squares.values())
+    effective = _effective(modules, params, _scale(epsilon, params, scale))
+    rows = []
+    for l in range(depths.pop()):
+        square = math.fsum(float(squares[name][l]) for name in squares)
+        rows.append(
+            {
+                "layer": l,
+                "norm": math.sqrt(square),
+                "share": _ratio(square, total),
+                "density": math.sqrt(square / entries),
+                "effective": None if effective is None else float(effective[l]),
+                "modules": {
+                    name: _norm_and_share(float(s[l]), total) for name, s in squares.items()
+                },
+            }
+        )
+    return {"epsilon": kind, "layers": rows, "outside": outside}
+
+
+def write(results: Result | Sequence[Result], folder: Path) -> tuple[Path, Path, Path]:
+    """Write layers.json (one object, or a list for several kinds), layers.csv and layers.png into
+    the folder; their paths.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    several = [results] if isinstance(results, Mapping) else list(results)
+    paths = folder / "layers.json", folder / "layers.csv", folder / "layers.png"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        content = several[0] if len(several) == 1 else several
+        paths[0].write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        _write_csv(several, paths[1])
+        draw(several, paths[2])
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror})") from error
+    return paths
+
+
+def _split_tree(tree: Any) -> tuple[Mapping[str, Any], Result | None]:
+    """The stacked part of an Adapter, adapter dict or weight tree, and the figures of what lies
+    outside it."""
+    tree = getattr(tree, "layers", tree)
+    if not isinstance(tree, Mapping):
+        raise InputError(f"epsilon: {type(tree).__name__} is no adapter or weight tree")
+    if "layers" not in tree:
+        return tree, None
+    squares: dict[str, float] = {}
+    for path, array in _leaves({key: value for key, value in tree.items() if key != "layers"}):
+        name = path[0]
+        square = float(_square_norms(np.asarray(array)[None], name)[0])
+        squares[name] = squares.get(name, 0.0) + square
+    norms = {name: {"norm": math.sqrt(square)} for name, square in squares.items()}
+    return tree["layers"], {"norm": math.sqrt(math.fsum(squares.values())), "modules": norms}
+
+
+def _leaves(
+    tree: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*path, key))
+        elif value is not None:
+            yield (*path, key), value
+
+
+def _modules(layers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Stacked arrays by module ("q_proj") and name within it ("a"), projections first."""
+    found: dict[str, dict[str, Any]] = {}
+    for path, array in _leaves(layers):
+        if len(path) < 2 or np.ndim(array) < 2:
+            raise InputError(f"epsilon: {'/'.join(path)} is not stacked over layers")
+        found.setdefault(path[-2], {})[path[-1]] = np.asarray(array)
+    order = [*(m for m in MODULES if m in found), *sorted(set(found) - set(MODULES))]
+    return {name: found[name] for name in order}
+
+
+def _square_norms(array: Any, name: str) -> Float[np.ndarray, " L"]:
+    """Squared norm of each layer's slice, one layer in float64 at a time (a 7B kernel stack would
+    not fit whole)."""
+    flat = (np.asarray(part, np.float64).ravel() for part in array)
+    squares = np.array([part @ part for part in flat], np.float64)
+    if not np.isfinite(squares).all():
+        layer = int(np.argmin(np.isfinite(squares)))
+        raise InputError(f"epsilon: {name} holds NaN or inf in layer {layer}")
+    return squares
+
+
+def _scale(epsilon: Any, params: Any, scale: float | None) -> float | None:
+    if scale is not None:
+        return float(scale)
+    found = getattr(params, "scale", getattr(epsilon, "scale", None))
+    return None if found is None else float(found)
+
+
+def _effective(
+    modules: Mapping[str, Mapping[str, Any]], params: Any, scale: float | None
+) -> Float[np.ndarray, " L"] | None:
+    """‖s(B+ε_B)(A+ε_A) − sBA‖_F per layer over all projections, or None where it is not defined."""
+    if (
+        params is None
+        or scale is None
+        or not all(set(arrays) == {"a", "b"} for arrays in modules.values())
+    ):
+        return None
+    weights = _modules(_split_tree(params)[0])
+    shapes = {name: {k: a.shape for k, a in arrays.items()} for name, arrays in modules.items()}
+    if {
+        name: {k: a.shape for k, a in arrays.items()} for name, arrays in weights.items()
+    } != shapes:
+        raise InputError(
+            "epsilon: modules or shapes differ from those of the adapter it is applied to"
+        )
+    squares = sum(
+        np.square(
+            [
+                product_norm_change(w["a"][l], w["b"][l], e["a"][l], e["b"][l])
+                for l in range(len(w["a"]))
+            ]
+        )
+        for w, e in ((weights[name], modules[name]) for name in modules)
+    )
+    return abs(scale) * np.sqrt(squares)
+
+
+def product_norm_change(a: Any, b: Any, a_change: Any, b_change: Any) -> float:
+    """‖(a + δa)(b + δb) − ab‖_F for a [in, r] and b [r, out], without an [in, out] matrix.
+
+    The difference is ``δa (b + δb) + a δb = [δa, a] [b + δb; δb]``, of rank 2r at most, so the QR
+    factors of the two thin sides give the norm. Nothing large is subtracted, hence it stays
+    accurate for ε far smaller than w.
+    """
+    a, b, a_change, b_change = (np.asarray(x, np.float64) for x in (a, b, a_change, b_change))
+    left = np.concatenate([a_change, a], axis=1)
+    right = np.concatenate([b + b_change, b_change], axis=0)
+    r_left = np.asarray(np.linalg.qr(left, mode="r"))
+    r_right = np.asarray(np.linalg.qr(right.T, mode="r"))
+    return float(np.linalg.norm(r_left @ r_right.T))
+
+
+def _ratio(square: float, total: float) -> float:
+    return square / total if total > 0 else 0.0
+
+
+def _norm_and_share(square: float, total: float) -> dict[str, float]:
+    return {"norm": math.sqrt(square), "share": _ratio(square, total)}
+
+
+def _write_csv(results: Sequence[Result], path: Path) -> None:
+    """One line per kind and layer; floats in full, an undefined "effective" empty."""
+    names = list(
+        dict.fromkeys(name for result in results for name in result["layers"][0]["modules"])
+    )
+    heads = ["layer", "norm", "share", "density", "effective"]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        out = csv.writer(file, lineterminator="\n")
+        out.writerow(
+            ["epsilon", *heads, *(f"{name}_{what}" for name in names for what in ("norm", "share"))]
+        )
+        for result in results:
+            for row in result["layers"]:
+                cells = [
+                    row["modules"].get(name, {}).get(what)
+                    for name in names
+                    for what in ("norm", "share")
+                ]
+                out.writerow([result["epsilon"], *(row[head] for head in heads), *cells])
+
+
+COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#bbbbbb")
+"""Paul Tol's bright scheme, told apart with colour-blind eyes; one per entry of MODULES."""
+
+TITLES = {"last": "ε of the last step", "mean": "running mean of ε over training"}
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """A PNG with one panel per kind: each layer's share of ‖ε‖² as bars stacked by module, the
+    density ‖ε_l‖/√n_l as a line."""
+    from matplotlib.figure import Figure  # slow to import; without pyplot no display is touched
+
+    plot = Figure(figsize=(9.0, 0.6 + 3.4 * len(results)), layout="constrained")
+    panels = plot.subplots(len(results), 1, squeeze=False)[:, 0]
+    for axes, result in zip(panels, results):
+        rows = result["layers"]
+        layers = np.array([row["layer"] for row in rows])
+        base = np.zeros(len(rows))
+        spare = iter(("#999933", "#882255", "#44aa99", "#332288"))
+        for name in rows[0]["modules"]:
+            shares = 100 * np.array([row["modules"][name]["share"] for row in rows])
+            colour = COLOURS[MODULES.index(name)] if name in MODULES else next(spare, "#000000")
+            axes.bar(
+                layers,
+                shares,
+                bottom=base,
+                width=0.8,
+                color=colour,
+                label=name.removesuffix("_proj"),
+            )
+            base += shares
+        axes.set(
+            title=TITLES.get(result["epsilon"], result["epsilon"]),
+            xlabel="layer (0 is next to the embeddings)",
+            ylabel="share of ‖ε‖² (%)",
+        )
+        axes.set_xlim(-0.6, len(rows) - 0.4)
+        axes.set_ylim(0, 1.1 * base.max() or 1)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        density = axes.twinx()
+        values = [row["density"] for row in rows]
+        (line,) = density.plot(
+            layers, values, color="black", marker="o", markersize=3.5, linewidth=1.2
+        )
+        density.set_ylabel("density ‖ε_l‖ / √n_l")
+        density.set_ylim(0, 1.1 * max(values) or 1)
+        density.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+        handles, labels = axes.get_legend_handles_labels()
+        axes.legend(
+            [*handles, line],
+            [*labels, "density"],
+            loc="center left",
+            bbox_to_anchor=(1.1, 0.5),
+            frameon=False,
+        )
+    plot.savefig(path, dpi=150)

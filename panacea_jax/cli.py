@@ -1,0 +1,226 @@
+"""The command line: ``panacea <command> --config=FILE[:variant] --config.a.b=value --workdir=DIR``.
+
+Exit codes: 0 done, 1 failed, 2 bad input (one line says what), 75 preempted and saved: start the same command again.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from panacea_jax import config as config_module
+from panacea_jax.errors import InputError
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130
+
+
+class Command(NamedTuple):
+    """One command: what it does in a line, what runs it, and the flags it reads besides --config."""
+
+    summary: str
+    run: Callable[[flags.FlagValues, ConfigDict], Path | None]
+    flags: tuple[str, ...] = ("workdir",)
+
+
+def _workdir(values: flags.FlagValues) -> Path:
+    if not values.workdir:
+        raise InputError("--workdir is not set: name a folder for the results")
+    return Path(values.workdir)
+
+
+# Commands import what they need when they run, so that --help and bad flags answer at once.
+
+
+def _quickstart(values: flags.FlagValues, config: ConfigDict) -> Path:
+    from panacea_jax.quickstart.run import quickstart
+
+    return quickstart(Path(values.workdir or "quickstart_results"), values.world)
+
+
+def _align(values: flags.FlagValues, config: ConfigDict) -> Path:
+    from panacea_jax.train.stage import train_stage
+
+    return train_stage(config, _workdir(values), "align")
+
+
+def _finetune(values: flags.FlagValues, config: ConfigDict) -> Path:
+    from panacea_jax.train.stage import train_stage
+
+    return train_stage(config, _workdir(values), "finetune")
+
+
+def _heal(values: flags.FlagValues, config: ConfigDict) -> Path:
+    from panacea_jax.train.stage import heal_stage
+
+    return heal_stage(config, _workdir(values))
+
+
+def _generate(values: flags.FlagValues, config: ConfigDict) -> Path:
+    from panacea_jax.generate.stage import generate_stage
+
+    return generate_stage(config, _workdir(values))
+
+
+def _judge(values: flags.FlagValues, config: ConfigDict) -> Path:
+    from panacea_jax.evaluate.stage import judge_stage
+
+    return judge_stage(config, _workdir(values))
+
+
+def _run(values: flags.FlagValues, config: ConfigDict) -> Path:
+    from panacea_jax.pipeline import run
+
+    return run(config, _workdir(values))
+
+
+def _layers(values: flags.FlagValues, config: ConfigDict) -> Path:
+    from panacea_jax.analysis.stage import layers_stage
+
+    paths = (Path(v) if v else None for v in (values.workdir, values.epsilon, values.checkpoint))
+    return layers_stage(*paths)
+
+
+def _convert(values: flags.FlagValues, config: ConfigDict) -> Path:
+    from panacea_jax.convert import convert
+
+    if not values.out:
+        raise InputError("--out is not set: name the folder to write")
+    return convert(config, Path(values.out), Path(values.epsilon) if values.epsilon else None)
+
+
+def _doctor(values: flags.FlagValues, config: ConfigDict) -> None:
+    from panacea_jax.doctor import doctor
+
+    doctor(config)
+
+
+COMMANDS = {
+    "quickstart": Command("the whole experiment in a miniature world, no download, minutes on a laptop", _quickstart, ("workdir", "world")),
+    "run": Command("every stage of a recipe: align, finetune, heal, generate, judge, layers", _run),
+    "align": Command("safety alignment of the base on config.data.alignment", _align),
+    "finetune": Command("fine-tuning on user data with config.defence", _finetune),
+    "heal": Command("a post-fine-tuning defence on a finished adapter", _heal),
+    "generate": Command("greedy answers to config.eval.tasks", _generate),
+    "judge": Command("verdicts and scores.json from the answers", _judge),
+    "layers": Command("layer safety coefficients: JSON, CSV, PNG", _layers, ("workdir", "epsilon", "checkpoint")),
+    "convert": Command("base (+ adapter, + ε) to one merged Hugging Face folder", _convert, ("out", "epsilon")),
+    "doctor": Command("what this machine has, and what a configuration will use of it", _doctor, ()),
+}  # fmt: skip
+
+FLAG_HELP = {
+    "workdir": "folder for the results; a run in it goes on where it stopped",
+    "epsilon": "exported ε (epsilon.safetensors)",
+    "checkpoint": "checkpoint folder (…/checkpoints/<step>)",
+    "out": "Hugging Face folder to write",
+}
+
+
+def _usage() -> str:
+    lines = ["usage: panacea <command> [--config=FILE[:variant]] [--config.KEY=VALUE …] [--workdir=DIR]", "", "commands:"]
+    lines += [f"  {name:<11} {command.summary}" for name, command in COMMANDS.items()]
+    lines += ["", "panacea <command> --help shows the command's flags and every config key with its default."]
+    return "\n".join(lines)
+
+
+def _command_help(name: str) -> str:
+    command = COMMANDS[name]
+    lines = [f"panacea {name}: {command.summary}", "", "flags:", "  --config=FILE[:variant]  recipe; without it the defaults below"]
+    lines += [f"  --{f}=…  {FLAG_HELP[f]}" for f in command.flags if f in FLAG_HELP]
+    if "world" in command.flags:
+        lines.append("  --world=0  seed of the miniature world")
+    lines += ["", "config keys (override with --config.KEY=VALUE):"]
+    return "\n".join([*lines, *_keys(config_module.get_config())])
+
+
+def _keys(section: ConfigDict, prefix: str = "") -> list[str]:
+    lines = []
+    for key, value in section.items():
+        if isinstance(value, ConfigDict):
+            lines += _keys(value, f"{prefix}{key}.")
+        else:
+            lines.append(f"  {prefix}{key} = {value!r}")
+    return lines
+
+
+def parse(command: str, arguments: Sequence[str]) -> tuple[flags.FlagValues, ConfigDict]:
+    """Flags and the validated configuration of a command.
+
+    Raises:
+        InputError: an unknown flag or key, a value of the wrong type, an unreadable recipe, an impossible value.
+    """
+    values = flags.FlagValues()
+    for name in COMMANDS[command].flags:
+        if name == "world":
+            flags.DEFINE_integer("world", 0, "seed of the miniature world", 0, flag_values=values)
+        else:
+            flags.DEFINE_string(name, "", FLAG_HELP[name], flag_values=values)
+    default = str(Path(config_module.__file__))
+    config_flags.DEFINE_config_file("config", default, "recipe", flag_values=values)
+    argv = [f"panacea {command}", *arguments]
+    saved, sys.argv = sys.argv, argv  # config_flags looks for its overrides there
+    try:
+        rest = values(argv)[1:]
+    except InputError:
+        raise
+    except flags.Error as error:
+        raise InputError(f"{error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+        raise InputError(f"--config: {type(error).__name__}: {error}") from error
+    finally:
+        sys.argv = saved
+    if rest:
+        raise InputError(f"unexpected argument {rest[0]!r}; flags are --name=value")
+    config_module.validate(values.config)
+    return values, values.config
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``panacea``; ends the process with the command's exit code."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if arguments else EXIT_BAD_INPUT
+    name, *rest = arguments
+    if name not in COMMANDS:
+        return _fail(f"unknown command {name!r}; known are {', '.join(COMMANDS)}", EXIT_BAD_INPUT)
+    if any(a in ("-h", "--help") for a in rest):
+        print(_command_help(name))
+        return 0
+    flags.FLAGS.mark_as_parsed()  # ours are in a set of their own; absl's logging looks at the global one
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.WARNING)
+    try:
+        values, config = parse(name, rest)
+        path = COMMANDS[name].run(values, config)
+    except InputError as error:
+        return _fail(str(error), EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on from the last checkpoint", EXIT_INTERRUPTED)
+    except Exception as error:
+        from panacea_jax.train.loop import Diverged, Preempted
+
+        if isinstance(error, Preempted):
+            return _fail(f"{error}; start the same command again to go on", EXIT_PREEMPTED)
+        if isinstance(error, Diverged):
+            return _fail(str(error), EXIT_FAILED)
+        raise
+    if path is not None:
+        print(os.path.relpath(path))
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"panacea: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""The one configuration: every key with its default, and the checks that need no file and no device.
+
+A recipe in ``configs/`` starts from :func:`get_config` and changes what differs. Overrides on the command line are
+``--config.a.b=value``. Defaults are those of Panacea's published scripts where these say something (arXiv 2501.18100; its repository).
+"""
+
+import math
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from panacea_jax.defences import DEFENCES, Defence, Panacea, RandomPerturbation
+from panacea_jax.errors import InputError
+from panacea_jax.models.adapter import target_names
+from panacea_jax.train.optimizer import SCHEDULES
+
+DTYPES = ("bfloat16", "float32")
+REMAT = ("none", "dots", "full")
+ATTENTION = ("auto", "xla", "cudnn", "splash")
+TEMPLATES = ("alpaca", "chat")
+JUDGES = ("refusal",)
+
+
+def _optimizer() -> ConfigDict:
+    return ConfigDict({
+        "learning_rate": 2e-5,
+        "weight_decay": 0.1,
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-8,
+        "clip_norm": 1.0,  # 0: no clip
+        "schedule": "constant",  # or cosine, linear
+        "warmup_ratio": 0.1,  # without effect on the constant schedule
+    })  # fmt: skip
+
+
+def _defence(name: str) -> ConfigDict:
+    return ConfigDict({
+        "name": name,
+        "rho": Panacea.rho,
+        "lam": Panacea.lam,
+        "every": Panacea.every,
+        "clamp": Panacea.clamp,
+        "final_epsilon": Panacea.final_epsilon,
+        "sigma": placeholder(float),  # random_perturbation: noise by σ instead of by ρ
+        "seed": RandomPerturbation.seed,  # random_perturbation
+    })  # fmt: skip
+
+
+def _train() -> ConfigDict:
+    return ConfigDict({
+        "batch_size": 10,
+        "harmful_batch_size": 10,
+        "alignment_batch_size": 4,
+        "epochs": 20,
+        "steps": 0,  # 0: from epochs
+        "full_parameters": False,
+        "log_every": 10,
+    })  # fmt: skip
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The complete default, locked: an unknown key is an error.
+
+    Args:
+        variant: must be empty; recipes have variants, the default has none.
+    """
+    if variant:
+        raise InputError(f"--config: the default configuration has no variant {variant!r}")
+    config = ConfigDict({
+        "seed": 0,
+        "model": {
+            "path": "",  # Hugging Face folder or hub id
+            "dtype": "bfloat16",
+            "attention": "auto",
+            "remat": "none",
+        },
+        "lora": {
+            "rank": 32,
+            "alpha": 4.0,
+            "targets": ("q", "k", "v"),
+            "init_from": "",  # PEFT folder to go on from; "": a fresh adapter, or in a run the alignment stage's
+        },
+        "data": {
+            "user": "",
+            "attack": "",
+            "harmful": "",
+            "alignment": "",
+            "benign": "",
+            "num_examples": 1000,  # user records, poison included; 0: all
+            "poison_ratio": 0.1,  # share of records taken from data.attack, when that is set
+            "num_harmful": 1000,  # 0: all
+            "num_alignment": 5000,  # 0: all
+            "max_length": 256,
+            "shuffle": True,
+            "packing": False,
+            "off_by_one": False,  # True: slices of n - 1 records, as the reference code
+            "template": "alpaca",  # or chat: the tokenizer's own
+        },
+        "defence": _defence("panacea"),
+        "optimizer": _optimizer(),
+        "train": _train(),
+        # A run's other stages; a stage whose defence has no name is left out.
+        "align": {"defence": _defence(""), "optimizer": _optimizer(), "train": _train()},
+        "heal": {"defence": _defence(""), "optimizer": _optimizer(), "train": _train()},
+        "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+        "checkpoint": {"every": 500, "keep": 2},
+        "generate": {
+            "batch_size": 32,
+            "max_new_tokens": 0,  # 0: what the task's protocol says
+            "adapter": "",  # PEFT folder; "": the newest stage of the work directory; "none": the bare base
+        },
+        "judge": {"name": "refusal", "path": ""},
+        "eval": {"tasks": (), "num_examples": 1000},  # 0: all
+        "export": {"without_epsilon": False},
+    })  # fmt: skip
+    config.align.optimizer.learning_rate = 5e-4
+    return config.lock()
+
+
+def _require(ok: bool, key: str, value: object, rule: str) -> None:
+    if not ok:
+        raise InputError(f"config.{key} = {value!r}: {rule}")
+
+
+def validate(config: ConfigDict) -> None:
+    """Check every value that can be checked without files or devices.
+
+    Raises:
+        InputError: the first impossible value, by its key.
+    """
+    for section in ("", "align.", "heal."):
+        part = config if not section else config[section[:-1]]
+        _validate_optimizer(part.optimizer, section)
+        _validate_train(part.train, section)
+        name = part.defence.name
+        if name or not section:
+            make_defence(part.defence, section)
+    _one_of(config.model.dtype, "model.dtype", DTYPES)
+    _one_of(config.model.remat, "model.remat", REMAT)
+    _one_of(config.model.attention, "model.attention", ATTENTION)
+    _one_of(config.data.template, "data.template", TEMPLATES)
+    _one_of(config.judge.name, "judge.name", JUDGES)
+    target_names(config.lora.targets)
+    _at_least(config.lora.rank, "lora.rank", 1)
+    _require(0 < config.lora.alpha < math.inf, "lora.alpha", config.lora.alpha, "a positive number")
+    data = config.data
+    _require(0 <= data.poison_ratio <= 1, "data.poison_ratio", data.poison_ratio, "a share between 0 and 1")
+    for key in ("num_examples", "num_harmful", "num_alignment"):
+        _at_least(data[key], f"data.{key}", 0)
+    _at_least(data.max_length, "data.max_length", 2)
+    _require(not data.packing, "data.packing", data.packing, "sequence packing is not available yet")
+    for axis, size in config.mesh.items():
+        _require(size == -1 or size >= 1, f"mesh.{axis}", size, "a positive number, or -1 for what is left")
+    _at_least(config.checkpoint.every, "checkpoint.every", 0)
+    _at_least(config.checkpoint.keep, "checkpoint.keep", 1)
+    _at_least(config.generate.batch_size, "generate.batch_size", 1)
+    _at_least(config.generate.max_new_tokens, "generate.max_new_tokens", 0)
+    _at_least(config.eval.num_examples, "eval.num_examples", 0)
+
+
+def _one_of(value: str, key: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, key, value, f"one of {', '.join(choices)}")
+
+
+def _at_least(value: float, key: str, least: float) -> None:
+    _require(least <= value < math.inf, key, value, f"a number not below {least:g}")
+
+
+def _validate_optimizer(optimizer: ConfigDict, section: str) -> None:
+    for key in ("learning_rate", "weight_decay", "clip_norm"):
+        _at_least(optimizer[key], f"{section}optimizer.{key}", 0)
+    for key in ("b1", "b2"):
+        _require(0 <= optimizer[key] < 1, f"{section}optimizer.{key}", optimizer[key], "0 or more, below 1")
+    _require(0 < optimizer.eps < math.inf, f"{section}optimizer.eps", optimizer.eps, "a positive number")
+    _one_of(optimizer.schedule, f"{section}optimizer.schedule", SCHEDULES)
+    ratio = optimizer.warmup_ratio
+    _require(0 <= ratio <= 1, f"{section}optimizer.warmup_ratio", ratio, "a share between 0 and 1")
+
+
+def _validate_train(train: ConfigDict, section: str) -> None:
+    for key in ("batch_size", "harmful_batch_size", "alignment_batch_size", "log_every"):
+        _at_least(train[key], f"{section}train.{key}", 1)
+    _at_least(train.steps, f"{section}train.steps", 0)
+    _require(train.steps > 0 or train.epochs > 0, f"{section}train.epochs", train.epochs, "1 or more, or set train.steps")
+
+
+def make_defence(section: ConfigDict, prefix: str = "") -> Defence:
+    """The defence of a ``defence`` section: of its keys, those that the method has.
+
+    Raises:
+        InputError: unknown name, or an impossible hyper-parameter.
+    """
+    if section.name not in DEFENCES:
+        raise InputError(
+            f"config.{prefix}defence.name = {section.name!r}: unknown; known are {', '.join(DEFENCES)}"
+        )
+    kind: Any = DEFENCES[section.name]
+    return kind(**{k: section[k] for k in kind.__dataclass_fields__ if k in section})
+
+
+def stage_config(config: ConfigDict, stage: str) -> ConfigDict:
+    """The configuration as one stage of a ``run`` sees it: ``config.align.*`` or ``config.heal.*`` in the place of ``config.*``."""
+    config = config.copy_and_resolve_references()
+    if stage in ("align", "heal"):
+        with config.unlocked():
+            for key in ("defence", "optimizer", "train"):
+                config[key] = config[stage][key]
+    return config

@@ -1,0 +1,47 @@
+"""The command ``convert``: a base, with an adapter and an ε if given, as one merged Hugging Face folder."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from panacea_jax.errors import InputError
+from panacea_jax.export import load_epsilon, save_model, stored_dtype
+from panacea_jax.models import lora
+from panacea_jax.models.adapter import Adapter
+from panacea_jax.models.config import read_config
+from panacea_jax.models.model import load
+from panacea_jax.models.hub import local_folder
+from panacea_jax.parallel import make_mesh
+
+
+def convert(config: ConfigDict, out: Path, epsilon: Path | None) -> Path:
+    """Write ``config.model.path`` merged with the adapter ``config.lora.init_from`` (and with ``epsilon``, added to the adapter first).
+
+    The base is read in the dtype of its own config.json, merged in float32 and written back in that dtype.
+
+    Raises:
+        InputError: a folder that exists and is not empty, an ε without an adapter or of other shapes, anything about the inputs.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out={out}: exists already and is not empty; nothing was written")
+    if not config.model.path:
+        raise InputError("config.model.path is not set: give a Hugging Face folder or a hub id")
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    kept = stored_dtype(read_config(local_folder(config.model.path)))
+    model = load(config.model.path, mesh=mesh, dtype="float32", weights_dtype=kept)
+    params = lora.load(config.lora.init_from, model) if config.lora.init_from else None
+    if epsilon is not None:
+        if params is None:
+            raise InputError("--epsilon: needs the adapter that it belongs to in config.lora.init_from")
+        params = _add(params, load_epsilon(epsilon), epsilon)
+    save_model(model, params, out)
+    return out
+
+
+def _add(params: Adapter, epsilon: object, path: Path) -> Adapter:
+    shapes = jax.tree.map(jnp.shape, params.layers)
+    if jax.tree.map(jnp.shape, epsilon) != shapes:
+        raise InputError(f"{path}: was made for an adapter of other shapes than {params.targets}, r {params.rank}")
+    return Adapter(jax.tree.map(jnp.add, params.layers, epsilon), params.rank, params.alpha)

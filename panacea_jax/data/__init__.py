@@ -1,0 +1,1 @@
+"""Sources, prompt rendering, poison mixing, deterministic order and length bucketing."""

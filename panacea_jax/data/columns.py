@@ -1,0 +1,166 @@
+"""What the columns of each task mean: one reader a task, from a row to the parts of a record.
+
+Column names are those of the sets on the Hugging Face hub; instructions, label names and the GSM8K
+ending are those of the published pipelines (methods.md §14), so that results can be compared.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from panacea_jax.errors import InputError
+
+SST2_INSTRUCTION = "Analyze the sentiment of the input, and respond only positive or negative"
+SST2_LABELS = ("negative", "positive")
+AG_NEWS_LABELS = ("World", "Sports", "Business", "Sci/Tech")
+AG_NEWS_INSTRUCTION = (
+    "Categorize the news article given in the input into one of the 4 categories:\n\n"
+    "World\nSports\nBusiness\nSci/Tech\n"
+)
+GSM8K_ENDING = "The final answer is: "
+
+Row = Mapping[str, Any]
+
+
+class Fields(NamedTuple):
+    """A row as read: the four parts of a record and the columns they came from."""
+
+    instruction: str
+    input: str
+    output: str
+    reference: str
+    used: tuple[str, ...]
+
+
+def read(task: str, row: Row, need_output: bool) -> Fields:
+    """Read one row; InputError names the field that is missing or of the wrong type.
+
+    With `need_output`, a prompt without an answer column is refused; an answer that is there but
+    empty is the user's choice.
+    """
+    fields = READERS[task](row)
+    if need_output and task in _ANSWER_OF_PROMPTS:
+        column = _ANSWER_OF_PROMPTS[task]
+        if column is None:
+            raise InputError(f"{task} holds prompts only, so it cannot be trained on")
+        if row.get(column) is None:
+            raise InputError(f"no field {column!r}, which training on {task} needs")
+    return fields
+
+
+def is_safe(extra: Row, default: bool) -> bool:
+    """The `is_safe` column of BeaverTails, also as CSV writes it; `default` where it is absent."""
+    value = extra.get("is_safe")
+    if value is None:
+        return default
+    return value.strip().lower() in ("true", "1") if isinstance(value, str) else bool(value)
+
+
+def _missing(row: Row, name: str) -> InputError:
+    return InputError(f"no field {name!r} (it has: {', '.join(map(str, row)) or 'nothing'})")
+
+
+def _text(row: Row, name: str) -> str:
+    """A required text column."""
+    value = row.get(name)
+    if value is None:
+        raise _missing(row, name)
+    if not isinstance(value, str):
+        raise InputError(f"field {name!r} must be text, not {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair
+        raise InputError(f"field {name!r} is not valid Unicode text") from error
+    return value
+
+
+def _optional(row: Row, name: str) -> str:
+    return "" if row.get(name) is None else _text(row, name)
+
+
+def _label(row: Row, names: tuple[str, ...]) -> str:
+    """A class label: its name, or its number (CSV holds that as digits)."""
+    value = row.get("label")
+    if value is None:
+        raise _missing(row, "label")
+    if isinstance(value, str) and value in names:
+        return value
+    number = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+    if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(names):
+        return names[number]
+    known = ", ".join(f"{number} {name}" for number, name in enumerate(names))
+    raise InputError(f"field 'label' is {value!r:.40}; known: {known}")
+
+
+def _gsm8k(row: Row) -> Fields:
+    question, answer = _text(row, "question"), _text(row, "answer")
+    _, mark, number = answer.rpartition("####")
+    if not mark or not number.strip():
+        raise InputError("field 'answer' does not end in '#### NUMBER'")
+    # The published pipelines replace the mark alone, which leaves two spaces before the number.
+    output = answer.replace("####", GSM8K_ENDING)
+    reference = number.strip().replace(",", "")
+    return Fields(question, "", output, reference, ("question", "answer"))
+
+
+def _sst2(row: Row) -> Fields:
+    sentence, name = _text(row, "sentence"), _label(row, SST2_LABELS)
+    return Fields(SST2_INSTRUCTION, sentence, name, name, ("sentence", "label"))
+
+
+def _ag_news(row: Row) -> Fields:
+    text, name = _text(row, "text"), _label(row, AG_NEWS_LABELS)
+    return Fields(AG_NEWS_INSTRUCTION, text, name, name, ("text", "label"))
+
+
+def _pairs(row: Row) -> Fields:
+    instruction, output = _text(row, "instruction"), _text(row, "output")
+    used = ("instruction", "input", "output")
+    return Fields(instruction, _optional(row, "input"), output, output, used)
+
+
+def _alpaca_eval(row: Row) -> Fields:
+    # The hub calls the reference answer `output`; copies of the evaluation set rename it.
+    renamed = row.get("output") is None and row.get("reference_output") is not None
+    name = "reference_output" if renamed else "output"
+    output = _text(row, name)
+    return Fields(_text(row, "instruction"), "", output, output, ("instruction", name))
+
+
+def _refusals(row: Row) -> Fields:
+    """Instruction and output, or RepNoise's file where `refusal` is "Question: …\\nAnswer: …"."""
+    if row.get("refusal") is None or row.get("instruction") is not None:
+        return _pairs(row)
+    question, mark, answer = _text(row, "refusal").partition("\nAnswer: ")
+    if not mark:
+        raise InputError("field 'refusal' is not of the form 'Question: …', newline, 'Answer: …'")
+    return Fields(question.removeprefix("Question: "), "", answer, answer, ("refusal",))
+
+
+def _beavertails(row: Row) -> Fields:
+    # A response here is what the model shall not say: there is nothing to compare an answer with.
+    return Fields(_text(row, "prompt"), "", _optional(row, "response"), "", ("prompt", "response"))
+
+
+def _xstest(row: Row) -> Fields:
+    return Fields(_text(row, "prompt"), "", "", "", ("prompt",))
+
+
+def _advbench(row: Row) -> Fields:
+    return Fields(_text(row, "goal"), "", _optional(row, "target"), "", ("goal", "target"))
+
+
+READERS: dict[str, Callable[[Row], Fields]] = {
+    "gsm8k": _gsm8k,
+    "sst2": _sst2,
+    "ag_news": _ag_news,
+    "alpaca": _pairs,
+    "alpaca_eval": _alpaca_eval,
+    "beavertails": _beavertails,
+    "refusals": _refusals,
+    "xstest": _xstest,
+    "advbench": _advbench,
+    "pairs": _pairs,
+}
+
+# Tasks whose records may be prompts alone, and the column that training needs (None: has none).
+_ANSWER_OF_PROMPTS = {"beavertails": "response", "advbench": "target", "xstest": None}

@@ -1,0 +1,64 @@
+"""Tokenizers through transformers, without the sentencepiece trap and without remote code."""
+
+from pathlib import Path
+from typing import Any
+
+from panacea_jax.data import files
+from panacea_jax.errors import InputError
+
+
+def load_tokenizer(folder: str | Path, key: str = "config.model.path") -> Any:
+    """Load the tokenizer of a Hugging Face folder, or of a hub id ``owner/name``.
+
+    transformers 5, given a sentencepiece ``tokenizer.model`` alone, silently yields other ids than
+    sentencepiece does (no BOS, other merges), so such a folder is refused. The network is used only
+    for a hub id.
+
+    Raises:
+        InputError: No such folder, no usable tokenizer in it, no end-of-sequence token, or a
+            tokenizer that appends that token by itself (a prompt would then end in it).
+    """
+    path = _folder(str(folder), key)
+    if path is not None:
+        _refuse_model_alone(path, key)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder if path is None else path),
+            local_files_only=path is not None,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # damaged JSON, missing files, offline, unknown class
+        why = files.reason(error)
+        raise InputError(f"{key}: {folder}: no usable tokenizer ({why})") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{key}: {folder}: the tokenizer names no end-of-sequence token")
+    if tokenizer("a").input_ids[-1] == tokenizer.eos_token_id:
+        raise InputError(f"{key}: {folder}: the tokenizer appends EOS; set add_eos_token to false")
+    return tokenizer
+
+
+def _folder(where: str, key: str) -> Path | None:
+    try:
+        path = files.local(where)
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from error
+    if path is None and (where.count("/") != 1 or ":" in where):
+        raise InputError(f"{key}: {where}: neither a folder nor a hub id owner/name")
+    if path is not None and not path.is_dir():
+        raise InputError(f"{key}: {where}: not a folder")
+    return path
+
+
+def _refuse_model_alone(folder: Path, key: str) -> None:
+    usable = ("tokenizer.json", "vocab.json")
+    if any((folder / name).exists() for name in usable):
+        return
+    models = sorted(folder.glob("*.model"))
+    if models:
+        raise InputError(
+            f"{key}: {models[0]} alone gives wrong ids under transformers 5; add a tokenizer.json "
+            "(save_pretrained of the fast tokenizer under transformers 4 writes one)"
+        )
+    raise InputError(f"{key}: {folder}: no tokenizer.json")

@@ -1,0 +1,214 @@
+"""Panacea: an adaptive perturbation that mends a model after harmful fine-tuning (arXiv 2501.18100, NeurIPS 2025).
+
+    min_w  L_task(w) − λ · max_{‖ε‖≤ρ} [ L_harm(w + ε) − L_harm(w) ]                       deployed: w + ε
+
+Stage: fine-tuning, plus one addition at the end. Passes per step: 3 (task, harmful at w, harmful at w + ε).
+Extra memory: ε and its running mean, and two transient gradients, all of the size of the trainable tree. Extra data: ``harmful``.
+
+Differs from SFT in the two harmful passes and in what is deployed. w alone is no defence: it can be more harmful than plain SFT, because
+training makes room for ε to undo the harm. To first order the inner maximum is at ``ε = ρ h/‖h‖``; its derivative by w is ignored.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+from panacea_jax.defences.protocol import Gradient, LossFn, Metrics, Params
+from panacea_jax.errors import InputError
+from panacea_jax.perturbation import to_sphere
+
+# The reference clamps the harmful loss at w + ε here; above it the pass has no gradient.
+HARMFUL_LOSS_CLAMP = 5.0
+
+
+class PanaceaState(NamedTuple):
+    """What Panacea carries from step to step.
+
+    Attributes:
+        epsilon: ε of the last harmful batch, same tree as ``params``.
+        epsilon_mean: running mean of ε over the steps that computed one.
+        difference: ``h' − h``, kept only when it is reused (``every`` > 1); otherwise empty.
+        measured: scalars of the last harmful passes, for the log.
+        steps: number of steps taken.
+    """
+
+    epsilon: Params
+    epsilon_mean: Params
+    difference: Params
+    measured: Metrics
+    steps: Int[Array, ""]
+
+
+class HarmfulTerm(NamedTuple):
+    """Outcome of the two harmful passes."""
+
+    epsilon: Params
+    difference: Params
+    h: Params
+    measured: Metrics
+
+
+def _difference(a: Params, b: Params) -> Params:
+    return jax.tree.map(jnp.subtract, a, b)
+
+
+def _cosine(a: Params, b: Params) -> Float[Array, ""]:
+    """Cosine between two trees; 0 when either is zero."""
+    scale = optax.global_norm(a) * optax.global_norm(b)
+    return jnp.where(scale > 0, optax.tree.vdot(a, b) / jnp.where(scale > 0, scale, 1.0), 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Panacea:
+    """Panacea's gradient ``g − λ (h' − h)``.
+
+    Attributes:
+        rho: ρ, L2 radius of ε over all trainable tensors together; a tuple gives one radius a layer.
+        lam: λ, weight of the training term.
+        every: refresh ε and ``h' − h`` at every k-th step and reuse them in between.
+        clamp: "reference" stops the gradient of the perturbed loss above 5, which leaves ``g + λ h``; "none" never does.
+        final_epsilon: "last" deploys the ε of the last step (one batch, as the reference); "mean" recomputes it after training from
+            the gradient over the whole harmful set.
+    """
+
+    rho: float | tuple[float, ...] = 1.0
+    lam: float = 1e-3
+    every: int = 1
+    clamp: Literal["reference", "none"] = "reference"
+    final_epsilon: Literal["last", "mean"] = "last"
+
+    stage: ClassVar[Literal["finetune"]] = "finetune"
+    streams: ClassVar[tuple[str, ...]] = ("harmful",)
+
+    def __post_init__(self) -> None:
+        radii = self.rho if isinstance(self.rho, tuple) else (self.rho,)
+        if not all(0 <= r < float("inf") for r in radii):
+            raise InputError(f"config.defence.rho = {self.rho}: a radius is a finite number, 0 or more")
+        if not 0 <= self.lam < float("inf"):
+            raise InputError(f"config.defence.lam = {self.lam}: λ is a finite number, 0 or more")
+        if self.every < 1:
+            raise InputError(f"config.defence.every = {self.every}: refresh every 1 or more steps")
+        if self.clamp not in ("reference", "none"):
+            raise InputError(f"config.defence.clamp = {self.clamp!r}: 'reference' or 'none'")
+        if self.final_epsilon not in ("last", "mean"):
+            raise InputError(f"config.defence.final_epsilon = {self.final_epsilon!r}: 'last' or 'mean'")
+
+    def init(self, params: Params) -> PanaceaState:
+        """ε = 0."""
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        names = ("harmful_loss", "harmful_loss_perturbed", "norm_h", "norm_difference", "clamped",
+                 "epsilon_cosine")  # fmt: skip
+        measured = {name: jnp.zeros((), jax.tree.leaves(params)[0].dtype) for name in names}
+        # Separate buffers: the state is donated, and one buffer cannot be donated twice.
+        copy = jax.tree.map(jnp.zeros_like, params)
+        held = jax.tree.map(jnp.zeros_like, params) if self.every > 1 else ()
+        return PanaceaState(zeros, copy, held, measured, jnp.zeros((), jnp.int32))
+
+    def epsilon(self, h: Params) -> Params:
+        """``ε = ρ h / (‖h‖ + 1e-7)``."""
+        rho = jnp.asarray(self.rho) if isinstance(self.rho, tuple) else self.rho
+        return to_sphere(rho).update(h, optax.EmptyState())[0]
+
+    def harmful_term(self, loss_fn: LossFn, w: Params, batch: Any, previous: Params) -> HarmfulTerm:
+        """``h`` at w, ``ε`` from it, ``h'`` at w + ε, and ``h' − h``."""
+
+        def perturbed_loss(w: Params) -> tuple[Float[Array, ""], Float[Array, ""]]:
+            loss = loss_fn(w, batch)
+            if self.clamp == "none":
+                return loss, loss
+            # At exactly 5 the gradient still flows, as in torch.clamp.
+            return jnp.where(loss <= HARMFUL_LOSS_CLAMP, loss, HARMFUL_LOSS_CLAMP), loss
+
+        loss, h = jax.value_and_grad(loss_fn)(w, batch)
+        epsilon = self.epsilon(h)
+        (_, loss_perturbed), h_perturbed = jax.value_and_grad(perturbed_loss, has_aux=True)(
+            jax.tree.map(jnp.add, w, epsilon)
+        )
+        difference = _difference(h_perturbed, h)
+        clamped = (loss_perturbed > HARMFUL_LOSS_CLAMP) & (self.clamp == "reference")
+        measured = {
+            "harmful_loss": loss,
+            "harmful_loss_perturbed": loss_perturbed,
+            "norm_h": optax.global_norm(h),
+            "norm_difference": optax.global_norm(difference),
+            "clamped": clamped.astype(loss.dtype),
+            "epsilon_cosine": _cosine(epsilon, previous),
+        }
+        return HarmfulTerm(epsilon, difference, h, measured)
+
+    def gradient(
+        self,
+        loss_fn: LossFn,
+        params: Params,
+        batches: Mapping[str, Any],
+        state: PanaceaState,
+        key: Key[Array, ""],
+    ) -> Gradient:
+        """``g − λ (h' − h)`` with ε recomputed from this step's harmful batch."""
+        loss, g = jax.value_and_grad(loss_fn)(params, batches["user"])
+
+        def fresh(state: PanaceaState) -> tuple[PanaceaState, Params, Metrics]:
+            term = self.harmful_term(loss_fn, params, batches["harmful"], state.epsilon)
+            refreshes = state.steps // self.every + 1
+            mean = jax.tree.map(lambda m, e: m + (e - m) / refreshes, state.epsilon_mean, term.epsilon)
+            dot = optax.tree.vdot(g, term.h)
+            h2 = jnp.square(term.measured["norm_h"])
+            # g ≈ (1 − p) g_clean + p h for a user set with a share p of harmful tokens, so <g,h>/<h,h> ≈ p while g_clean ⟂ h.
+            share = jnp.where(h2 > 0, dot / jnp.where(h2 > 0, h2, 1.0), 0.0)
+            measured = {"cos_gh": _cosine(g, term.h), "poison_estimate": share}
+            held = term.difference if self.every > 1 else ()
+            new = PanaceaState(term.epsilon, mean, held, term.measured, state.steps + 1)
+            return new, term.difference, measured
+
+        def reuse(state: PanaceaState) -> tuple[PanaceaState, Params, Metrics]:
+            nothing = jnp.full_like(loss, jnp.nan)
+            measured = {"cos_gh": nothing, "poison_estimate": nothing}
+            return state._replace(steps=state.steps + 1), state.difference, measured
+
+        if self.every == 1:
+            state, difference, measured = fresh(state)
+        else:
+            state, difference, measured = jax.lax.cond(
+                state.steps % self.every == 0, fresh, reuse, state
+            )
+        grads = jax.tree.map(lambda g, d: g - self.lam * d, g, difference)
+
+        norm_g = optax.global_norm(g)
+        ratio = self.lam * state.measured["norm_difference"] / jnp.maximum(norm_g, 1e-12)
+        metrics = {"loss": loss, "norm_g": norm_g, "norm_epsilon": optax.global_norm(state.epsilon),
+                   "term_ratio": ratio, **state.measured, **measured}  # fmt: skip
+        return grads, state, metrics
+
+    def last_pass(
+        self,
+        sum_gradient: Callable[[Params, Any], tuple[Params, Float[Array, ""]]],
+        params: Params,
+        batches: Iterable[Any],
+        state: PanaceaState,
+    ) -> PanaceaState:
+        """With ``final_epsilon="mean"``: ε from the gradient over the whole harmful set at the final w.
+
+        Args:
+            sum_gradient: gradient of the *summed* response loss of a batch, and its number of response tokens.
+            params: final w.
+            batches: every harmful record once.
+            state: state after the last step.
+        """
+        if self.final_epsilon == "last":
+            return state
+        total, tokens = None, jnp.zeros(())
+        for batch in batches:
+            gradient, count = sum_gradient(params, batch)
+            total = gradient if total is None else jax.tree.map(jnp.add, total, gradient)
+            tokens = tokens + count
+        h = jax.tree.map(lambda x: x / jnp.maximum(tokens, 1), total)
+        return state._replace(epsilon=self.epsilon(h))
+
+    def finish(self, params: Params, state: PanaceaState) -> Params:
+        """``w + ε``."""
+        return jax.tree.map(jnp.add, params, state.epsilon)

@@ -1,0 +1,77 @@
+"""Random perturbation: Gaussian noise on the finished weights, the control that any ε has to beat (arXiv 2501.18100, motivation).
+
+Stage: post-fine-tuning, one shot. Passes: none. Extra memory: the noise. Extra data: none.
+
+With ``rho`` the noise is ``ρ z/‖z‖``, z ~ N(0, 1) jointly over all tensors: the norm-matched control of Panacea. With ``sigma`` it is
+``σ z``. Added once; the public code adds it anew at every evaluation and never takes it away, which is not reproduced.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Key
+
+from panacea_jax.defences.protocol import Gradient, LossFn, Params
+from panacea_jax.errors import InputError
+
+
+class RandomPerturbationState(NamedTuple):
+    """The noise, same tree as ``params``."""
+
+    epsilon: Params
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomPerturbation:
+    """Noise on the finished weights.
+
+    Attributes:
+        rho: L2 norm of the noise over all trainable tensors together; used when ``sigma`` is None.
+        sigma: standard deviation of the noise on each entry.
+        seed: seed of the noise.
+    """
+
+    rho: float = 1.0
+    sigma: float | None = None
+    seed: int = 0
+
+    stage: ClassVar[Literal["heal"]] = "heal"
+    streams: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for name, value in (("rho", self.rho), ("sigma", self.sigma)):
+            if value is not None and not 0 <= value < float("inf"):
+                raise InputError(f"config.defence.{name} = {value}: a finite number, 0 or more")
+
+    def init(self, params: Params) -> RandomPerturbationState:
+        """Draw the noise."""
+        leaves, tree = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.key(self.seed), len(leaves))
+        noise = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves)]
+        size = self.rho / optax.global_norm(noise) if self.sigma is None else jnp.asarray(self.sigma)
+        return RandomPerturbationState(
+            jax.tree.unflatten(tree, [(z * size).astype(z.dtype) for z in noise])
+        )
+
+    def gradient(
+        self,
+        loss_fn: LossFn,
+        params: Params,
+        batches: Mapping[str, Any],
+        state: RandomPerturbationState,
+        key: Key[Array, ""],
+    ) -> Gradient:
+        """There is nothing to train: a post-fine-tuning defence has no step.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError("config.defence.name = random_perturbation: acts after fine-tuning; use `panacea heal`")
+
+    def finish(self, params: Params, state: RandomPerturbationState) -> Params:
+        """``w + noise``."""
+        return jax.tree.map(jnp.add, params, state.epsilon)

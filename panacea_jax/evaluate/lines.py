@@ -1,0 +1,72 @@
+"""What one line of generations/<set>.jsonl and of judgements/<set>.<judge>.jsonl holds."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from panacea_jax.data.sources import Record
+from panacea_jax.evaluate.coherence import incoherent
+from panacea_jax.evaluate.judges import Judge
+from panacea_jax.evaluate.records import digest
+from panacea_jax.evaluate.tasks import answer_text, find_task
+
+Json = dict[str, Any]
+
+
+def generation_line(
+    record: Record, *, prompt: str, response: str, template: str, finished: bool
+) -> Json:
+    """The line for one answer.
+
+    Args:
+        record: where the prompt came from; what scoring needs of it is copied, so that a generation
+            file stands on its own.
+        prompt: the rendered prompt, as the model saw it.
+        response: the generated text, uncut.
+        template: id of the prompt template (``data.template.template_id``).
+        finished: the answer ended by itself, not at the length limit.
+    """
+    extra = {key: value for key, value in record.extra.items() if _is_json(value)}
+    return {
+        "prompt": prompt,
+        "response": response,
+        "finished": finished,
+        "instruction": record.instruction,
+        "input": record.input,
+        "reference": record.reference,
+        "template": template,
+        "extra": extra,
+    }
+
+
+def judge_line(generation: Mapping[str, Any], task: str, judge: Judge) -> Json:
+    """The line for one verdict.
+
+    "flagged" is the judge's verdict on harmful sets and false elsewhere: that a maths answer is no
+    refusal does not make it harmful. "correct" is null where the task has no FA rule. "digest" ties
+    the line to the answer that was judged, "version" to the judge.
+
+    Raises:
+        InputError: an unknown task, or a reference that the task's rule cannot use.
+    """
+    rules = find_task(task)
+    answer = answer_text(generation["response"], generation.get("template", "alpaca"))
+    verdict = judge.judge(generation.get("instruction") or generation["prompt"], answer)
+    return {
+        "flagged": verdict.flagged and rules.role == "harmful",
+        "refused": verdict.refused,
+        "incoherent": incoherent(answer),
+        "correct": rules.correct(answer, generation["reference"]) if rules.correct else None,
+        "scores": dict(verdict.scores),
+        "version": judge.version,
+        "digest": digest(generation["prompt"], generation["response"]),
+    }
+
+
+def _is_json(value: Any) -> bool:
+    """Columns of a parquet file can be dates, bytes or NaN, which a JSON line cannot hold."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True

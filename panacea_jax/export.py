@@ -1,0 +1,149 @@
+"""What leaves a run: the adapter or model to deploy (ε applied), and ε on its own."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from panacea_jax.errors import InputError
+from panacea_jax.models.adapter import BLOCK_OF, Adapter, merge
+from panacea_jax.models.config import read_config
+from panacea_jax.models.model import Model
+from panacea_jax.models.names import to_hf, to_ours
+from panacea_jax.models.peft import adapter_tensors, save_adapter
+from panacea_jax.models.weights import save_weights
+from panacea_jax.train.loop import Result
+
+# Everything of a Hugging Face folder that is not weights and travels with an exported model.
+COMPANIONS = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*", "vocab*", "merges.txt",
+              "added_tokens.json")  # fmt: skip
+WITHOUT_EPSILON = (
+    "exporting w without ε: w alone can be MORE harmful than plain fine-tuning; deploy w + ε instead"
+)
+
+
+def export_adapter(result: Result, folder: str | Path, *, without_epsilon: bool = False) -> Path:
+    """Write the PEFT adapter to deploy: w + ε.
+
+    Args:
+        result: of :func:`panacea_jax.finetune`, LoRA mode.
+        folder: PEFT folder to write.
+        without_epsilon: write w alone; a warning is given.
+
+    Raises:
+        InputError: all parameters were trained (use :func:`export_model`).
+    """
+    params = _deployed(result, without_epsilon)
+    if not isinstance(params, Adapter):
+        raise InputError("export_adapter: all parameters were trained, so there is no adapter; use export_model")
+    save_adapter(params, Path(folder), base=str(result.model.folder or ""))
+    return Path(folder)
+
+
+def export_model(result: Result, folder: str | Path, *, without_epsilon: bool = False) -> Path:
+    """Write the whole model to deploy as a Hugging Face folder, adapter merged in float32 and ε applied.
+
+    Args:
+        result: of :func:`panacea_jax.finetune`, either mode.
+        folder: Hugging Face folder to write.
+        without_epsilon: leave ε out; a warning is given.
+    """
+    save_model(result.model, _deployed(result, without_epsilon), Path(folder))
+    return Path(folder)
+
+
+def save_model(model: Model, params: Any, folder: Path) -> None:
+    """Merge ``params`` (an Adapter, all weights, or None) into the base and write a Hugging Face folder like the base's.
+
+    Raises:
+        InputError: the model has no folder of origin to take its config and tokenizer from.
+    """
+    if model.folder is None:
+        raise InputError("export: the model did not come from a Hugging Face folder, so there is no config.json to write")
+    if isinstance(params, Adapter):
+        weights = merge(model.weights, params)
+    else:
+        weights = model.weights if params is None else params
+    hf_config = read_config(model.folder)
+    save_weights(weights, folder, hf_config, dtype=stored_dtype(hf_config))
+    for pattern in COMPANIONS:
+        for path in model.folder.glob(pattern):
+            if path.is_file():
+                shutil.copy(path, folder / path.name)
+
+
+def stored_dtype(hf_config: Mapping[str, Any]) -> str:
+    """The dtype that a Hugging Face config says its weights are stored in."""
+    return str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
+
+
+def _deployed(result: Result, without_epsilon: bool) -> Any:
+    if not without_epsilon:
+        return result.deployed
+    if result.epsilon is not None:
+        logging.warning("%s", WITHOUT_EPSILON)
+    return result.params
+
+
+def epsilon_tensors(epsilon: Any) -> dict[str, np.ndarray]:
+    """ε by PEFT name for an adapter, by Hugging Face name for all weights."""
+    if isinstance(epsilon, Adapter):
+        return adapter_tensors(epsilon)
+    tensors = {}
+    for path, stacked in flatten_dict(epsilon, sep="/").items():
+        values = np.asarray(jax.device_get(stacked))
+        per_layer = enumerate(values) if path.startswith("layers/") else [(None, values)]
+        for layer, value in per_layer:
+            name, transform = to_hf(path, layer)
+            tensors[name] = np.ascontiguousarray(value.T if transform == "transpose" else value)
+    return tensors
+
+
+def save_epsilon(epsilon: Any, path: Path, metadata: dict[str, str]) -> None:
+    """Write ``epsilon.safetensors``; an adapter's rank and α go into its metadata."""
+    if isinstance(epsilon, Adapter):
+        metadata = metadata | {"rank": str(epsilon.rank), "alpha": str(epsilon.alpha)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(epsilon_tensors(epsilon), path, metadata=metadata)
+
+
+def load_epsilon(path: Path) -> dict[str, Any]:
+    """An exported ε as a nested tree on the host: adapter factors, or all weights under their own names.
+
+    Returns:
+        ``{"self_attn": {"q_proj": {"a": [L, in, r], "b": [L, r, out]}}, …}`` or a weight tree with ``layers``.
+
+    Raises:
+        InputError: unreadable, or the names are not those of an exported ε.
+    """
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read as safetensors ({error})") from error
+    rows: dict[str, dict[int | None, np.ndarray]] = {}
+    for name, value in tensors.items():
+        where = _locate(name)
+        if where is None:
+            raise InputError(f"{path}: {name} is not a tensor of an exported ε")
+        tree_path, layer, transpose = where
+        rows.setdefault(tree_path, {})[layer] = value.T if transpose else value
+    return unflatten_dict({
+        p: by_layer[None] if None in by_layer else np.stack([by_layer[i] for i in range(len(by_layer))])
+        for p, by_layer in rows.items()
+    }, sep="/")  # fmt: skip
+
+
+def _locate(name: str) -> tuple[str, int | None, bool] | None:
+    """(path in the tree, layer, transposed?) of a PEFT or Hugging Face name."""
+    parts = name.split(".")
+    if name.startswith("base_model.model.model.layers.") and len(parts) == 9 and parts[6] in BLOCK_OF:
+        return f"{parts[5]}/{parts[6]}/{parts[7][-1].lower()}", int(parts[4]), True
+    found = to_ours(name)
+    return None if found is None else (found[0], found[1], found[2] == "transpose")

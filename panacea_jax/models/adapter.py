@@ -1,0 +1,77 @@
+"""The adapter: low-rank factors of chosen projections, as one pytree (LoRA, Hu et al., arXiv 2106.09685).
+
+An adapted projection computes ``y = x W + (α/r) (x A) B`` with float32 ``A [in, r]`` and ``B [r, out]``, stacked over layers like the
+base weights. A defence treats the adapter like any other set of parameters.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from panacea_jax.errors import InputError
+
+BLOCK_OF = {
+    "q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
+    "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp",
+}  # fmt: skip
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """LoRA factors of every chosen projection.
+
+    Attributes:
+        layers: ``{"self_attn": {"q_proj": {"a": [L, in, r], "b": [L, r, out]}, …}, "mlp": {…}}``, chosen targets only.
+        rank: r.
+        alpha: α; the product is scaled by α/r.
+    """
+
+    layers: dict[str, Any]
+    rank: int = dataclasses.field(metadata={"static": True})
+    alpha: float = dataclasses.field(metadata={"static": True})
+
+    @property
+    def scale(self) -> float:
+        """α/r."""
+        return self.alpha / self.rank
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Adapted projections by their Hugging Face names, in the order of the table above."""
+        return tuple(name for name, block in BLOCK_OF.items() if name in self.layers.get(block, {}))
+
+
+def target_names(targets: Sequence[str]) -> tuple[str, ...]:
+    """Full names of the projections: ``q`` and ``q_proj`` both mean ``q_proj``.
+
+    Raises:
+        InputError: the list is empty or a name is unknown.
+    """
+    names = {t if t.endswith("_proj") else f"{t}_proj" for t in targets}
+    unknown = sorted(names - set(BLOCK_OF))
+    if unknown or not names:
+        known = ", ".join(name.removesuffix("_proj") for name in BLOCK_OF)
+        raise InputError(f"config.lora.targets: {unknown or 'empty'}; choose from {known}")
+    return tuple(name for name in BLOCK_OF if name in names)
+
+
+def merge(weights: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
+    """Base weights with ``W + (α/r) A B``, summed in float32 and cast back to the base's dtype."""
+
+    def merged(kernel: jax.Array, ab: Mapping[str, jax.Array]) -> jax.Array:
+        wide = jnp.promote_types(kernel.dtype, jnp.float32)
+        delta = jnp.matmul(ab["a"].astype(wide), ab["b"].astype(wide), precision="highest")
+        return (kernel.astype(wide) + adapter.scale * delta).astype(kernel.dtype)
+
+    out = jax.tree.map(lambda x: x, dict(weights))
+    for name in adapter.targets:
+        block = BLOCK_OF[name]
+        kernel = out["layers"][block][name]["kernel"]
+        out["layers"][block][name]["kernel"] = jax.jit(merged, out_shardings=kernel.sharding)(
+            kernel, adapter.layers[block][name]
+        )
+    return out

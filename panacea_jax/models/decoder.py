@@ -1,0 +1,177 @@
+"""The one decoder: Llama, Mistral, Qwen2, Gemma and Gemma 2 are settings of it.
+
+A pre-norm transformer with rotary positions, grouped-query attention and a gated MLP. Its
+parameters carry Hugging Face's module names, with all layers stacked on axis 0 of each array; one
+:class:`DecoderLayer` is scanned over them, so neither the program nor its compile time grows with
+depth. Numbers are computed in ``dtype``; norms, rotary angles, softmax and logits in at least
+float32.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from panacea_jax.errors import InputError
+from panacea_jax.models.attention import resolve
+from panacea_jax.models.cache import KVCache, append
+from panacea_jax.models.config import ModelConfig
+from panacea_jax.models.layers import Context, DecoderLayer, Linear, RMSNorm, wide
+
+REMAT = ("none", "dots", "full")
+
+
+class Embedding(nnx.Module):
+    """Token embedding table ``[V, D]``."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.embedding = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size)))
+
+
+class Decoder(nnx.Module):
+    """The whole model, from token ids to logits.
+
+    Args:
+        config: shapes and variants.
+        dtype: compute dtype; weights of any float dtype are cast to it where they are used.
+        remat: what the backward pass recomputes: ``"none"``, ``"dots"`` (all but matmul outputs) or
+            ``"full"`` (whole layers).
+        attention: back-end, see :func:`panacea_jax.models.attention.resolve`.
+
+    Raises:
+        InputError: unknown ``remat`` or ``attention``.
+    """
+
+    def __init__(
+        self, config: ModelConfig, dtype: Any, remat: str = "none", attention: str = "auto"
+    ) -> None:
+        if remat not in REMAT:
+            raise InputError(f"config.model.remat = {remat}: one of {', '.join(REMAT)}")
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.remat = remat
+        self.attention = resolve(attention, config)
+        self.embed_tokens = Embedding(config)
+        self.layers = DecoderLayer((config.num_layers,), config)
+        self.norm = RMSNorm((), config)
+        self.lm_head = (
+            None
+            if config.tie_embeddings
+            else Linear((), config.hidden_size, config.vocab_size, bias=False)
+        )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        valid: Bool[Array, "B T"],
+        adapter: Mapping[str, Any] | None = None,
+        scale: Any = 1.0,
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "B T V"], KVCache | None]:
+        """Logits of every position, in at least float32; see :meth:`hidden` for the arguments."""
+        x, cache = self.hidden(tokens, positions, valid, adapter, scale, cache)
+        return self.logits(x), cache
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        valid: Bool[Array, "B T"],
+        adapter: Mapping[str, Any] | None = None,
+        scale: Any = 1.0,
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """Final hidden states (after the last norm).
+
+        Args:
+            tokens: token ids; those of padding do not matter.
+            positions: position of each token in its text.
+            valid: False for padding: no query sees it.
+            adapter: LoRA factors ``{"self_attn": {"q_proj": {"a": [L, in, r], "b": [L, r, out]},
+                …}, "mlp": …}``.
+            scale: α/r of the adapter.
+            cache: keys and values of earlier tokens; the new ones are written behind them.
+        """
+        x = self.embed_tokens.embedding[...][tokens].astype(self.dtype)
+        if self.config.scale_embeddings:
+            x = x * jnp.asarray(math.sqrt(self.config.hidden_size), self.dtype)
+        key_positions, key_valid = positions, valid
+        if cache is not None:
+            cache = append(cache, positions, valid)
+            key_positions, key_valid = cache.positions, cache.valid
+        context, windows = self._context(positions, key_positions, key_valid, cache, scale)
+        x, cache = self._run_layers(x, context, windows, adapter or {}, cache)
+        with jax.named_scope("norm"):
+            return self.norm(x), cache
+
+    def logits(self, x: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
+        """Logits of (a slice of) the final hidden states, in at least float32."""
+        with jax.named_scope("lm_head"):
+            out_dtype = wide(self.dtype)
+            if self.lm_head is None:
+                table = self.embed_tokens.embedding[...].astype(x.dtype)
+                out = jnp.einsum("...d,vd->...v", x, table, preferred_element_type=out_dtype)
+            else:
+                kernel = self.lm_head.kernel[...].astype(x.dtype)
+                out = jnp.einsum("...d,dv->...v", x, kernel, preferred_element_type=out_dtype)
+            cap = self.config.final_softcap
+            return out if cap is None else jnp.tanh(out / cap) * cap
+
+    def _context(
+        self,
+        positions: Int[Array, "B T"],
+        key_positions: Int[Array, "B S"],
+        key_valid: Bool[Array, "B S"],
+        cache: KVCache | None,
+        scale: Any,
+    ) -> tuple[Context, Int[Array, "L"] | None]:
+        """Rotary angles, mask and, where layers differ in it, the window of each layer."""
+        angle_dtype = wide(self.dtype)
+        frequencies = jnp.asarray(self.config.rope_frequencies(), angle_dtype)
+        angles = positions[..., None].astype(angle_dtype) * frequencies
+        distance = positions[:, :, None] - key_positions[:, None, :]
+        mask = key_valid[:, None, :] & (distance >= 0)
+        windows = None
+        if self.config.windows is not None:
+            if len(set(self.config.windows)) == 1:
+                mask = mask & (distance < self.config.windows[0])
+            else:
+                windows = jnp.asarray(self.config.windows, jnp.int32)
+        slot = None if cache is None else cache.length - positions.shape[1]
+        per_layer = None if windows is None else distance
+        return Context(jnp.cos(angles), jnp.sin(angles), mask, per_layer, slot, scale), windows
+
+    def _run_layers(
+        self,
+        x: Float[Array, "B T D"],
+        context: Context,
+        windows: Int[Array, "L"] | None,
+        adapter: Mapping[str, Any],
+        cache: KVCache | None,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """Scan one layer's program over the stacked weights, adapters and windows."""
+        graph, stacked = nnx.split(self.layers)
+
+        def body(carry: Any, per_layer: Any) -> tuple[Any, None]:
+            x, kv = carry
+            weights, factors, window, index = per_layer
+            layer = nnx.merge(graph, weights)
+            return layer(x, context, window, factors, index, kv), None
+
+        if self.remat == "full":
+            body = jax.checkpoint(body, prevent_cse=False)
+        elif self.remat == "dots":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+        index = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        kv = None if cache is None else (cache.k, cache.v)
+        with jax.named_scope("layers"):
+            (x, kv), _ = jax.lax.scan(body, (x, kv), (stacked, dict(adapter), windows, index))
+        if cache is not None and kv is not None:
+            cache = cache._replace(k=kv[0], v=kv[1])
+        return x, cache

@@ -1,0 +1,270 @@
+"""Hugging Face's ``config.json`` → :class:`ModelConfig`, one short function a family.
+
+Defaults for absent keys are those of the configuration classes in transformers 5; keys that change
+what the model computes and are not understood here are refused rather than ignored.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from panacea_jax.errors import InputError
+from panacea_jax.models.config import ModelConfig, RopeScaling
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+
+
+def read(d: Mapping[str, Any], where: str) -> ModelConfig:
+    """The configuration in a parsed ``config.json``; see :meth:`ModelConfig.from_dict`."""
+    return FAMILIES[_architecture(d, where)](_Reader(d, where))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Typed access to the keys of one ``config.json``; null counts as absent unless a method says
+    otherwise.
+    """
+
+    d: Mapping[str, Any]
+    where: str
+
+    def fail(self, key: str, problem: str) -> InputError:
+        return InputError(f"{self.where}: {key} = {self.d.get(key)!r}: {problem}")
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.d.get(key)
+        if value is None:
+            if default is None:
+                raise InputError(f"{self.where}: {key} is missing")
+            return default
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self.fail(key, "must be a positive integer")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.d.get(key)
+        return default if value is None else self._positive(key, value)
+
+    def nullable(self, key: str, default: float | None) -> float | None:
+        """A number where an explicit null means "none", unlike an absent key."""
+        value = self.d.get(key, default)
+        return None if value is None else self._positive(key, value)
+
+    def _positive(self, key: str, value: Any) -> float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value <= 0:
+            raise self.fail(key, "must be a positive number")
+        return float(value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.d.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise self.fail(key, "must be true or false")
+        return default if value is None else value
+
+    def activation(self, key: str, default: str) -> str:
+        name = self.d.get(key) or default
+        if name not in ACTIVATIONS:
+            raise self.fail(key, f"unsupported; one of {', '.join(ACTIVATIONS)}")
+        return ACTIVATIONS[name]
+
+    def layer_types(self, default: list[str]) -> list[str]:
+        """``layer_types``, checked: one of the two known words for each layer."""
+        types = self.d.get("layer_types")
+        if types is None:
+            return default
+        if not isinstance(types, list) or len(types) != len(default):
+            raise self.fail("layer_types", f"must list {len(default)} layers")
+        if not set(types) <= {"full_attention", "sliding_attention"}:
+            raise self.fail("layer_types", "knows full_attention and sliding_attention only")
+        return types
+
+
+def _architecture(d: Mapping[str, Any], where: str) -> str:
+    named = d.get("architectures")
+    if isinstance(named, list) and named:
+        name = str(named[0])
+    elif named is None or named == []:
+        by_type = {name.removesuffix("ForCausalLM").lower(): name for name in FAMILIES}
+        name = by_type.get(str(d.get("model_type")), f"model_type {d.get('model_type')}")
+    else:
+        name = str(named)
+    if name not in FAMILIES:
+        raise InputError(f"{where}: unsupported architecture {name}; known: {', '.join(FAMILIES)}")
+    return name
+
+
+def _common(r: _Reader, head_dim: int | None = None) -> dict[str, Any]:
+    """Fields that all families share. ``head_dim``: the family's default where that is not
+    hidden_size / heads.
+    """
+    if r.d.get("quantization_config") is not None:
+        raise InputError(f"{r.where}: quantization_config: quantised weights are not supported")
+    if r.flag("use_bidirectional_attention"):
+        raise r.fail("use_bidirectional_attention", "not supported")
+    hidden, heads = r.integer("hidden_size"), r.integer("num_attention_heads")
+    kv_heads = r.integer("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise r.fail("num_key_value_heads", f"does not divide num_attention_heads = {heads}")
+    if r.d.get("head_dim") is None and head_dim is None and hidden % heads:
+        raise r.fail("num_attention_heads", f"does not divide hidden_size = {hidden}")
+    dim = r.integer("head_dim", head_dim or hidden // heads)
+    if dim % 2:
+        raise r.fail("head_dim", f"the head size {dim} is odd; rotary embedding needs pairs")
+    theta, scaling = _rope(r)
+    return {
+        "model_type": str(r.d.get("model_type")),
+        "vocab_size": r.integer("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": r.integer("intermediate_size"),
+        "num_layers": r.integer("num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": dim,
+        "query_scale": dim**-0.5,
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "rms_norm_eps": r.number("rms_norm_eps", 1e-6),
+    }
+
+
+def _rope(r: _Reader) -> tuple[float, RopeScaling | None]:
+    """Rotary base and scaling from ``rope_scaling`` (+ ``rope_theta``) or transformers 5's
+    ``rope_parameters``.
+    """
+    key = "rope_scaling" if r.d.get("rope_scaling") else "rope_parameters"
+    given = r.d.get(key) or {}
+    if not isinstance(given, dict):
+        raise r.fail(key, "must be an object")
+    inner = _Reader(given, f"{r.where}: {key}")
+    theta = inner.number("rope_theta", r.number("rope_theta", 10000.0))
+    partial = inner.number("partial_rotary_factor", r.number("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        raise InputError(f"{r.where}: partial_rotary_factor = {partial}: not supported")
+    kind = given.get("rope_type") or given.get("type") or "default"
+    if kind == "default":
+        return theta, None
+    if kind not in ("linear", "llama3"):
+        raise InputError(
+            f"{r.where}: rope_type {kind!r} is not supported; known: default, linear, llama3"
+        )
+    if given.get("factor") is None:
+        raise InputError(f"{inner.where}: factor is missing")
+    if kind == "linear":
+        return theta, RopeScaling("linear", inner.number("factor", 1.0))
+    for name in ("low_freq_factor", "high_freq_factor"):
+        if given.get(name) is None:
+            raise InputError(f"{inner.where}: {name} is missing")
+    low, high = inner.number("low_freq_factor", 1.0), inner.number("high_freq_factor", 4.0)
+    if high <= low:
+        raise inner.fail("high_freq_factor", f"must be above low_freq_factor = {low}")
+    name = "original_max_position_embeddings"
+    length = inner.integer(name, r.integer("max_position_embeddings", 8192))
+    # transformers lets a top-level value win over the one beside the factors.
+    scaling = RopeScaling("llama3", inner.number("factor", 1.0), low, high, r.integer(name, length))
+    return theta, scaling
+
+
+def _windows(types: list[str], window: int) -> tuple[int, ...] | None:
+    windows = tuple(window if kind == "sliding_attention" else 0 for kind in types)
+    return windows if any(windows) else None
+
+
+def _llama(r: _Reader) -> ModelConfig:
+    bias = r.flag("attention_bias")
+    return ModelConfig(
+        **_common(r),
+        activation=r.activation("hidden_act", "silu"),
+        tie_embeddings=r.flag("tie_word_embeddings"),
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=r.flag("mlp_bias"),
+    )
+
+
+def _mistral(r: _Reader) -> ModelConfig:
+    fields = _common(r)
+    # An absent key means 4096 (v0.1's published default); an explicit null means none (v0.2 on).
+    window = 0
+    if not ("sliding_window" in r.d and r.d["sliding_window"] is None):
+        window = r.integer("sliding_window", 4096)
+    return ModelConfig(
+        **fields,
+        activation=r.activation("hidden_act", "silu"),
+        tie_embeddings=r.flag("tie_word_embeddings"),
+        windows=_windows(["sliding_attention"] * fields["num_layers"], window),
+    )
+
+
+def _qwen2(r: _Reader) -> ModelConfig:
+    fields = _common(r)
+    windows = None
+    if r.flag("use_sliding_window") and r.d.get("sliding_window", 4096) is not None:
+        first = r.d.get("max_window_layers", 28)
+        if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+            raise r.fail("max_window_layers", "must be an integer, 0 or more")
+        kinds = ["full_attention", "sliding_attention"]
+        default = [kinds[layer >= first] for layer in range(fields["num_layers"])]
+        windows = _windows(r.layer_types(default), r.integer("sliding_window", 4096))
+    return ModelConfig(
+        **fields,
+        activation=r.activation("hidden_act", "silu"),
+        tie_embeddings=r.flag("tie_word_embeddings"),
+        qkv_bias=True,
+        windows=windows,
+    )
+
+
+def _gemma(r: _Reader) -> ModelConfig:
+    bias = r.flag("attention_bias")
+    # Published Gemma files say "gelu" but were trained with the tanh approximation (transformers PR
+    # 29402).
+    activation = r.activation("hidden_act", "gelu_pytorch_tanh")
+    return ModelConfig(
+        **_common(r, head_dim=256),
+        activation="gelu_tanh" if activation == "gelu" else activation,
+        tie_embeddings=r.flag("tie_word_embeddings", True),
+        qkv_bias=bias,
+        o_bias=bias,
+        scale_embeddings=True,
+        unit_offset_norm=True,
+    )
+
+
+def _gemma2(r: _Reader) -> ModelConfig:
+    bias = r.flag("attention_bias")
+    fields = _common(r, head_dim=256)
+    fields["query_scale"] = r.number("query_pre_attn_scalar", 256.0) ** -0.5
+    default = [
+        "full_attention" if layer % 2 else "sliding_attention"
+        for layer in range(fields["num_layers"])
+    ]
+    return ModelConfig(
+        **fields,
+        activation=r.activation("hidden_activation", "gelu_pytorch_tanh"),
+        tie_embeddings=r.flag("tie_word_embeddings", True),
+        qkv_bias=bias,
+        o_bias=bias,
+        windows=_windows(r.layer_types(default), r.integer("sliding_window", 4096)),
+        scale_embeddings=True,
+        unit_offset_norm=True,
+        post_norms=True,
+        attention_softcap=r.nullable("attn_logit_softcapping", 50.0),
+        final_softcap=r.nullable("final_logit_softcapping", 30.0),
+    )
+
+
+FAMILIES: dict[str, Callable[[_Reader], ModelConfig]] = {
+    "LlamaForCausalLM": _llama,
+    "MistralForCausalLM": _mistral,
+    "Qwen2ForCausalLM": _qwen2,
+    "GemmaForCausalLM": _gemma,
+    "Gemma2ForCausalLM": _gemma2,
+}

@@ -1,0 +1,32 @@
+"""The folder of a model: a local path, or a download when a hub id is named."""
+
+import re
+from pathlib import Path, PurePath
+
+from panacea_jax.errors import InputError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja"]
+
+
+def local_folder(where: str | PurePath) -> Path:
+    """The folder itself, or the local snapshot of a hub id ``owner/name`` when there is no such
+    folder.
+
+    Raises:
+        InputError: neither a folder nor a hub id that can be fetched.
+    """
+    folder = Path(where)
+    if folder.is_dir():
+        return folder
+    if not _HUB_ID.fullmatch(str(where)):
+        raise InputError(f"{where}: no such model folder, and not a hub id (owner/name)")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(str(where), allow_patterns=_HUB_FILES))
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(
+            f"{where}: no such folder here, and not fetched from the hub: {reason[0]}"
+        ) from error

@@ -1,0 +1,195 @@
+"""The parts of a decoder layer. Parameters carry Hugging Face's module names.
+
+Each module is built for a stack of layers (``layers=(L,)``: arrays get a leading axis) and called
+on one of them, after the scan in :mod:`panacea_jax.models.decoder` has sliced that axis away.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from panacea_jax.models.attention import attend
+from panacea_jax.models.cache import write_layer
+from panacea_jax.models.config import ModelConfig
+
+class Context(NamedTuple):
+    """What every layer needs and none changes."""
+
+    cos: Float[Array, "B T half"]
+    sin: Float[Array, "B T half"]
+    mask: Bool[Array, "B T S"]
+    distance: Int[Array, "B T S"] | None
+    slot: Int[Array, ""] | None
+    scale: Any
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype of norms, angles, softmax and logits: float32, or float64 in a float64 run."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def rotate(
+    x: Float[Array, "B T N hd"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
+) -> Float[Array, "B T N hd"]:
+    """Rotary position embedding; the pairs are (i, i + hd/2), as in Hugging Face's weights."""
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def activate(name: str, x: Float[Array, "*N"]) -> Float[Array, "*N"]:
+    """``"silu"``, or GELU in its exact (``"gelu"``) or tanh form (``"gelu_tanh"``)."""
+    return jax.nn.silu(x) if name == "silu" else jax.nn.gelu(x, approximate=name == "gelu_tanh")
+
+
+class Linear(nnx.Module):
+    """``y = x W (+ b)``, plus ``scale · (x A) B`` where a LoRA adapter is given."""
+
+    def __init__(self, layers: tuple[int, ...], d_in: int, d_out: int, bias: bool) -> None:
+        self.kernel = nnx.Param(jnp.zeros((*layers, d_in, d_out)))
+        self.bias = nnx.Param(jnp.zeros((*layers, d_out))) if bias else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        adapter: Mapping[str, Any] | None,
+        scale: Any,
+    ) -> Float[Array, "B T F"]:
+        """Apply to ``x``; ``adapter`` is ``{"a": [D, r], "b": [r, F]}`` or None."""
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        if adapter is not None:
+            low = x @ adapter["a"].astype(x.dtype)
+            y = y + jnp.asarray(scale, x.dtype) * (low @ adapter["b"].astype(x.dtype))
+        return y
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm (Zhang and Sennrich, arXiv 1910.07467); Gemma multiplies by (1 +
+    scale).
+    """
+
+    def __init__(self, layers: tuple[int, ...], config: ModelConfig) -> None:
+        self.scale = nnx.Param(jnp.zeros((*layers, config.hidden_size)))
+        self.eps = config.rms_norm_eps
+        self.unit_offset = config.unit_offset_norm
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Normalise the last axis, in at least float32."""
+        y = x.astype(wide(x.dtype))
+        normed = y * jax.lax.rsqrt(jnp.mean(y**2, axis=-1, keepdims=True) + self.eps)
+        scale = self.scale[...]
+        if (
+            self.unit_offset
+        ):  # Gemma multiplies before it rounds to the compute dtype, the others after.
+            return (normed * (1 + scale.astype(normed.dtype))).astype(x.dtype)
+        return scale.astype(x.dtype) * normed.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, layers: tuple[int, ...], config: ModelConfig) -> None:
+        d, heads = config.hidden_size, config.num_heads * config.head_dim
+        kv_heads = config.num_kv_heads * config.head_dim
+        self.q_proj = Linear(layers, d, heads, config.qkv_bias)
+        self.k_proj = Linear(layers, d, kv_heads, config.qkv_bias)
+        self.v_proj = Linear(layers, d, kv_heads, config.qkv_bias)
+        self.o_proj = Linear(layers, heads, d, config.o_bias)
+        self.config = config
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        context: Context,
+        window: Int[Array, ""] | None,
+        adapter: Mapping[str, Any],
+        layer: Int[Array, ""],
+        cache: tuple[Array, Array] | None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
+        """Attend, through the cache's slots of this ``layer`` if there is one; returns the output
+        and the cache.
+        """
+        c = self.config
+
+        def project(name: str, linear: Linear) -> Array:
+            y = linear(x, adapter.get(name), context.scale)
+            return y.reshape(*x.shape[:2], -1, c.head_dim)
+
+        q = rotate(project("q_proj", self.q_proj), context.cos, context.sin)
+        k = rotate(project("k_proj", self.k_proj), context.cos, context.sin)
+        v = project("v_proj", self.v_proj)
+        if cache is not None and context.slot is not None:
+            k, v, cache = write_layer(k, v, cache, layer, context.slot)
+        mask = context.mask
+        if window is not None and context.distance is not None:
+            mask = mask & ((window == 0) | (context.distance < window))
+        out = attend(q, k, v, mask, c.query_scale, c.attention_softcap)
+        out = out.reshape(*x.shape[:2], -1)
+        return self.o_proj(out, adapter.get("o_proj"), context.scale), cache
+
+
+class MLP(nnx.Module):
+    """Gated MLP: ``down(act(gate x) · up x)`` (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, layers: tuple[int, ...], config: ModelConfig) -> None:
+        d, f = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(layers, d, f, config.mlp_bias)
+        self.up_proj = Linear(layers, d, f, config.mlp_bias)
+        self.down_proj = Linear(layers, f, d, config.mlp_bias)
+        self.activation = config.activation
+
+    def __call__(
+        self, x: Float[Array, "B T D"], adapter: Mapping[str, Any], scale: Any
+    ) -> Float[Array, "B T D"]:
+        """Apply to ``x``."""
+        gate = activate(self.activation, self.gate_proj(x, adapter.get("gate_proj"), scale))
+        up = self.up_proj(x, adapter.get("up_proj"), scale)
+        return self.down_proj(gate * up, adapter.get("down_proj"), scale)
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and MLP, each behind a norm and in a residual; Gemma 2 norms their outputs too."""
+
+    def __init__(self, layers: tuple[int, ...], config: ModelConfig) -> None:
+        self.self_attn = Attention(layers, config)
+        self.mlp = MLP(layers, config)
+        self.input_layernorm = RMSNorm(layers, config)
+        # By Hugging Face's names: the norm before the MLP, except in Gemma 2, where it follows
+        # attention.
+        self.post_attention_layernorm = RMSNorm(layers, config)
+        if config.post_norms:
+            self.pre_feedforward_layernorm = RMSNorm(layers, config)
+            self.post_feedforward_layernorm = RMSNorm(layers, config)
+        self.post_norms = config.post_norms
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        context: Context,
+        window: Int[Array, ""] | None,
+        adapter: Mapping[str, Any],
+        layer: Int[Array, ""],
+        cache: tuple[Array, Array] | None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
+        """Apply to the residual stream ``x``; returns it and the cache."""
+        with jax.named_scope("self_attn"):
+            normed = self.input_layernorm(x)
+            out, cache = self.self_attn(
+                normed, context, window, adapter.get("self_attn", {}), layer, cache
+            )
+        with jax.named_scope("mlp"):
+            mlp_adapter = adapter.get("mlp", {})
+            if self.post_norms:
+                x = x + self.post_attention_layernorm(out)
+                out = self.mlp(self.pre_feedforward_layernorm(x), mlp_adapter, context.scale)
+                return x + self.post_feedforward_layernorm(out), cache
+            x = x + out
+            out = self.mlp(self.post_attention_layernorm(x), mlp_adapter, context.scale)
+            return x + out, cache

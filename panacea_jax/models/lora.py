@@ -1,0 +1,49 @@
+"""LoRA adapters: make a fresh one, load one from a PEFT folder."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Key
+
+from panacea_jax.errors import InputError
+from panacea_jax.models.adapter import BLOCK_OF, Adapter, merge, target_names
+from panacea_jax.models.model import Model, abstract
+from panacea_jax.models.peft import load_adapter as load
+from panacea_jax.parallel import replicated
+
+__all__ = ["Adapter", "init", "load", "merge"]
+
+
+def init(
+    model: Model,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str] = ("q", "k", "v"),
+    *,
+    key: Key[jax.Array, ""],
+    dtype: Any = jnp.float32,
+) -> Adapter:
+    """A fresh adapter: A uniform in ±1/√in (as PEFT), B zero, so that the model is unchanged.
+
+    Raises:
+        InputError: rank below 1, or unknown targets.
+    """
+    if rank < 1:
+        raise InputError(f"config.lora.rank = {rank}: a rank is at least 1")
+    names = target_names(targets)
+    all_shapes = abstract(model.config)[1]
+    shapes = [(name, *all_shapes[f"layers/{BLOCK_OF[name]}/{name}/kernel"]) for name in names]
+
+    def build(key: Any) -> dict[str, Any]:
+        layers: dict[str, Any] = {}
+        for (name, n, d_in, d_out), k in zip(shapes, jax.random.split(key, len(shapes))):
+            bound = 1.0 / math.sqrt(d_in)
+            a = jax.random.uniform(k, (n, d_in, rank), dtype, -bound, bound)
+            layers.setdefault(BLOCK_OF[name], {})[name] = {"a": a, "b": jnp.zeros((n, rank, d_out), dtype)}
+        return layers
+
+    layers = jax.jit(build, out_shardings=replicated(model.mesh))(key)
+    return Adapter(layers, rank=rank, alpha=float(alpha))

@@ -1,0 +1,226 @@
+"""A loaded model: the static graph of the decoder and its weights, apart from each other.
+
+Inside jit only ``graphdef`` and other static fields of :class:`Model` may be used; weights are
+passed as arguments, so that one compiled step serves any values and no weight becomes a constant of
+the program.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from panacea_jax.errors import InputError
+from panacea_jax.models.cache import KVCache
+from panacea_jax.models.config import ModelConfig
+from panacea_jax.models.decoder import Decoder
+from panacea_jax.models.hub import local_folder
+from panacea_jax.models.weights import load_weights
+from panacea_jax.parallel import make_mesh, weight_sharding
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder with its base weights.
+
+    Attributes:
+        config: shapes and variants.
+        graphdef: Flax NNX graph of the :class:`Decoder`; hashable.
+        weights: nested dict of arrays, layers stacked on axis 0; None where all weights are trained
+            and live in ``params``.
+        dtype: compute dtype.
+        mesh: device mesh that the weights are placed on.
+        folder: Hugging Face folder they came from, or None.
+    """
+
+    config: ModelConfig
+    graphdef: Any
+    weights: Any
+    dtype: Any
+    mesh: Mesh
+    folder: Path | None = None
+
+    def apply(
+        self,
+        weights: Any,
+        params: Any,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        valid: Bool[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "B T V"], KVCache | None]:
+        """Logits ``[B, T, V]`` in at least float32, and the cache with the new tokens in it.
+
+        Args:
+            weights: base weights; ignored where ``params`` holds all weights.
+            params: an adapter (``.layers`` and ``.scale``), a complete nested dict of weights, or
+                None for the bare base.
+            tokens: token ids.
+            positions: position of each token; by default its index among the valid ones of its row.
+            valid: False for padding; by default all are valid.
+            cache: keys and values of earlier tokens.
+        """
+        decoder, inputs = self._bind(weights, params, tokens, positions, valid)
+        return decoder(**inputs, cache=cache)
+
+    def hidden(
+        self,
+        weights: Any,
+        params: Any,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        valid: Bool[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """Final hidden states ``[B, T, D]``; arguments as :meth:`apply`."""
+        decoder, inputs = self._bind(weights, params, tokens, positions, valid)
+        return decoder.hidden(**inputs, cache=cache)
+
+    def logits(
+        self, weights: Any, params: Any, hidden: Float[Array, "*N D"]
+    ) -> Float[Array, "*N V"]:
+        """Logits of any slice of the final hidden states."""
+        full, _, _ = split_params(weights, params)
+        return nnx.merge(self.graphdef, full).logits(hidden)
+
+    def _bind(
+        self,
+        weights: Any,
+        params: Any,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None,
+        valid: Bool[Array, "B T"] | None,
+    ) -> tuple[Decoder, dict[str, Any]]:
+        full, adapter, scale = split_params(weights, params)
+        if valid is None:
+            valid = jnp.ones(tokens.shape, bool)
+        if positions is None:
+            positions = default_positions(valid)
+        inputs = {"tokens": tokens, "positions": positions, "valid": valid}
+        inputs |= {"adapter": adapter, "scale": scale}
+        return nnx.merge(self.graphdef, full), inputs
+
+
+def split_params(weights: Any, params: Any) -> tuple[Any, Any, Any]:
+    """``(all weights, adapter factors or None, adapter scale)`` from the frozen base and the
+    trainable pytree.
+    """
+    if params is None:
+        return weights, None, 1.0
+    if isinstance(params, Mapping):
+        return params, None, 1.0
+    return weights, params.layers, params.scale
+
+
+def default_positions(valid: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """Index of each token among the valid ones of its row; padding before the first gets 0."""
+    return jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+@functools.lru_cache(maxsize=32)
+def abstract(
+    config: ModelConfig, dtype: str = "float32", remat: str = "none", attention: str = "auto"
+) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """The decoder's graph and the shape of each weight by path; nothing is allocated.
+
+    Raises:
+        InputError: unknown dtype, remat or attention.
+    """
+    decoder = nnx.eval_shape(lambda: Decoder(config, _dtype(dtype), remat, attention))
+    graphdef, state = nnx.split(decoder)
+    flat = flatten_dict(nnx.to_pure_dict(state), sep="/")
+    return graphdef, {path: x.shape for path, x in flat.items()}
+
+
+def _dtype(name: str) -> Any:
+    if name not in DTYPES:
+        raise InputError(f"config.model.dtype = {name}: one of {', '.join(DTYPES)}")
+    if name == "float64" and jnp.result_type(float) != jnp.float64:
+        raise InputError("config.model.dtype = float64: needs JAX_ENABLE_X64=1")
+    return jnp.dtype(name)
+
+
+def _shardings(mesh: Mesh, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    return {path: weight_sharding(mesh, path, shape) for path, shape in shapes.items()}
+
+
+def load(
+    folder: str | PurePath,
+    *,
+    mesh: Mesh | None = None,
+    dtype: str = "bfloat16",
+    weights_dtype: str | None = None,
+    remat: str = "none",
+    attention: str = "auto",
+) -> Model:
+    """Load a Hugging Face folder (or hub id), each weight straight to the devices that hold a part
+    of it.
+
+    Args:
+        folder: a folder with ``config.json`` and safetensors, or a hub id ``owner/name``.
+        mesh: devices; by default all of them on the data axis.
+        dtype: compute dtype.
+        weights_dtype: dtype that the weights are kept in; the compute dtype by default.
+        remat: see :class:`Decoder`.
+        attention: see :class:`Decoder`.
+
+    Raises:
+        InputError: the folder, its config or a tensor is not usable; names it.
+    """
+    path = local_folder(folder)
+    config = ModelConfig.from_folder(path)
+    graphdef, shapes = abstract(config, dtype, remat, attention)
+    mesh = make_mesh() if mesh is None else mesh
+    kept = _dtype(weights_dtype or dtype)
+    weights = load_weights(path, shapes, kept, _shardings(mesh, shapes))
+    return Model(config, graphdef, weights, jnp.dtype(dtype), mesh, path)
+
+
+def init(
+    config: ModelConfig,
+    key: Key[Array, ""],
+    *,
+    mesh: Mesh | None = None,
+    dtype: str = "float32",
+    weights_dtype: str | None = None,
+    remat: str = "none",
+    attention: str = "auto",
+    stddev: float = 0.02,
+) -> Model:
+    """A model with random weights, drawn where they live: normal matrices, zero biases, norms that
+    do nothing.
+
+    Args:
+        config: shapes and variants.
+        key: random key.
+        mesh: as in :func:`load`. dtype: likewise. weights_dtype: likewise. remat: likewise.
+            attention: likewise.
+        stddev: of matrices and embeddings (``initializer_range`` in Hugging Face's configurations).
+    """
+    graphdef, shapes = abstract(config, dtype, remat, attention)
+    mesh = make_mesh() if mesh is None else mesh
+    kept = _dtype(weights_dtype or dtype)
+
+    def draw(key: Any) -> dict[str, Any]:
+        keys = dict(zip(sorted(shapes), jax.random.split(key, len(shapes))))
+        return {path: _draw(keys[path], path, shape) for path, shape in shapes.items()}
+
+    def _draw(key: Any, path: str, shape: tuple[int, ...]) -> Any:
+        if path.endswith("/scale"):
+            return jnp.full(shape, 0.0 if config.unit_offset_norm else 1.0, kept)
+        if path.endswith("/bias"):
+            return jnp.zeros(shape, kept)
+        return (stddev * jax.random.normal(key, shape, jnp.float32)).astype(kept)
+
+    flat = jax.jit(draw, out_shardings=_shardings(mesh, shapes))(key)
+    return Model(config, graphdef, unflatten_dict(flat, sep="/"), jnp.dtype(dtype), mesh)

@@ -1,0 +1,46 @@
+"""The device mesh: axes ``data``, ``fsdp`` and ``tensor``."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from panacea_jax.errors import InputError
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Arrange the devices as a ``data × fsdp × tensor`` mesh.
+
+    At most one axis may be -1; it takes whatever devices are left.
+
+    Raises:
+        InputError: an axis is 0 or below -1, two axes are -1, or the axes do not divide the devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = dict(zip(AXES, (data, fsdp, tensor)))
+    for axis, size in sizes.items():
+        if size == 0 or size < -1:
+            raise InputError(f"config.mesh.{axis} = {size}: a mesh axis is a positive number or -1")
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    if len(open_axes) > 1:
+        raise InputError(f"config.mesh: only one axis may be -1, not {' and '.join(open_axes)}")
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    if open_axes:
+        if len(devices) % fixed:
+            raise InputError(
+                f"config.mesh: {fixed} (the product of the fixed axes) does not divide "
+                f"the {len(devices)} devices"
+            )
+        sizes[open_axes[0]] = len(devices) // fixed
+    elif fixed != len(devices):
+        raise InputError(
+            f"config.mesh: {data} x {fsdp} x {tensor} = {fixed} devices, but there are "
+            f"{len(devices)}; set one axis to -1 to take what is left"
+        )
+    grid = np.asarray(devices, dtype=object).reshape([sizes[axis] for axis in AXES])
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

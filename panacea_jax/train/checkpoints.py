@@ -1,0 +1,105 @@
+"""Checkpoints by orbax: asynchronous, the newest N kept, restored onto whatever mesh is in use."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from panacea_jax.errors import InputError
+from panacea_jax.progress import say
+from panacea_jax.train.step import TrainState
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Leaves by dotted path, e.g. ``params.layers.self_attn.q_proj.a``: readable without our classes, stable when they move."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+class Checkpoints:
+    """The checkpoints of one stage, ``<folder>/<step>/``."""
+
+    def __init__(self, folder: Path, every: int = 0, keep: int = 2) -> None:
+        """Open or create the folder.
+
+        Args:
+            folder: ``WORKDIR/<stage>/checkpoints``.
+            every: save each so many steps; 0 saves only when asked (at the end, on SIGTERM).
+            keep: number of newest checkpoints kept.
+        """
+        self.folder, self.every = folder, every
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+
+    def latest(self) -> int | None:
+        """Newest complete step, or None."""
+        step = self._manager.latest_step()
+        return None if step is None else int(step)
+
+    def due(self, step: int) -> bool:
+        """Whether the state after ``step`` steps is to be saved."""
+        return self.every > 0 and step % self.every == 0
+
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """Start saving; the arrays are copied off the device before this returns, so the state may be donated afterwards."""
+        step = int(state.step)
+        if step == self.latest():
+            return
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(flatten(state)), meta=ocp.args.JsonSave(meta)
+        )
+        self._manager.save(step, args=args)
+
+    def restore(self, state: TrainState) -> TrainState:
+        """The newest checkpoint, in the shapes, dtypes and shardings of ``state``.
+
+        Raises:
+            InputError: the checkpoint is damaged, or belongs to other shapes.
+        """
+        step = self.latest()
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), flatten(state)
+        )
+        try:
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+            loaded = self._manager.restore(step, args=args).state
+        except Exception as error:  # orbax and tensorstore raise many kinds for a broken file
+            raise InputError(
+                f"{self.folder / str(step)}: damaged checkpoint, or one of another model or adapter "
+                f"({_first_line(error)}); remove that folder to go on from an older one"
+            ) from error
+        say(f"resumed from {self.folder / str(step)}")
+        return jax.tree.unflatten(jax.tree.structure(state), [loaded[k] for k in flatten(state)])
+
+    def close(self) -> None:
+        """Wait for pending saves."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Every array of one checkpoint folder (``…/checkpoints/<step>``) on the host by dotted path, and what was noted with it.
+
+    Raises:
+        InputError: not a checkpoint, or a damaged one.
+    """
+    if not (folder / "state").is_dir():
+        raise InputError(f"{folder}: not a checkpoint of ours (no 'state' in it)")
+    folder = folder.resolve()
+    try:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as arrays:
+            metadata = arrays.metadata(folder / "state").item_metadata.tree
+            target = {k: np.zeros(m.shape, m.dtype) for k, m in metadata.items()}
+            state = arrays.restore(folder / "state", args=ocp.args.StandardRestore(target))
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as notes:
+            meta = notes.restore(folder / "meta", args=ocp.args.JsonRestore())
+    except Exception as error:  # as above
+        raise InputError(f"{folder}: damaged checkpoint ({_first_line(error)})") from error
+    return {name: np.asarray(value) for name, value in state.items()}, meta
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200] if text else ''}"

@@ -1,0 +1,68 @@
+"""Warnings for the known ways in which a run goes wrong, each given once."""
+
+import math
+from collections import deque
+
+WINDOW = 50
+
+# Thresholds: where they come from is in docs/diagnostics.md.
+INERT = 1e-2
+LARGE_RHO = 0.5
+HIGH_COSINE = 0.5
+UNSTABLE_COSINE = 0.2
+POISON = 0.3
+RISING = 1.2
+
+
+class Diagnostics:
+    """Watches the metrics of a run and returns warnings."""
+
+    def __init__(self) -> None:
+        self._history: dict[str, deque[float]] = {}
+        self._given: set[str] = set()
+        self._first_loss: float | None = None
+
+    def observe(self, step: int, metrics: dict[str, float]) -> list[str]:
+        """Take in one step; return the warnings that it triggers for the first time."""
+        for name, value in metrics.items():
+            if math.isfinite(value):
+                self._history.setdefault(name, deque(maxlen=WINDOW)).append(value)
+        found = []
+        if metrics.get("clamped", 0) > 0:
+            found.append(("clamped", "the harmful loss at w + ε passed 5: the clamp removes h', the update is g + λh "
+                          "(less ρ, or defence.clamp=none)"))  # fmt: skip
+        checks = (
+            ("term_ratio", lambda m: m < INERT, "λ‖h'−h‖/‖g‖ = {:.1e}: the training term is inert (raise λ or ρ)"),
+            ("rho_displacement", lambda m: m > LARGE_RHO,
+             "ρ is {:.2f} of the distance moved ‖w − w₀‖: ε may undo the task (lower ρ)"),
+            ("cos_gh", lambda m: m > HIGH_COSINE,
+             "cos(g, h) = {:.2f}: the user's data pull the weights the way the harmful set does"),
+            ("epsilon_cosine", lambda m: m < UNSTABLE_COSINE,
+             "ε turns from step to step (cosine {:.2f}): noisy harmful data (larger train.harmful_batch_size, or "
+             "defence.final_epsilon=mean)"),
+            ("poison_estimate", lambda m: m > POISON,
+             "the harmful share of the user's data is estimated at {:.0%}: above 30 % defences were seen to fail"),
+        )  # fmt: skip
+        for name, bad, text in checks:
+            mean = self._mean(name)
+            if mean is not None and bad(mean):
+                found.append((name, text.format(mean)))
+        found += self._rising()
+        fresh = [(name, text) for name, text in found if name not in self._given]
+        self._given |= {name for name, _ in fresh}
+        return [f"step {step}: {text}" for _, text in fresh]
+
+    def _mean(self, name: str) -> float | None:
+        """Mean over a full window, else None: one noisy step is no finding."""
+        values = self._history.get(name, ())
+        return sum(values) / WINDOW if len(values) == WINDOW else None
+
+    def _rising(self) -> list[tuple[str, str]]:
+        loss = self._mean("loss")
+        if loss is None:
+            return []
+        if self._first_loss is None:
+            self._first_loss = loss
+        if loss > RISING * self._first_loss:
+            return [("rising", f"the task loss rose from {self._first_loss:.3f} to {loss:.3f} (lower the learning rate or λ)")]
+        return []

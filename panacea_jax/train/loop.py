@@ -1,0 +1,266 @@
+"""The training loop: batches in, steps out, metrics one step late, checkpoints, a clean stop."""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+
+from panacea_jax.data.batches import Batch, Stream, prefetch
+from panacea_jax.defences import Defence
+from panacea_jax.models.adapter import Adapter
+from panacea_jax.models.model import Model
+from panacea_jax.parallel import batch_sharding
+from panacea_jax.progress import Progress
+from panacea_jax.train import throughput
+from panacea_jax.train.checkpoints import Checkpoints
+from panacea_jax.train.diagnostics import Diagnostics
+from panacea_jax.train.metrics import MetricsWriter
+from panacea_jax.train.step import TrainState, init_state, make_step, make_sum_gradient
+
+
+class Preempted(Exception):
+    """SIGTERM came; the state is saved. The command line exits with 75, so that a scheduler starts it again."""
+
+
+class Diverged(Exception):
+    """The loss stopped being a number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a training run leaves.
+
+    Attributes:
+        model: the base.
+        params: w, the trained tree *without* ε.
+        epsilon: ε, or None for a defence that has none.
+        deployed: what the defence deploys, for Panacea w + ε.
+        state: the defence's final state.
+        steps: steps done.
+        warnings: diagnostics given during the run.
+        compilations: number of shapes for which the step was compiled.
+    """
+
+    model: Model
+    params: Any
+    epsilon: Any
+    deployed: Any
+    state: Any
+    steps: int
+    warnings: tuple[str, ...]
+    compilations: int
+
+
+def finetune(
+    model: Model,
+    params: Any,
+    defence: Defence,
+    streams: Mapping[str, Stream],
+    *,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    seed: int = 0,
+    log_every: int = 10,
+    checkpoints: Checkpoints | None = None,
+    folder: Path | None = None,
+    on_compile: Callable[[int], None] | None = None,
+) -> Result:
+    """Train ``params`` with a defence and return w, ε and what is deployed.
+
+    Args:
+        model: the base; its weights stay frozen (``model.weights`` is None when all parameters train).
+        params: where training starts: an Adapter, or all weights.
+        defence: any defence with a gradient.
+        streams: ``{"user": Stream, …}``, one for each of ``defence.streams`` besides.
+        optimizer: see :func:`panacea_jax.train.optimizer.make_optimizer`.
+        steps: total number of steps; a run that is resumed does the rest.
+        seed: root of the random keys that steps receive.
+        log_every: write metrics each so many steps.
+        checkpoints: where to save and resume; None keeps nothing.
+        folder: where ``metrics.jsonl`` goes; None writes none.
+        on_compile: called with the number of compiled shapes so far when it grows.
+
+    Raises:
+        KeyError: a stream that the defence needs is missing.
+        Diverged: the loss is NaN or infinite; the step is named, the last good checkpoint stays.
+        Preempted: SIGTERM; the state was saved.
+    """
+    missing = [name for name in ("user", *defence.streams) if name not in streams]
+    if missing:
+        raise KeyError(f"{type(defence).__name__} needs the data streams {missing}")
+
+    # ---- state, resume
+    state = init_state(params, defence, optimizer)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    step_fn = make_step(model, defence, optimizer, shardings)
+    if checkpoints is not None and checkpoints.latest() is not None:
+        state = checkpoints.restore(state)
+    start = int(state.step)
+    key = jax.device_put(jax.random.key(seed), jax.tree.leaves(shardings)[-1])
+
+    # ---- loop
+    writer = MetricsWriter(folder, start) if folder is not None else None
+    watch = _Watch(model, params, writer, log_every, steps)
+    needed = {name: streams[name] for name in ("user", *defence.streams)}
+    notes: dict[str, Any] = {"seed": seed}
+    if isinstance(params, Adapter):
+        notes["lora_scale"] = params.scale
+    done, compiled = start, 0
+    with contextlib.ExitStack() as stack:
+        if writer is not None:
+            stack.callback(writer.close)
+        if checkpoints is not None:
+            stack.callback(checkpoints.close)
+        stop = stack.enter_context(_sigterm())
+        bar = stack.enter_context(Progress("train", total=steps, start=start))
+        batches = stack.enter_context(
+            prefetch(_host_batches(needed, start, steps), put=lambda b: _put(model, b))
+        )
+        for host, device in batches:
+            state, metrics = step_fn(state, model.weights, device, key)
+            done += 1
+            watch.step(done, host, metrics, state.params)
+            if compiled != (size := step_fn._cache_size()):  # type: ignore[attr-defined]
+                compiled = size
+                if on_compile is not None:
+                    on_compile(compiled)
+            bar.advance(watch.summary)
+            due = checkpoints is not None and (checkpoints.due(done) or stop.is_set())
+            if due or done == steps or stop.is_set():
+                watch.flush()  # a state is saved only after its loss was seen to be finite
+            if due:
+                checkpoints.save(state, notes)
+            if stop.is_set() and done < steps:
+                raise Preempted(f"stopped by SIGTERM after step {done}" + ("; saved" if due else ""))
+        watch.flush()
+        state = _last_pass(model, defence, streams, state)
+        if checkpoints is not None:
+            checkpoints.save(state, notes)
+
+    deployed = defence.finish(state.params, state.defence)
+    epsilon = getattr(state.defence, "epsilon", None)
+    return Result(model, state.params, epsilon, deployed, state.defence, done, tuple(watch.warnings), compiled)
+
+
+def _host_batches(streams: Mapping[str, Stream], start: int, steps: int) -> Iterator[dict[str, Batch]]:
+    for step in range(start, steps):
+        yield {name: stream.batch(step) for name, stream in streams.items()}
+
+
+def _put(model: Model, batches: Mapping[str, Batch]) -> tuple[Mapping[str, Batch], dict[str, Batch]]:
+    """Place rows on the mesh. Every process builds the same global batch and keeps its own rows."""
+    sharding = batch_sharding(model.mesh)
+
+    def place(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return batches, {name: Batch(*(place(x) for x in batch)) for name, batch in batches.items()}
+
+
+def _last_pass(model: Model, defence: Defence, streams: Mapping[str, Stream], state: TrainState) -> TrainState:
+    """Let a defence look at its whole set once more at the final w (Panacea's ``final_epsilon="mean"``)."""
+    last_pass = getattr(defence, "last_pass", None)
+    if last_pass is None:
+        return state
+    gradient = make_sum_gradient(model)
+    batches = (_put(model, {"x": batch})[1]["x"] for batch in streams[defence.streams[0]].once())
+    inner = last_pass(
+        lambda params, batch: gradient(params, model.weights, batch), state.params, batches, state.defence
+    )
+    return state._replace(defence=inner)
+
+
+class _Stop:
+    def __init__(self) -> None:
+        self._set = False
+
+    def set(self, *_: Any) -> None:
+        self._set = True
+
+    def is_set(self) -> bool:
+        return self._set
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[_Stop]:
+    """Turn SIGTERM into a flag for the length of the loop; outside the main thread signals cannot be caught."""
+    stop = _Stop()
+    try:
+        previous = signal.signal(signal.SIGTERM, stop.set)
+    except ValueError:
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+class _Watch:
+    """Reads each step's metrics one step late, so that the device never waits for the host."""
+
+    def __init__(
+        self, model: Model, params: Any, writer: MetricsWriter | None, log_every: int, steps: int
+    ) -> None:
+        self._model, self._writer, self._log_every, self._steps = model, writer, log_every, steps
+        self._full = not isinstance(params, Adapter)
+        # The start is kept to measure the displacement; with all parameters a second copy would be too dear.
+        self._start = None if self._full else jax.tree.map(jnp.copy, params)
+        self._pending: tuple[int, dict[str, Any]] | None = None
+        self._diagnostics = Diagnostics()
+        self._tokens, self._all_tokens, self._since = 0, 0, time.perf_counter()
+        self.warnings: list[str] = []
+        self.summary = ""
+
+    def step(self, step: int, host: Mapping[str, Batch], metrics: dict[str, Any], params: Any) -> None:
+        self.flush()
+        if self._start is not None and "norm_epsilon" in metrics:
+            metrics["displacement"] = _distance(params, self._start)
+        self._pending = (step, metrics)
+        self._tokens += int(host["user"].valid.sum())
+        # Panacea passes the harmful batch twice.
+        self._all_tokens += sum(int(b.valid.sum()) * (1 if n == "user" else 2) for n, b in host.items())
+
+    def flush(self) -> None:
+        """Fetch the pending step, check it, log it."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        scalars = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not math.isfinite(scalars["loss"]):
+            raise Diverged(f"step {step}: the task loss is {scalars['loss']}; nothing was saved after it")
+        if scalars.get("displacement", 0) > 0:
+            scalars["rho_displacement"] = scalars["norm_epsilon"] / scalars["displacement"]
+        for warning in self._diagnostics.observe(step, scalars):
+            self.warnings.append(warning)
+            logging.warning("%s", warning)
+        self.summary = f"loss {scalars['loss']:.3f}"
+        if step % self._log_every == 0 or step == self._steps:
+            self._log(step, scalars)
+
+    def _log(self, step: int, scalars: dict[str, float]) -> None:
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        scalars["tokens_per_second"] = self._tokens / seconds
+        peak = throughput.peak_flops(self._model.mesh.devices.flat[0])
+        if peak is not None:
+            per_token = throughput.train_flops_per_token(self._model.config.matmul_parameters(), self._full)
+            scalars["mfu"] = per_token * self._all_tokens / seconds / peak / self._model.mesh.size
+        self._tokens, self._all_tokens, self._since = 0, 0, time.perf_counter()
+        if self._writer is not None:
+            self._writer.write(step, scalars)
+
+
+@jax.jit
+def _distance(a: Any, b: Any) -> jax.Array:
+    return optax.global_norm(jax.tree.map(jnp.subtract, a, b))

@@ -1,0 +1,254 @@
+"""The commands ``align``, ``finetune`` and ``heal``: from a configuration to a finished stage folder.
+
+Each reads from top to bottom: model, data, trainable tree, defence, steps, export. In order, a stage that is done is skipped, one that
+has a checkpoint goes on from it, any other starts anew.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+from ml_collections import ConfigDict
+
+from panacea_jax.config import make_defence
+from panacea_jax.data.batches import Stream, lengths
+from panacea_jax.data.encode import encode_all
+from panacea_jax.data.mixing import first, poison
+from panacea_jax.data.sources import Record, fingerprint, load_records
+from panacea_jax.data.template import template_id
+from panacea_jax.data.tokenizer import load_tokenizer
+from panacea_jax.defences import Defence, Sft
+from panacea_jax.errors import InputError
+from panacea_jax.export import WITHOUT_EPSILON, save_epsilon, save_model
+from panacea_jax.models import lora
+from panacea_jax.models.full import full_parameters
+from panacea_jax.models.model import Model, load
+from panacea_jax.models.peft import save_adapter
+from panacea_jax.parallel import make_mesh
+from panacea_jax.parallel.sharding import batch_rows
+from panacea_jax.progress import say
+from panacea_jax.train.checkpoints import Checkpoints
+from panacea_jax.train.loop import Result, finetune
+from panacea_jax.train.optimizer import learning_rate, make_optimizer
+from panacea_jax.workdir import Stage, sha256_folder
+
+# Which configuration sections decide the outcome of a stage: a change of any other may resume it.
+DECISIVE = ("seed", "model", "lora", "data", "defence", "optimizer", "train", "export")
+NEUTRAL = {"train": ("log_every",), "model": ("attention", "remat")}
+
+
+def decisive(config: ConfigDict) -> dict[str, Any]:
+    """The part of the configuration that a stage's manifest is compared by."""
+    part = {key: config[key] for key in DECISIVE}
+    out = {k: v.to_dict() if isinstance(v, ConfigDict) else v for k, v in part.items()}
+    return {
+        k: {n: x for n, x in v.items() if n not in NEUTRAL.get(k, ())} if isinstance(v, dict) else v
+        for k, v in out.items()
+    }
+
+
+def model_inputs(config: ConfigDict) -> dict[str, str]:
+    """Fingerprints of the base folder and of the starting adapter.
+
+    Raises:
+        InputError: ``config.model.path`` is not set.
+    """
+    if not config.model.path:
+        raise InputError("config.model.path is not set: give a Hugging Face folder or a hub id")
+    inputs = {}
+    folder = Path(config.model.path)
+    if folder.is_dir():
+        inputs[str(folder)] = sha256_folder(folder, ("*.json", "*.safetensors"))
+    if config.lora.init_from:
+        inputs[config.lora.init_from] = sha256_folder(
+            Path(config.lora.init_from), ("*.json", "*.safetensors")
+        )
+    return inputs
+
+
+def open_model(config: ConfigDict) -> Model:
+    """The base model on the mesh of the configuration."""
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    return load(
+        config.model.path,
+        mesh=mesh,
+        dtype=config.model.dtype,
+        weights_dtype="float32" if config.train.full_parameters else None,
+        remat=config.model.remat,
+        attention=config.model.attention,
+    )
+
+
+def user_records(config: ConfigDict, stage: str) -> tuple[str, list[Record]]:
+    """The main stream's records and the key they come from: the poisoned user set, or the alignment set.
+
+    Raises:
+        InputError: a source is not set or cannot be used.
+    """
+    data = config.data
+    if stage == "align":
+        records = _load(data.alignment, "config.data.alignment")
+        return "config.data.alignment", _first(records, data.num_alignment, "config.data.alignment", data)
+    user = _load(data.user, "config.data.user")
+    if not data.attack:
+        return "config.data.user", _first(user, data.num_examples, "config.data.user", data, off_by_one=False)
+    attack = _load(data.attack, "config.data.attack")
+    n = data.num_examples or len(user)
+    return "config.data.user", poison(user, attack, n, data.poison_ratio, data.off_by_one)
+
+
+def _load(spec: str, key: str) -> list[Record]:
+    if not spec:
+        raise InputError(f"{key} is not set: give TASK@WHERE")
+    return load_records(spec, key, need_output=True)
+
+
+def _first(
+    records: Sequence[Record], n: int, key: str, data: ConfigDict, off_by_one: bool | None = None
+) -> list[Record]:
+    strict = data.off_by_one if off_by_one is None else off_by_one
+    return first(records, n or len(records), key, strict)
+
+
+def make_streams(config: ConfigDict, stage: str, defence: Defence, tokenizer: Any, rows: int) -> dict[str, Stream]:
+    """The main stream and those that the defence asks for."""
+    data, train = config.data, config.train
+    key, records = user_records(config, stage)
+    sources: dict[str, tuple[str, list[Record], int]] = {"user": (key, records, train.batch_size)}
+    if "harmful" in defence.streams:
+        harmful = _load(data.harmful, "config.data.harmful")
+        chosen = _first(harmful, data.num_harmful, "config.data.harmful", data)
+        sources["harmful"] = ("config.data.harmful", chosen, train.harmful_batch_size)
+    return {
+        name: Stream(
+            name=name,
+            examples=encode_all(chosen, tokenizer, data.template, data.max_length, key),
+            batch_size=size,
+            seed=config.seed,
+            shuffle=data.shuffle,
+            ladder=lengths(data.max_length),
+            fixed_length=name != "user",
+            row_multiple=rows,
+        )
+        for name, (key, chosen, size) in sources.items()
+    }
+
+
+def data_inputs(config: ConfigDict, stage: str, defence: Defence) -> dict[str, str]:
+    """Fingerprints of the sources that the stage reads."""
+    keys = ["alignment"] if stage == "align" else ["user", "attack"]
+    keys += [name for name in defence.streams if name in config.data]
+    return {config.data[k]: fingerprint(config.data[k], f"config.data.{k}") for k in keys if config.data[k]}
+
+
+def start_params(config: ConfigDict, model: Model) -> tuple[Model, Any]:
+    """The trainable tree at step 0, with the model as it goes with it."""
+    if config.train.full_parameters:
+        if config.lora.init_from:
+            raise InputError("config.lora.init_from: cannot start all-parameter training from an adapter; merge it with `panacea convert`")
+        return full_parameters(model)
+    if config.lora.init_from:
+        return model, lora.load(config.lora.init_from, model)
+    key = jax.random.key(config.seed)
+    return model, lora.init(model, config.lora.rank, config.lora.alpha, config.lora.targets, key=key)
+
+
+def train_stage(config: ConfigDict, workdir: Path, name: str) -> Path:
+    """Run ``align`` or ``finetune``; returns the folder of what is to be deployed.
+
+    Raises:
+        InputError: something in the configuration, its files or the work directory.
+        Preempted, Diverged: see :func:`panacea_jax.train.loop.finetune`.
+    """
+    # ---- what is asked for
+    defence = make_defence(config.defence)
+    if defence.stage != name and not isinstance(defence, Sft):
+        raise InputError(f"config.defence.name = {config.defence.name}: acts at the stage {defence.stage}, not {name}")
+    inputs = model_inputs(config) | data_inputs(config, name, defence)
+    stage = Stage(workdir, name, decisive(config), inputs)
+    out = stage.folder / ("model" if config.train.full_parameters else "adapter")
+    if stage.done:
+        say(f"{stage.folder}: done already, skipped")
+        return out
+
+    # ---- model, data
+    tokenizer = load_tokenizer(config.model.path)
+    model = open_model(config)
+    streams = make_streams(config, name, defence, tokenizer, batch_rows(model.mesh))
+    model, params = start_params(config, model)
+
+    # ---- optimizer, steps
+    steps = config.train.steps or config.train.epochs * streams["user"].steps_per_epoch
+    o = config.optimizer
+    optimizer = make_optimizer(
+        learning_rate(o.learning_rate, steps, o.schedule, o.warmup_ratio),
+        weight_decay=o.weight_decay, b1=o.b1, b2=o.b2, eps=o.eps, clip_norm=o.clip_norm,
+    )  # fmt: skip
+
+    # ---- train
+    checkpoints = Checkpoints(stage.folder / "checkpoints", config.checkpoint.every, config.checkpoint.keep)
+    result = finetune(
+        model, params, defence, streams,
+        optimizer=optimizer, steps=steps, seed=config.seed, log_every=config.train.log_every,
+        checkpoints=checkpoints, folder=stage.folder,
+    )  # fmt: skip
+
+    # ---- export
+    epsilon_mean = getattr(result.state, "epsilon_mean", None)
+    export(config, stage.folder, result, epsilon_mean)
+    stage.finish({
+        "steps": result.steps, "compilations": result.compilations, "warnings": list(result.warnings),
+        "template": template_id(config.data.template, tokenizer),
+        "records": {k: len(s.examples) for k, s in streams.items()},
+    })  # fmt: skip
+    return out
+
+
+def export(config: ConfigDict, folder: Path, result: Result, epsilon_mean: Any = None) -> None:
+    """Write what is deployed (w + ε unless told otherwise), and ε, into the stage's folder."""
+    bare = config.export.without_epsilon and result.epsilon is not None
+    if bare:
+        logging.warning("%s", WITHOUT_EPSILON)
+    params = result.params if bare else result.deployed
+    if config.train.full_parameters:
+        shutil.rmtree(folder / "model", ignore_errors=True)  # of an earlier try that was cut short
+        save_model(result.model, params, folder / "model")
+    else:
+        save_adapter(params, folder / "adapter", base=str(config.model.path))
+    if result.epsilon is not None:
+        defence = config.defence.name
+        save_epsilon(result.epsilon, folder / "epsilon.safetensors", {"kind": "last", "defence": defence})
+        if epsilon_mean is not None:
+            save_epsilon(epsilon_mean, folder / "epsilon_mean.safetensors", {"kind": "mean", "defence": defence})
+
+
+def heal_stage(config: ConfigDict, workdir: Path) -> Path:
+    """Run ``heal``: a post-fine-tuning defence on ``lora.init_from``, or on the fine-tuned adapter of the work directory.
+
+    Raises:
+        InputError: no adapter to heal, or a defence of another stage.
+    """
+    defence = make_defence(config.defence)
+    if defence.stage != "heal":
+        raise InputError(f"config.defence.name = {config.defence.name}: acts at the stage {defence.stage}, not heal")
+    if config.train.full_parameters:
+        raise InputError("config.train.full_parameters: heal works on adapters so far")
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.lora.init_from = config.lora.init_from or str(workdir / "finetune" / "adapter")
+    if not Path(config.lora.init_from).is_dir():
+        raise InputError(f"config.lora.init_from = {config.lora.init_from}: no adapter there; run finetune first")
+    stage = Stage(workdir, "heal", decisive(config), model_inputs(config))
+    if stage.done:
+        say(f"{stage.folder}: done already, skipped")
+        return stage.folder / "adapter"
+    model = open_model(config)
+    params = lora.load(config.lora.init_from, model)
+    state = defence.init(params)
+    result = Result(model, params, state.epsilon, defence.finish(params, state), state, 0, (), 0)
+    export(config, stage.folder, result)
+    stage.finish({})
+    return stage.folder / "adapter"

@@ -1,0 +1,97 @@
+"""The train step: ``(state, weights, batches, key) -> (state, metrics)``, jitted, sharded, its state donated."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+from panacea_jax.data.batches import Batch
+from panacea_jax.defences import Defence
+from panacea_jax.models.model import Model
+from panacea_jax.train.loss import mean_loss, summed_loss
+
+
+class TrainState(NamedTuple):
+    """Everything that a step reads and writes; a checkpoint holds exactly this.
+
+    Attributes:
+        params: trainable tree, an Adapter or all weights (w, never w + ε).
+        opt_state: optax state.
+        defence: the defence's own state, for Panacea with ε.
+        step: number of steps done.
+    """
+
+    params: Any
+    opt_state: Any
+    defence: Any
+    step: Int[Array, ""]
+
+
+Metrics = dict[str, Float[Array, ""]]
+Step = Callable[[TrainState, Any, Mapping[str, Batch], Key[Array, ""]], tuple[TrainState, Metrics]]
+
+
+def init_state(params: Any, defence: Defence, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before step 0, every buffer on the devices of ``params``.
+
+    ``params`` is copied: the step donates its state, and the caller's tree must stay usable.
+    """
+
+    def build(params: Any) -> TrainState:
+        params = jax.tree.map(jnp.copy, params)
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(params, optimizer.init(params), defence.init(params), step)
+
+    shapes = jax.eval_shape(build, params)
+    return jax.jit(build, out_shardings=state_shardings(shapes, params))(params)
+
+
+def state_shardings(state: Any, params: Any) -> Any:
+    """Each part of the state that has the shape of the trainable tree lives where the tree lives; the rest is replicated."""
+    like = jax.tree.map(lambda x: x.sharding, params)
+    structure = jax.tree.structure(params)
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    scalar = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def is_params(node: Any) -> bool:
+        return jax.tree.structure(node) == structure
+
+    return jax.tree.map(lambda node: like if is_params(node) else scalar, state, is_leaf=is_params)
+
+
+def make_step(model: Model, defence: Defence, optimizer: optax.GradientTransformation, shardings: Any) -> Step:
+    """Compile-once step of a defence: its gradient, then clip → AdamW → update.
+
+    Args:
+        model: only its static part is used; the base weights are an argument of the step (None when all parameters train).
+        defence: the gradient rule.
+        optimizer: the shared tail, see ``make_optimizer``.
+        shardings: of the state, see ``state_shardings``.
+    """
+
+    def step(
+        state: TrainState, weights: Any, batches: Mapping[str, Batch], key: Key[Array, ""]
+    ) -> tuple[TrainState, Metrics]:
+        loss_fn = functools.partial(mean_loss, model, weights)
+        key = jax.random.fold_in(key, state.step)
+        grads, inner, metrics = defence.gradient(loss_fn, state.params, batches, state.defence, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics |= {"norm_gradient": optax.global_norm(grads), "norm_update": optax.global_norm(updates),
+                    "norm_params": optax.global_norm(params)}  # fmt: skip
+        return TrainState(params, opt_state, inner, state.step + 1), metrics
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def make_sum_gradient(model: Model) -> Callable[[Any, Any, Batch], tuple[Any, Float[Array, ""]]]:
+    """``(params, weights, batch) -> (gradient of the summed response loss, response tokens)``, for passes over a whole set."""
+
+    def total(params: Any, weights: Any, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        return summed_loss(model, weights, params, batch)
+
+    return jax.jit(jax.grad(total, has_aux=True))

@@ -1,0 +1,171 @@
+"""The work directory: one folder a stage, each with a manifest that says what made it.
+
+A stage that is done is skipped; one that was cut short goes on; a folder that some other configuration, or somebody else, made is
+refused and left as it is.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from panacea_jax.errors import InputError
+
+MANIFEST = "manifest.json"
+PACKAGES = ("panacea_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets")
+
+
+class Stage:
+    """One stage's folder, opened for work.
+
+    Attributes:
+        folder: ``WORKDIR/<stage>``.
+        done: the stage was finished earlier, by the same configuration.
+    """
+
+    def __init__(
+        self, workdir: Path, name: str, config: Mapping[str, Any], inputs: Mapping[str, str]
+    ) -> None:
+        """Open or create the folder.
+
+        Args:
+            workdir: the work directory.
+            name: stage.
+            config: the part of the resolved configuration that decides the outcome.
+            inputs: sha256 by input (source spec or folder).
+
+        Raises:
+            InputError: the folder cannot be written, is not ours, or was made by another configuration or from other inputs.
+        """
+        self.name, self.folder = name, workdir / name
+        self._path = self.folder / MANIFEST
+        self._config, self._inputs = _plain(config), dict(inputs)
+        self.done = False
+        if self._path.exists():
+            self.done = self._compare(read_manifest(self.folder))
+            return
+        if self.folder.exists() and any(self.folder.iterdir()):
+            raise InputError(f"{self.folder}: not empty and without a {MANIFEST}: not ours, left alone")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write("running", {})
+        except OSError as error:
+            raise InputError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
+
+    def _compare(self, manifest: Mapping[str, Any]) -> bool:
+        for what, old, new in (
+            ("config", manifest["config"], self._config),
+            ("input", manifest["inputs"], self._inputs),
+        ):
+            changed = _first_change(old, new)
+            if changed:
+                raise InputError(
+                    f"{self.folder}: made by another run ({what} {changed}); choose another --workdir"
+                )
+        return bool(manifest["status"] == "done")
+
+    def finish(self, outcome: Mapping[str, Any]) -> None:
+        """Mark the stage as done, with what is worth keeping of its outcome."""
+        self._write("done", outcome)
+        self.done = True
+
+    def _write(self, status: str, outcome: Mapping[str, Any]) -> None:
+        manifest = {
+            "stage": self.name,
+            "status": status,
+            "config": self._config,
+            "config_sha256": sha256_json(self._config),
+            "inputs": self._inputs,
+            "versions": versions(),
+            "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
+            "processes": jax.process_count(),
+            "outcome": _plain(outcome),
+        }
+        if jax.process_index() == 0:
+            write_text(self._path, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a stage's folder.
+
+    Raises:
+        InputError: missing, or not one of ours.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest["stage"], manifest["status"], manifest["config"], manifest["inputs"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a manifest of ours ({type(error).__name__})") from error
+    return manifest
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide the numbers."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def sha256_json(value: Any) -> str:
+    """Hash of a JSON value, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def sha256_folder(folder: Path, patterns: tuple[str, ...]) -> str:
+    """Hash over the names, sizes and, below 64 MiB, contents of the files of a folder.
+
+    Weights are told apart by size and modification time only: hashing a 7B folder would take longer than loading it.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(p for pattern in patterns for p in folder.glob(pattern)):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        digest.update(
+            path.read_bytes() if size < 64 * 2**20 else str(path.stat().st_mtime_ns).encode()
+        )
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """JSON types only: ConfigDicts to dicts, tuples to lists, paths to strings."""
+    if isinstance(value, ConfigDict):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for k, v in value.items():
+            yield from _leaves(v, f"{prefix}.{k}" if prefix else str(k))
+    else:
+        yield prefix, value
+
+
+def _first_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    a, b = dict(_leaves(old)), dict(_leaves(new))
+    for key in sorted(a.keys() | b.keys()):
+        if a.get(key) != b.get(key):
+            return f"{key}: {a.get(key)!r} there, {b.get(key)!r} now"
+    return ""

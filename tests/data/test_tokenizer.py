@@ -1,0 +1,80 @@
+"""Loading tokenizers: golden ids of the real one, and the folders that are refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from panacea_jax.data.tokenizer import load_tokenizer
+from panacea_jax.errors import InputError
+
+KEY = "config.model.path"
+
+
+def refused(folder: str | Path, *parts: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_tokenizer(folder)
+    line = str(caught.value)
+    assert line.startswith(f"{KEY}: ") and "\n" not in line
+    for part in parts:
+        assert part in line
+
+
+def test_real_llama2_ids_are_sentencepieces(llama2):
+    ids = [1, 835, 2799, 4080, 29901, 13, 10994, 3186, 29871, 29896, 29906]
+    assert llama2("### Instruction:\nHello world 12").input_ids == ids
+
+
+def test_small_folder(words):
+    assert words.convert_ids_to_tokens(words("mend a blorf").input_ids) == [
+        *("<s>", "mend", "a", "blorf")
+    ]
+    assert words.eos_token == "</s>"
+
+
+def test_sentencepiece_model_alone_is_refused(shared: Path, tmp_path: Path):
+    source = shared / "tokenizers" / "llama2"
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(source / name, tmp_path / name)
+        refused(tmp_path, "tokenizer.model alone", "tokenizer.json")
+    shutil.copyfile(source / "tokenizer.json", tmp_path / "tokenizer.json")
+    assert load_tokenizer(tmp_path)("Hello").input_ids == [1, 15043]
+
+
+def test_invented_model_alone_is_refused(tmp_path: Path):
+    (tmp_path / "tokenizer.model").write_bytes(b"whatever")
+    refused(tmp_path, f"{tmp_path}/tokenizer.model alone")
+
+
+def test_bad_folders(tmp_path: Path, make_tokenizer):
+    refused(tmp_path / "absent", "no such file or folder")
+    refused(tmp_path, "no tokenizer.json")
+    (tmp_path / "tokenizer.json").write_text("{oops")
+    refused(tmp_path, "no usable tokenizer")
+    refused(tmp_path / "tokenizer.json", "not a folder")
+    refused("owner/name/subset", "neither a folder nor a hub id")
+    refused("owner/name:train", "neither a folder nor a hub id")
+    refused(make_tokenizer(tmp_path / "endless", eos=False), "names no end-of-sequence token")
+
+
+def test_a_tokenizer_that_appends_eos_is_refused(tmp_path: Path, make_tokenizer):
+    folder = make_tokenizer(tmp_path / "eager")
+    file = folder / "tokenizer.json"
+    backend = json.loads(file.read_text())
+    backend["post_processor"]["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
+    backend["post_processor"]["special_tokens"]["</s>"] = {
+        **{"id": "</s>", "ids": [2], "tokens": ["</s>"]}
+    }
+    file.write_text(json.dumps(backend))
+    refused(folder, "appends EOS")
+
+
+def test_no_code_from_the_folder(tmp_path: Path, make_tokenizer):
+    folder = make_tokenizer(tmp_path / "code")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["auto_map"] = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    config["tokenizer_class"] = "Evil"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text("raise SystemExit('remote code ran')\n")
+    refused(folder, "no usable tokenizer")
