@@ -115,7 +115,7 @@ class Stream:
         return pad([self.examples[i] for i in chosen], self._length(chosen.tolist()), self.rows)
 
     def once(self) -> Iterator[Batch]:
-        """Every record once, in the set's order; the last batch is filled up with rows without tokens."""
+        """Every record once, in the set's order; rows without tokens fill up the last batch."""
         for start in range(0, len(self.examples), self.batch_size):
             chosen = range(start, min(start + self.batch_size, len(self.examples)))
             yield pad([self.examples[i] for i in chosen], self._length(list(chosen)), self.rows)

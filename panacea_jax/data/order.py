@@ -43,6 +43,4 @@ def _permutation(seed: int, stream: str, epoch: int, n: int) -> Int64[np.ndarray
     """
     key = hashlib.sha256(f"{seed}/{epoch}/{stream}".encode()).digest()[:16]
     words = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(n)
-    order = np.argsort(words, kind="stable").astype(np.int64)
-    order.flags.writeable = False  # the cache hands the same array to everyone
-    return order
+    return np.argsort(words, kind="stable").astype(np.int64)

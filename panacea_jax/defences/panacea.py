@@ -59,7 +59,7 @@ def _difference(a: Params, b: Params) -> Params:
 
 def _cosine(a: Params, b: Params) -> Float[Array, ""]:
     """Cosine between two trees; 0 when either is zero."""
-    scale = optax.global_norm(a) * optax.global_norm(b)
+    scale = optax.tree.norm(a) * optax.tree.norm(b)
     return jnp.where(scale > 0, optax.tree.vdot(a, b) / jnp.where(scale > 0, scale, 1.0), 0.0)
 
 
@@ -76,8 +76,8 @@ class Panacea:
             the gradient over the whole harmful set.
     """
 
-    rho: float | tuple[float, ...] = 1.0
-    lam: float = 1e-3
+    rho: float | int | tuple[float, ...] = 1.0
+    lam: float | int = 1e-3
     every: int = 1
     clamp: Literal["reference", "none"] = "reference"
     final_epsilon: Literal["last", "mean"] = "last"
@@ -134,8 +134,8 @@ class Panacea:
         measured = {
             "harmful_loss": loss,
             "harmful_loss_perturbed": loss_perturbed,
-            "norm_h": optax.global_norm(h),
-            "norm_difference": optax.global_norm(difference),
+            "norm_h": optax.tree.norm(h),
+            "norm_difference": optax.tree.norm(difference),
             "clamped": clamped.astype(loss.dtype),
             "epsilon_cosine": _cosine(epsilon, previous),
         }
@@ -178,9 +178,9 @@ class Panacea:
             )
         grads = jax.tree.map(lambda g, d: g - self.lam * d, g, difference)
 
-        norm_g = optax.global_norm(g)
+        norm_g = optax.tree.norm(g)
         ratio = self.lam * state.measured["norm_difference"] / jnp.maximum(norm_g, 1e-12)
-        metrics = {"loss": loss, "norm_g": norm_g, "norm_epsilon": optax.global_norm(state.epsilon),
+        metrics = {"loss": loss, "norm_g": norm_g, "norm_epsilon": optax.tree.norm(state.epsilon),
                    "term_ratio": ratio, **state.measured, **measured}  # fmt: skip
         return grads, state, metrics
 

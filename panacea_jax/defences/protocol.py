@@ -1,9 +1,8 @@
 """What a defence is: a gradient rule, the data streams that it draws on, and what is added to the weights at the end."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
-import jax
 from jaxtyping import Array, Float, Key
 
 Params = Any  # a pytree: an Adapter, or all weights
@@ -13,6 +12,7 @@ LossFn = Callable[[Params, Any], Float[Array, ""]]  # (params, batch) -> mean lo
 Gradient = tuple[Params, State, Metrics]
 
 
+@runtime_checkable
 class Defence(Protocol):
     """One method. Implementations are frozen dataclasses of hyper-parameters; all state is in the pytrees they return.
 

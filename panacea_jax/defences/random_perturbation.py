@@ -35,8 +35,8 @@ class RandomPerturbation:
         seed: seed of the noise.
     """
 
-    rho: float = 1.0
-    sigma: float | None = None
+    rho: float | int = 1.0
+    sigma: float | int | None = None
     seed: int = 0
 
     stage: ClassVar[Literal["heal"]] = "heal"
@@ -52,7 +52,7 @@ class RandomPerturbation:
         leaves, tree = jax.tree.flatten(params)
         keys = jax.random.split(jax.random.key(self.seed), len(leaves))
         noise = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves)]
-        size = self.rho / optax.global_norm(noise) if self.sigma is None else jnp.asarray(self.sigma)
+        size = self.rho / optax.tree.norm(noise) if self.sigma is None else jnp.asarray(self.sigma)
         return RandomPerturbationState(
             jax.tree.unflatten(tree, [(z * size).astype(z.dtype) for z in noise])
         )

@@ -30,7 +30,6 @@ def judge_stage(config: ConfigDict, workdir: Path) -> Path:
     if not specs:
         raise InputError("config.eval.tasks is empty: name at least one TASK@WHERE")
     judge = make_judge(config.judge.name)
-    judge.self_test()
     sets, templates = [], set()
     for name, spec in zip(set_names(specs), specs):
         source = workdir / "generations" / f"{name}.jsonl"

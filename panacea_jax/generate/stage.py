@@ -1,6 +1,5 @@
 """The command ``generate``: answers of the newest stage's model to every evaluation set, appended line by line."""
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,10 @@ from panacea_jax.train.stage import model_inputs, open_model
 from panacea_jax.workdir import Stage, sha256_folder
 
 BARE_BASE = "none"
+
+# Answers come out sorted by length but go to disk in the order of the set, so those of a chunk wait for each other; a kill costs at
+# most one chunk.
+CHUNK_BATCHES = 8
 
 
 def eval_records(spec: str, num_examples: int, key: str = "config.eval.tasks") -> list[Record]:
@@ -113,10 +116,10 @@ def generate_stage(config: ConfigDict, workdir: Path) -> Path:
     for name, spec in zip(names, specs):
         records = eval_records(spec, config.eval.num_examples)
         length = config.generate.max_new_tokens or find_task(parse(spec).task).max_new_tokens
-        answer = functools.partial(
-            _answer, model, params, tokenizer, ends, config.data.template, config.generate.batch_size, length
-        )
-        answer(stage.folder / f"{name}.jsonl", name, records)
+        _answer(
+            model, params, tokenizer, records, stage.folder / f"{name}.jsonl",
+            ends=ends, template=config.data.template, batch_size=config.generate.batch_size, max_new_tokens=length,
+        )  # fmt: skip
     stage.finish({"adapter_sha256": sha256_folder(Path(adapter), ("*",)) if adapter else ""})
     return stage.folder
 
@@ -125,29 +128,30 @@ def _answer(
     model: Model,
     params: Any,
     tokenizer: Any,
+    records: Sequence[Record],
+    path: Path,
+    *,
     ends: Sequence[int],
     template: str,
     batch_size: int,
     max_new_tokens: int,
-    path: Path,
-    name: str,
-    records: Sequence[Record],
 ) -> None:
     """Decode one set, from where its file ends."""
     prompts = [render(record, template, tokenizer) for record in records]
     form = template_id(template, tokenizer)
-    with Writer(path, prompts) as writer, Progress(f"generate {name}", len(records), writer.done) as bar:
-        start = writer.done
-        ids = [encode_prompt(record, tokenizer, template) for record in records[start:]]
-        answers = generate(
-            model, model.weights, params, ids,
-            batch_size=batch_size, max_new_tokens=max_new_tokens, eos_ids=ends, pad_id=0,
-        )  # fmt: skip
-        for index, tokens, finished in answers:
-            i = start + index
-            text = tokenizer.decode(tokens, skip_special_tokens=True)
-            line = generation_line(
-                records[i], prompt=prompts[i], response=text, template=form, finished=finished
-            )
-            writer.put(i, line)
-            bar.advance()
+    chunk = CHUNK_BATCHES * batch_size
+    with Writer(path, prompts) as writer, Progress(f"generate {path.stem}", len(records), writer.done) as bar:
+        for start in range(writer.done, len(records), chunk):
+            ids = [encode_prompt(r, tokenizer, template) for r in records[start : start + chunk]]
+            answers = generate(
+                model, model.weights, params, ids,
+                batch_size=batch_size, max_new_tokens=max_new_tokens, eos_ids=ends, pad_id=0,
+            )  # fmt: skip
+            for index, tokens, finished in answers:
+                i = start + index
+                text = tokenizer.decode(tokens, skip_special_tokens=True)
+                line = generation_line(
+                    records[i], prompt=prompts[i], response=text, template=form, finished=finished
+                )
+                writer.put(i, line)
+                bar.advance()

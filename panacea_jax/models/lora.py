@@ -20,7 +20,7 @@ __all__ = ["Adapter", "init", "load", "merge"]
 def init(
     model: Model,
     rank: int,
-    alpha: float,
+    alpha: float | int,
     targets: Sequence[str] = ("q", "k", "v"),
     *,
     key: Key[jax.Array, ""],

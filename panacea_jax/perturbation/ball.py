@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-Radius = float | Float[Array, ""] | Float[Array, "layers"]
+Radius = float | int | Float[Array, ""] | Float[Array, "layers"]
 
 # Added to the norm, not to its square, as the reference code of Panacea does: a zero gradient gives ε = 0.
 NORM_GUARD = 1e-7
@@ -20,7 +20,7 @@ NORM_GUARD = 1e-7
 def norms(tree: Any, per_layer: bool = False) -> Float[Array, ""] | Float[Array, "layers"]:
     """L2 norm over all leaves together: one number, or ``[L]`` with one number a layer."""
     if not per_layer:
-        return optax.global_norm(tree)
+        return optax.tree.norm(tree)
     squares = [jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(tree)]
     return jnp.sqrt(sum(squares[1:], squares[0]))
 
@@ -65,7 +65,8 @@ def onto_ball(rho: Radius) -> optax.GradientTransformation:
 
     def project(tree: Any) -> Any:
         if not _is_per_layer(rho):
-            return optax.projections.projection_l2_ball(tree, rho)
+            # A radius of exactly 0 would divide 0 by 0 at ε = 0.
+            return optax.projections.projection_l2_ball(tree, jnp.maximum(rho, 1e-15))
         length = norms(tree, per_layer=True)
         # A layer inside its ball keeps its values exactly; the guarded division never sees a zero.
         outside = length > rho

@@ -263,4 +263,4 @@ class _Watch:
 
 @jax.jit
 def _distance(a: Any, b: Any) -> jax.Array:
-    return optax.global_norm(jax.tree.map(jnp.subtract, a, b))
+    return optax.tree.norm(jax.tree.map(jnp.subtract, a, b))

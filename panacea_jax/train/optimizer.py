@@ -19,7 +19,7 @@ def clip_global_norm(max_norm: float) -> optax.GradientTransformation:
     """
 
     def update(g: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
-        factor = jnp.minimum(1.0, max_norm / (optax.global_norm(g) + 1e-6))
+        factor = jnp.minimum(1.0, max_norm / (optax.tree.norm(g) + 1e-6))
         return jax.tree.map(lambda x: x * factor.astype(x.dtype), g), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

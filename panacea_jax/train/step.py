@@ -81,8 +81,8 @@ def make_step(model: Model, defence: Defence, optimizer: optax.GradientTransform
         grads, inner, metrics = defence.gradient(loss_fn, state.params, batches, state.defence, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics |= {"norm_gradient": optax.global_norm(grads), "norm_update": optax.global_norm(updates),
-                    "norm_params": optax.global_norm(params)}  # fmt: skip
+        metrics |= {"norm_gradient": optax.tree.norm(grads), "norm_update": optax.tree.norm(updates),
+                    "norm_params": optax.tree.norm(params)}  # fmt: skip
         return TrainState(params, opt_state, inner, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

@@ -123,3 +123,14 @@ def test_real_rows_fill_few_shapes(shared, llama2):
                 assert tokens[valid][-1] == 2
         seen += [tuple(tokens[valid]) for tokens, valid in zip(batch.tokens, batch.valid)]
     assert sorted(seen) == sorted(tuple(e.tokens) for e in examples)
+
+
+def test_once_is_every_record_in_order():
+    data = stream([example(i, n, 1) for i, n in enumerate([3, 4, 5, 2, 6])], 2, shuffle=True)
+    found = list(data.once())
+    assert [batch.tokens.shape for batch in found] == [(2, 4), (2, 8), (2, 8)]
+    assert [batch.tokens[:, 0].tolist() for batch in found] == [[1, 101], [201, 301], [401, 0]]
+    assert not found[2].valid[1].any() and not found[2].loss_mask[1].any()
+    assert sum(int(batch.loss_mask.sum()) for batch in found) == 2 + 3 + 4 + 1 + 5
+    fixed = stream(data.examples, 2, fixed_length=True)
+    assert [batch.tokens.shape for batch in fixed.once()] == [(2, 8)] * 3

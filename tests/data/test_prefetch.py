@@ -4,6 +4,7 @@ import gc
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -107,3 +108,21 @@ def test_an_abandoned_one_stops_by_itself():
 def test_depth_must_be_positive():
     with pytest.raises(ValueError, match="depth must be at least 1"):
         prefetch([], depth=0)
+
+
+def test_close_drops_what_was_built():
+    class Buffer:
+        pass
+
+    alive: weakref.WeakSet[Buffer] = weakref.WeakSet()
+
+    def build() -> Buffer:
+        buffer = Buffer()
+        alive.add(buffer)
+        return buffer
+
+    ahead = prefetch(build, depth=3)
+    until(lambda: len(alive) == 4)
+    ahead.close()
+    gc.collect()
+    assert len(alive) == 0

@@ -41,9 +41,7 @@ def test_template_id_names_the_exact_text(words, monkeypatch: pytest.MonkeyPatch
 
 def test_bad_templates(words, plain_words, monkeypatch: pytest.MonkeyPatch):
     for function in (lambda: render(PLAIN, "chatml", words), lambda: template_id("chatml", words)):
-        with pytest.raises(
-            InputError, match=r"config\.data\.template: unknown 'chatml'; known"
-        ):
+        with pytest.raises(InputError, match=r"config\.data\.template: unknown 'chatml'; known"):
             function()
     for function in (
         lambda: render(PLAIN, "chat", plain_words),

@@ -78,3 +78,18 @@ def test_no_code_from_the_folder(tmp_path: Path, make_tokenizer):
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "evil.py").write_text("raise SystemExit('remote code ran')\n")
     refused(folder, "no usable tokenizer")
+
+
+def test_only_a_hub_id_may_use_the_network(words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[tuple[str, bool, bool]] = []
+
+    def from_pretrained(name: str, *, local_files_only: bool, trust_remote_code: bool):
+        asked.append((name, local_files_only, trust_remote_code))
+        return words
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    load_tokenizer(tmp_path)
+    load_tokenizer("owner/name")
+    assert asked == [(str(tmp_path), True, False), ("owner/name", False, False)]

@@ -1,0 +1,119 @@
+"""Every recipe loads as the command line loads it, and carries the published numbers."""
+
+import re
+from pathlib import Path
+
+import pytest
+from datasets import ReadInstruction
+from ml_collections import ConfigDict
+
+from panacea_jax import cli, config
+from panacea_jax.data import files, hub
+from panacea_jax.data.sources import parse
+from panacea_jax.errors import InputError
+from panacea_jax.evaluate.tasks import set_names
+
+# ml_collections loads recipes with a method of importlib that Python is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+BASES = {
+    "llama2_7b": "meta-llama/Llama-2-7b-hf",
+    "gemma2_9b": "google/gemma-2-9b",
+    "qwen2_7b": "Qwen/Qwen2-7B",
+    "mistral_7b": "mistralai/Mistral-7B-v0.1",
+    "gemma_7b": "google/gemma-7b",
+}
+VARIANTS = {"gsm8k": "gsm8k", "sst2": "sst2", "agnews": "ag_news", "alpaca": "alpaca"}
+
+
+def load(recipe: str, *overrides: str) -> ConfigDict:
+    return cli.parse("doctor", [f"--config={CONFIGS / recipe}", *overrides])[1]
+
+
+def test_every_recipe_is_tested():
+    assert {path.stem for path in CONFIGS.glob("*.py")} == {*BASES, "paper"}
+
+
+@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_recipe_has_the_papers_numbers(name: str, variant: str):
+    c = load(f"{name}.py:{variant}")
+    config.validate(c)
+    assert c.is_locked
+    assert c.model.path == BASES[name]
+    # methods.md §1 and §14: the published scripts' arguments.
+    assert (c.defence.name, c.defence.rho, c.defence.lam) == ("panacea", 1.0, 1e-3)
+    assert (c.defence.every, c.defence.clamp, c.defence.final_epsilon) == (1, "reference", "last")
+    assert (c.lora.rank, c.lora.alpha, c.lora.targets) == (32, 4.0, ("q", "k", "v"))
+    o = c.optimizer
+    assert (o.learning_rate, o.weight_decay, o.schedule) == (2e-5, 0.1, "constant")
+    assert (o.b1, o.b2, o.eps, o.clip_norm) == (0.9, 0.999, 1e-8, 1.0)
+    assert (c.train.epochs, c.train.batch_size, c.train.harmful_batch_size) == (20, 10, 10)
+    assert (c.data.max_length, c.data.num_examples, c.data.poison_ratio) == (256, 1000, 0.1)
+    assert (c.data.num_harmful, c.data.num_alignment) == (1000, 5000)
+    assert (c.data.template, c.eval.num_examples) == ("alpaca", 1000)
+    assert (c.align.optimizer.learning_rate, c.align.optimizer.weight_decay) == (5e-4, 0.1)
+    assert (c.align.train.epochs, c.align.train.batch_size) == (20, 10)
+    assert (c.model.dtype, c.model.remat) == ("bfloat16", "full")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sources_are_hub_ids_with_a_split(variant: str):
+    c = load(f"llama2_7b.py:{variant}")
+    train = {key: c.data[key] for key in ("user", "attack", "harmful")}
+    tasks = {key: parse(spec).task for key, spec in train.items()}
+    assert tasks == {"user": VARIANTS[variant], "attack": "beavertails", "harmful": "beavertails"}
+    names = set_names(c.eval.tasks)
+    assert names[0] == "beavertails" and names[-1] == "xstest"
+    assert names[1:-1] == ([] if variant == "alpaca" else [VARIANTS[variant]])
+    for spec in (*train.values(), *c.eval.tasks):
+        where = parse(spec).where
+        assert files.local(where) is None, "looks like a path, so it would never be fetched"
+        split = hub.split_id(where)[2]
+        assert split is not None
+        ReadInstruction.from_spec(split)
+    assert not set(train.values()) & set(c.eval.tasks)
+
+
+def test_attack_and_harmful_records_are_disjoint():
+    c = load("llama2_7b.py:gsm8k")
+    attack, harmful = (hub.split_id(parse(c.data[k]).where) for k in ("attack", "harmful"))
+    assert attack[:2] == harmful[:2]
+    whole = {"30k_train": 27186}
+    [a], [h] = (ReadInstruction.from_spec(str(s[2])).to_absolute(whole) for s in (attack, harmful))
+    assert (a.from_, a.to, h.from_, h.to) == (0, 5000, 5000, 27186)
+
+
+def test_alignment_is_left_out_until_it_is_set():
+    assert load("llama2_7b.py:gsm8k").align.defence.name == ""
+    c = load(
+        "llama2_7b.py:gsm8k",
+        "--config.align.defence.name=sft",
+        "--config.data.alignment=refusals@refusals.jsonl",
+        "--config.eval.tasks=('pairs@a.jsonl', 'pairs@b.jsonl')",
+        "--config.mesh.fsdp=2",
+        "--config.mesh.tensor=4",
+    )
+    assert (c.align.defence.name, c.data.alignment) == ("sft", "refusals@refusals.jsonl")
+    assert c.eval.tasks == ("pairs@a.jsonl", "pairs@b.jsonl")
+    assert (c.mesh.data, c.mesh.fsdp, c.mesh.tensor) == (1, 2, 4)
+
+
+def test_the_variant_may_be_left_out():
+    assert load("qwen2_7b.py").data.user == load("qwen2_7b.py:gsm8k").data.user
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_unknown_variant_lists_the_known_ones(name: str):
+    with pytest.raises(InputError, match="unknown variant 'mnli'; known are gsm8k, sst2, agnews"):
+        load(f"{name}.py:mnli")
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_docstrings_name_paper_command_figures_cost_and_hardware(name: str):
+    doc = (CONFIGS / f"{name}.py").read_text("utf-8").split('"""')[1]
+    assert "2501.18100" in doc
+    assert f"panacea run --config=configs/{name}.py:gsm8k --workdir=" in doc
+    assert "as published, not measured by us" in doc
+    assert re.search(r"Cost \(estimate.*Hardware \(estimate", doc, re.S)
