@@ -68,8 +68,8 @@ pass (6 N in place of 4 N), which the recipes' hours include. Decoding comes on 
 Before a result is believed
 ---------------------------
 ρ is an absolute length, and λ acts only through λ‖h'−h‖/‖g‖, so 1 and 1e-3 suit another base,
-adapter or learning rate only by luck: in the miniature world of the quickstart they do nothing or
-ruin the model. Read the warnings of the run (docs/diagnostics.md), and compare with
+adapter or learning rate only by luck: in the prototype of the quickstart's miniature world they did
+nothing or ruined the model. Read the warnings of the run (docs/diagnostics.md), and compare with
 ``--config.defence.name=sft`` and with noise of the same norm (``panacea heal``).
 """
 

@@ -159,10 +159,10 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[flags.FlagValues, Con
         else:
             flags.DEFINE_string(name, "", FLAG_HELP[name], flag_values=values)
     default = str(Path(config_module.__file__))
-    config_flags.DEFINE_config_file("config", default, "recipe", flag_values=values)
     argv = [f"panacea {command}", *arguments]
-    saved, sys.argv = sys.argv, argv  # config_flags looks for its overrides there
+    saved, sys.argv = sys.argv, argv  # config_flags looks for its overrides there, first when the flag is defined
     try:
+        config_flags.DEFINE_config_file("config", default, "recipe", flag_values=values)
         rest = values(argv)[1:]
     except InputError:
         raise

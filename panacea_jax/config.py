@@ -164,7 +164,7 @@ def _one_of(value: str, key: str, choices: tuple[str, ...]) -> None:
     _require(value in choices, key, value, f"one of {', '.join(choices)}")
 
 
-def _at_least(value: float, key: str, least: float) -> None:
+def _at_least(value: float | int, key: str, least: float | int) -> None:
     _require(least <= value < math.inf, key, value, f"a number not below {least:g}")
 
 

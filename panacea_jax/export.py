@@ -19,6 +19,7 @@ from panacea_jax.models.model import Model
 from panacea_jax.models.names import to_hf, to_ours
 from panacea_jax.models.peft import adapter_tensors, save_adapter
 from panacea_jax.models.weights import save_weights
+from panacea_jax.train.checkpoints import read_checkpoint
 from panacea_jax.train.loop import Result
 
 # Everything of a Hugging Face folder that is not weights and travels with an exported model.
@@ -138,6 +139,22 @@ def load_epsilon(path: Path) -> dict[str, Any]:
         p: by_layer[None] if None in by_layer else np.stack([by_layer[i] for i in range(len(by_layer))])
         for p, by_layer in rows.items()
     }, sep="/")  # fmt: skip
+
+
+def adapter_from_checkpoint(folder: Path) -> Adapter:
+    """w as a checkpoint holds it, *without* ε, for comparisons; a warning is given, because it must not be deployed.
+
+    Raises:
+        InputError: not a checkpoint, or one of an all-parameter run.
+    """
+    arrays, notes = read_checkpoint(folder)
+    prefix = "params.layers."
+    layers = unflatten_dict({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}, sep=".")
+    if "lora_scale" not in notes:
+        raise InputError(f"{folder}: holds all parameters, not an adapter")
+    logging.warning("%s", WITHOUT_EPSILON)
+    rank = next(iter(flatten_dict({k: v["a"] for block in layers.values() for k, v in block.items()}).values())).shape[-1]
+    return Adapter(layers, rank=rank, alpha=notes["lora_scale"] * rank)
 
 
 def _locate(name: str) -> tuple[str, int | None, bool] | None:

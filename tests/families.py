@@ -86,6 +86,8 @@ def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **chan
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 parameter.add_(0.3 * torch.randn_like(parameter))
+        if model.config.tie_word_embeddings:  # otherwise the last token predicts itself for ever
+            model.model.embed_tokens.weight.mul_(0.2)
     return model.to(dtype)
 
 

@@ -117,3 +117,27 @@ def test_docstrings_name_paper_command_figures_cost_and_hardware(name: str):
     assert f"panacea run --config=configs/{name}.py:gsm8k --workdir=" in doc
     assert "as published, not measured by us" in doc
     assert re.search(r"Cost \(estimate.*Hardware \(estimate", doc, re.S)
+
+
+def _keys(section: ConfigDict, prefix: str = "") -> list[str]:
+    nested = [
+        _keys(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [prefix + key]
+        for key, value in section.items()
+    ]
+    return [key for keys in nested for key in keys]
+
+
+def test_every_key_is_documented_with_its_default():
+    text = (CONFIGS.parent / "docs" / "configuration.md").read_text("utf-8")
+    rows = re.findall(r"^\| `([a-z0-9_.]+)` \| (.+?) \|", text, re.M)
+    default = config.get_config()
+    assert "`align.defence`" in text and "`heal.train`" in text  # which repeat the keys of others
+    keys = [key for key in _keys(default) if not key.startswith(("align.", "heal."))]
+    assert sorted(key for key, _ in rows) == sorted(keys)
+    for key, written in rows:
+        value = default
+        for part in key.split("."):
+            value = value[part]
+        shown = written.replace('"', "'")
+        same = float(shown) == value if isinstance(value, float) else shown == repr(value)
+        assert same, f"docs/configuration.md: {key} is {written} there, {value!r} in config.py"

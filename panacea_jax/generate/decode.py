@@ -76,13 +76,14 @@ def generate(
     sharding = batch_sharding(model.mesh)
     parts = batch_rows(model.mesh)
     rows = -(-batch_size // parts) * parts
-    decode = _program(_Static(model), max_new_tokens, tuple(sorted(set(eos_ids))), pad_id)
+    decode = _program(_Static(model), max_new_tokens, pad_id)
+    eos = jnp.asarray(sorted(set(eos_ids)) or [-1], jnp.int32)
     for length in sorted(groups):
         for start in range(0, len(groups[length]), rows):
             chosen = groups[length][start : start + rows]
             tokens, valid = _left_padded([prompts[i] for i in chosen], rows, length, pad_id)
             batch = jax.device_put((tokens, valid, np.arange(rows) < len(chosen)), sharding)
-            out, count, finished = jax.device_get(decode(weights, params, *batch))
+            out, count, finished = jax.device_get(decode(weights, params, *batch, eos))
             for row, i in enumerate(chosen):
                 result = (i, out[row, : count[row]].tolist(), bool(finished[row]))
                 if on_result is not None:
@@ -135,9 +136,7 @@ class _Static:
 
 
 @functools.lru_cache(maxsize=8)
-def _program(
-    static: _Static, max_new_tokens: int, eos_ids: tuple[int, ...], pad_id: int
-) -> Callable[..., Any]:
+def _program(static: _Static, max_new_tokens: int, pad_id: int) -> Callable[..., Any]:
     """The compiled decoder: prompts in, ``(tokens, count, finished)`` out, cache kept inside."""
     model = static.model()
 
@@ -147,13 +146,14 @@ def _program(
         tokens: Int[Array, "B T"],
         valid: Bool[Array, "B T"],
         active: Bool[Array, "B"],
+        eos: Int[Array, "E"],
     ) -> tuple[Int[Array, "B N"], Int[Array, "B"], Bool[Array, "B"]]:
         step = functools.partial(_step, model, weights, params)
         with jax.named_scope("prefill"):
             positions = default_positions(valid)
             cache = _cache(model, tokens.shape[0], tokens.shape[1] + max_new_tokens)
             first, cache = step(tokens, positions, valid, cache)
-        ended = ~active | _is_any(first, eos_ids)
+        ended = ~active | jnp.isin(first, eos)
         out = jnp.full((tokens.shape[0], max_new_tokens), pad_id, jnp.int32)
         out = out.at[:, 0].set(first)
 
@@ -167,12 +167,12 @@ def _program(
             token, cache = step(last[:, None], position, ~ended[:, None], cache)
             token = jnp.where(ended, pad_id, token)
             out = jax.lax.dynamic_update_slice(out, token[:, None], (jnp.zeros_like(i), i))
-            return i + 1, out, token, ended | _is_any(token, eos_ids), cache
+            return i + 1, out, token, ended | jnp.isin(token, eos), cache
 
         with jax.named_scope("decode"):
             state = (jnp.ones((), jnp.int32), out, first, ended, cache)
             steps, out, _, ended, _ = jax.lax.while_loop(going, extend, state)
-        is_end = _is_any(out, eos_ids)
+        is_end = jnp.isin(out, eos)
         finished = jnp.any(is_end & (jnp.arange(max_new_tokens) < steps), axis=1)
         return out, jnp.where(finished, jnp.argmax(is_end, axis=1), steps), finished
 
@@ -195,14 +195,10 @@ def _step(
     return jnp.argmax(logits, axis=-1).astype(jnp.int32), new
 
 
-def _is_any(tokens: Int[Array, "*N"], ids: tuple[int, ...]) -> Bool[Array, "*N"]:
-    return jnp.isin(tokens, jnp.asarray(ids, jnp.int32))
-
-
 def _cache(model: Model, rows: int, slots: int) -> KVCache:
     """An empty cache, its rows and heads split like the batch and the key/value projections."""
     cache = init_cache(model.config, rows, slots, model.dtype)
     tensor = "tensor" if model.config.num_kv_heads % model.mesh.shape["tensor"] == 0 else None
-    spec = PartitionSpec(None, ("data", "fsdp"), None, tensor)
+    spec = PartitionSpec(None, ("data", "fsdp"), tensor)
     k, v = jax.lax.with_sharding_constraint((cache.k, cache.v), NamedSharding(model.mesh, spec))
     return cache._replace(k=k, v=v)

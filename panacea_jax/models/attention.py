@@ -29,8 +29,8 @@ def resolve(attention: str, config: ModelConfig) -> str:
 
 def attend(
     q: Float[Array, "B T H hd"],
-    k: Float[Array, "B S KV hd"],
-    v: Float[Array, "B S KV hd"],
+    k: Float[Array, "B KV S hd"],
+    v: Float[Array, "B KV S hd"],
     mask: Bool[Array, "B T S"],
     scale: float,
     softcap: float | None = None,
@@ -48,14 +48,14 @@ def attend(
         softcap: c; scores become c·tanh(scores/c) before masking (Gemma 2, arXiv 2408.00118, §2).
     """
     b, t, heads, dim = q.shape
-    kv_heads = k.shape[2]
+    kv_heads = k.shape[1]
     wide = jnp.promote_types(q.dtype, jnp.float32)
     grouped = q.reshape(b, t, kv_heads, heads // kv_heads, dim)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=wide) * scale
+    scores = jnp.einsum("btkgd,bksd->bkgts", grouped, k, preferred_element_type=wide) * scale
     if softcap is not None:
         scores = jnp.tanh(scores / softcap) * softcap
     # The lowest finite number, not -inf: an all-masked row would otherwise be 0/0.
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(wide).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkgts,bskd->btkgd", weights, v)
+    out = jnp.einsum("bkgts,bksd->btkgd", weights, v)
     return out.reshape(b, t, heads, dim)

@@ -19,8 +19,8 @@ class KVCache(NamedTuple):
         length: next slot to write, the same for all rows.
     """
 
-    k: Float[Array, "L B S KV hd"]
-    v: Float[Array, "L B S KV hd"]
+    k: Float[Array, "L B KV S hd"]
+    v: Float[Array, "L B KV S hd"]
     positions: Int[Array, "B S"]
     valid: Bool[Array, "B S"]
     length: Int[Array, ""]
@@ -28,7 +28,7 @@ class KVCache(NamedTuple):
 
 def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any) -> KVCache:
     """An empty cache of ``slots`` tokens a row."""
-    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
     return KVCache(
         k=jnp.zeros(shape, dtype),
         v=jnp.zeros(shape, dtype),
@@ -50,8 +50,8 @@ def append(cache: KVCache, positions: Int[Array, "B T"], valid: Bool[Array, "B T
 
 
 def write_layer(
-    k: Float[Array, "B T KV hd"],
-    v: Float[Array, "B T KV hd"],
+    k: Float[Array, "B KV T hd"],
+    v: Float[Array, "B KV T hd"],
     cache: tuple[Array, Array],
     layer: Int[Array, ""],
     slot: Int[Array, ""],
@@ -62,7 +62,7 @@ def write_layer(
     The stack of all layers is written in place; scanning over it would copy it at every token.
     """
     zero = jnp.zeros((), jnp.int32)
-    start = (layer, zero, slot, zero, zero)
+    start = (layer, zero, zero, slot, zero)
     all_k = jax.lax.dynamic_update_slice(cache[0], k[None].astype(cache[0].dtype), start)
     all_v = jax.lax.dynamic_update_slice(cache[1], v[None].astype(cache[1].dtype), start)
     k = jax.lax.dynamic_index_in_dim(all_k, layer, keepdims=False)

@@ -16,6 +16,7 @@ from panacea_jax.models.attention import attend
 from panacea_jax.models.cache import write_layer
 from panacea_jax.models.config import ModelConfig
 
+
 class Context(NamedTuple):
     """What every layer needs and none changes."""
 
@@ -125,6 +126,8 @@ class Attention(nnx.Module):
         q = rotate(project("q_proj", self.q_proj), context.cos, context.sin)
         k = rotate(project("k_proj", self.k_proj), context.cos, context.sin)
         v = project("v_proj", self.v_proj)
+        # Heads before slots: a decoding step then reads the cache as it lies, without a copy.
+        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         if cache is not None and context.slot is not None:
             k, v, cache = write_layer(k, v, cache, layer, context.slot)
         mask = context.mask

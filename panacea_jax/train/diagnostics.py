@@ -7,7 +7,7 @@ WINDOW = 50
 
 # Thresholds: where they come from is in docs/diagnostics.md.
 INERT = 1e-2
-LARGE_RHO = 0.5
+LARGE_RHO = 0.2
 HIGH_COSINE = 0.5
 UNSTABLE_COSINE = 0.2
 POISON = 0.3
@@ -17,7 +17,9 @@ RISING = 1.2
 class Diagnostics:
     """Watches the metrics of a run and returns warnings."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int) -> None:
+        """``steps``: length of the run; ρ is held against the distance moved in its second half only, since that grows from 0."""
+        self._steps = steps
         self._history: dict[str, deque[float]] = {}
         self._given: set[str] = set()
         self._first_loss: float | None = None
@@ -41,11 +43,12 @@ class Diagnostics:
              "ε turns from step to step (cosine {:.2f}): noisy harmful data (larger train.harmful_batch_size, or "
              "defence.final_epsilon=mean)"),
             ("poison_estimate", lambda m: m > POISON,
-             "the harmful share of the user's data is estimated at {:.0%}: above 30 % defences were seen to fail"),
+             "the harmful share of the user's response tokens is estimated at {:.0%}: much to defend against; check HS and FA"),
         )  # fmt: skip
         for name, bad, text in checks:
             mean = self._mean(name)
-            if mean is not None and bad(mean):
+            early = name == "rho_displacement" and 2 * step < self._steps
+            if mean is not None and bad(mean) and not early:
                 found.append((name, text.format(mean)))
         found += self._rising()
         fresh = [(name, text) for name, text in found if name not in self._given]

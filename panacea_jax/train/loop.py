@@ -217,7 +217,7 @@ class _Watch:
         # The start is kept to measure the displacement; with all parameters a second copy would be too dear.
         self._start = None if self._full else jax.tree.map(jnp.copy, params)
         self._pending: tuple[int, dict[str, Any]] | None = None
-        self._diagnostics = Diagnostics()
+        self._diagnostics = Diagnostics(steps)
         self._tokens, self._all_tokens, self._since = 0, 0, time.perf_counter()
         self.warnings: list[str] = []
         self.summary = ""

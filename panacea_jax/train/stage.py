@@ -17,7 +17,7 @@ from panacea_jax.config import make_defence
 from panacea_jax.data.batches import Stream, lengths
 from panacea_jax.data.encode import encode_all
 from panacea_jax.data.mixing import first, poison
-from panacea_jax.data.sources import Record, fingerprint, load_records
+from panacea_jax.data.sources import Record, by_safety, fingerprint, load_records, parse
 from panacea_jax.data.template import template_id
 from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.defences import Defence, Sft
@@ -90,20 +90,31 @@ def user_records(config: ConfigDict, stage: str) -> tuple[str, list[Record]]:
     """
     data = config.data
     if stage == "align":
-        records = _load(data.alignment, "config.data.alignment")
+        records = training_records(data.alignment, "config.data.alignment")
         return "config.data.alignment", _first(records, data.num_alignment, "config.data.alignment", data)
-    user = _load(data.user, "config.data.user")
+    user = training_records(data.user, "config.data.user")
     if not data.attack:
         return "config.data.user", _first(user, data.num_examples, "config.data.user", data, off_by_one=False)
-    attack = _load(data.attack, "config.data.attack")
+    attack = training_records(data.attack, "config.data.attack")
     n = data.num_examples or len(user)
     return "config.data.user", poison(user, attack, n, data.poison_ratio, data.off_by_one)
 
 
-def _load(spec: str, key: str) -> list[Record]:
+def training_records(spec: str, key: str) -> list[Record]:
+    """Records to train on. Of BeaverTails, attack and harmful sets take the answers judged unsafe, all others the safe ones.
+
+    Raises:
+        InputError: the source is not set or cannot be used, or nothing is left of it.
+    """
     if not spec:
         raise InputError(f"{key} is not set: give TASK@WHERE")
-    return load_records(spec, key, need_output=True)
+    records = load_records(spec, key, need_output=True)
+    if parse(spec).task == "beavertails":
+        safe = key not in ("config.data.attack", "config.data.harmful")
+        records = by_safety(records, safe)
+        if not records:
+            raise InputError(f"{key}: {spec} holds no record with is_safe {safe}")
+    return records
 
 
 def _first(
@@ -119,7 +130,7 @@ def make_streams(config: ConfigDict, stage: str, defence: Defence, tokenizer: An
     key, records = user_records(config, stage)
     sources: dict[str, tuple[str, list[Record], int]] = {"user": (key, records, train.batch_size)}
     if "harmful" in defence.streams:
-        harmful = _load(data.harmful, "config.data.harmful")
+        harmful = training_records(data.harmful, "config.data.harmful")
         chosen = _first(harmful, data.num_harmful, "config.data.harmful", data)
         sources["harmful"] = ("config.data.harmful", chosen, train.harmful_batch_size)
     return {

@@ -12,7 +12,7 @@ from panacea_jax.models import model as models
 from tests.families import FAMILIES, VOCAB, build, save
 
 NEW = 32
-LENGTHS = (9, 16, 7, 12, 20, 11)
+LENGTHS = (9, 16, 7, 12, 20, 11)  # two buckets: 16 and 32
 
 
 def _prompts(seed=3):
@@ -54,7 +54,7 @@ def pair(request, tmp_path_factory):
 
 def test_ids_equal_transformers(pair):
     theirs, ours = pair
-    prompts = _prompts()
+    prompts = [p for p in _prompts() if len(p) <= 16]
     want = _theirs(theirs, prompts)
     got = _ours(ours, prompts)
     assert sorted(got) == list(range(len(prompts)))
@@ -62,7 +62,7 @@ def test_ids_equal_transformers(pair):
         assert got[i] == (ids, False)
         assert len(ids) == NEW
     assert len({tuple(ids) for ids in want}) == len(prompts)
-    assert len(set(want[0])) > 3  # not one token over and over
+    assert max(len(set(ids)) for ids in want) > 5  # not one token over and over
 
     # Any of several end tokens stops a row, and only that row.
     eos = [want[0][6], want[3][2]]
@@ -104,29 +104,29 @@ def test_pad_token_may_be_the_end_token(small):
     assert _ours(small, prompts, [eos], pad_id=eos) == _ours(small, prompts, [eos])
 
 
-def test_stops_early_when_all_rows_ended(small, monkeypatch):
-    """The loop runs as many steps as the longest row needs: counted by the tokens it computed."""
-    prompts = _prompts(11)[:2]
-    free = _ours(small, prompts)
-    static, eos = decode._Static(small), tuple(sorted({free[i][0][3] for i in (0, 1)}))
-    program = decode._program(static, NEW, eos, 0)
-    tokens, valid = decode._left_padded([prompts[0]], 4, 16, 0)
-    active = jnp.arange(4) < 1
-    out, count, finished = program(small.weights, None, tokens, jnp.asarray(valid), active)
-    stop = next(j for j, t in enumerate(free[0][0]) if t in eos)
+def test_idle_rows_and_ended_rows_stop_the_loop(small):
+    """After the end token of the only active row nothing more is computed for any row."""
+    prompt = _prompts(11)[0]
+    free = _ours(small, [prompt])[0][0]
+    program = decode._program(decode._Static(small), NEW, 0)
+    tokens, valid = map(jnp.asarray, decode._left_padded([prompt], 4, 16, 0))
+    eos, active = jnp.asarray([free[3]]), jnp.arange(4) < 1
+    out, count, finished = program(small.weights, None, tokens, valid, active, eos)
+    stop = free.index(free[3])
     assert int(count[0]) == stop and bool(finished[0])
-    assert (np.asarray(out)[0, stop + 1 :] == 0).all()
+    assert (np.asarray(out)[:, stop + 1 :] == 0).all()
+    assert not np.asarray(finished)[1:].any() and (np.asarray(count)[1:] == stop + 1).all()
 
 
 def test_one_program_a_bucket(small):
     decode._program.cache_clear()
     prompts = [p for seed in range(4) for p in _prompts(seed)]
     _ours(small, prompts)
-    program = decode._program(decode._Static(small), NEW, (), 0)
+    program = decode._program(decode._Static(small), NEW, 0)
     assert program._cache_size() == len({decode.bucket(len(p)) for p in prompts}) == 2
     other = models.load(small.folder, dtype="float32")  # equal graph: nothing is built anew
     _ours(other, prompts[:3])
-    assert program is decode._program(decode._Static(other), NEW, (), 0)
+    assert program is decode._program(decode._Static(other), NEW, 0)
     assert program._cache_size() == 2
 
 

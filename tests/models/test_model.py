@@ -1,6 +1,7 @@
 """Our decoder against transformers' PyTorch models."""
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def test_incremental_equals_whole(pair):
 
 
 def test_hidden_then_logits_of_a_slice():
-    ours = models.init(_small(final_softcap=2.0), jax.random.key(0), stddev=0.2)
+    ours = _model(_small(final_softcap=2.0))
     tokens = jnp.asarray(_tokens(2, 8) % 64)
 
     @jax.jit
@@ -127,6 +128,11 @@ def _small(**changes) -> ModelConfig:
     return dataclasses.replace(config, **changes)
 
 
+@functools.cache
+def _model(config: ModelConfig):
+    return models.init(config, jax.random.key(0), stddev=0.2)
+
+
 @dataclasses.dataclass
 class _Factors:
     """Stands for an adapter: what ``apply`` reads of one."""
@@ -136,7 +142,7 @@ class _Factors:
 
 
 def test_adapter_equals_merged_weights():
-    ours = models.init(_small(), jax.random.key(0), stddev=0.2)
+    ours = _model(_small(num_layers=2))
     rng = np.random.default_rng(1)
     layers, merged = {}, jax.tree.map(lambda x: x, ours.weights)
     for block, name in (("self_attn", "q_proj"), ("self_attn", "o_proj"), ("mlp", "down_proj")):
@@ -154,7 +160,7 @@ def test_adapter_equals_merged_weights():
 
 
 def test_all_masked_rows_are_finite_in_value_and_gradient():
-    ours = models.init(_small(attention_softcap=5.0), jax.random.key(0), stddev=0.2)
+    ours = _model(_small(attention_softcap=5.0))
     tokens = jnp.asarray(_tokens(2, 6) % 64)
     valid = jnp.asarray([[False] * 6, [False] * 2 + [True] * 4])
 
@@ -167,7 +173,7 @@ def test_all_masked_rows_are_finite_in_value_and_gradient():
 
 
 def test_padding_tokens_do_not_matter():
-    ours = models.init(_small(windows=(3, 0, 3, 0)), jax.random.key(0), stddev=0.2)
+    ours = _model(_small(windows=(3, 0, 3, 0)))
     tokens = _tokens(2, 9) % 64
     valid = np.ones((2, 9), bool)
     valid[0, :4] = False
@@ -180,9 +186,11 @@ def test_padding_tokens_do_not_matter():
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_no_number(remat):
     tokens = jnp.asarray(_tokens(2, 9) % 64)
+    plain = _model(_small(num_layers=2))
     grads = []
     for how in ("none", remat):
-        ours = models.init(_small(), jax.random.key(0), remat=how, stddev=0.2)
+        graphdef, _ = models.abstract(plain.config, "float32", how)
+        ours = dataclasses.replace(plain, graphdef=graphdef)
         loss = lambda w, m=ours: jnp.sum(m.apply(w, None, tokens)[0] ** 2)  # noqa: E731
         grads.append(jax.jit(jax.grad(loss))(ours.weights))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *grads)
@@ -204,7 +212,9 @@ def test_bfloat16_compute_is_close_and_logits_are_float32(family, tmp_path):
 
 
 def test_weights_may_be_kept_in_another_dtype(tmp_path):
-    mixed = models.load(save(build("llama2"), tmp_path / "m"), dtype="bfloat16", weights_dtype="float32")
+    mixed = models.load(
+        save(build("llama2"), tmp_path / "m"), dtype="bfloat16", weights_dtype="float32"
+    )
     assert {x.dtype.name for x in jax.tree.leaves(mixed.weights)} == {"float32"}
     assert mixed.dtype == jnp.bfloat16
 
@@ -220,19 +230,22 @@ def _equations(jaxpr) -> int:
     return len(jaxpr.eqns) + sum(_equations(v.jaxpr) for v in inner if hasattr(v, "jaxpr"))
 
 
+@pytest.mark.slow
 def test_program_does_not_grow_with_depth():
     sizes, seconds = [], []
     for layers in (4, 16, 32):
-        ours = models.init(_small(num_layers=layers), jax.random.key(0), remat="full")
+        config = _small(num_layers=layers)
+        graphdef, _ = models.abstract(config, "float32", "full")
+        ours = dataclasses.replace(_model(config), graphdef=graphdef)
         tokens = jnp.zeros((2, 8), jnp.int32)
         loss = lambda w, m=ours: jnp.sum(m.apply(w, None, tokens)[0])  # noqa: E731, B023
         sizes.append(_equations(jax.make_jaxpr(jax.grad(loss))(ours.weights).jaxpr))
         lowered = jax.jit(jax.grad(loss)).lower(ours.weights)
-        start = time.perf_counter()
+        start = time.process_time()
         lowered.compile()
-        seconds.append(time.perf_counter() - start)
-    assert sizes[0] == sizes[1] == sizes[2]
-    assert max(seconds) < 3 * min(seconds)  # generous: the machine is shared; equations are exact
+        seconds.append(time.process_time() - start)
+    assert sizes[0] == sizes[1] == sizes[2] > 50
+    assert max(seconds) < 2 * min(seconds)  # generous, for a busy machine; equations are exact
 
 
 def test_flops_match_xla_without_scan():

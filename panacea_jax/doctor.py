@@ -1,0 +1,421 @@
+"""The command ``doctor``: what this machine has, what a configuration will use of it, and whether
+its files can be used.
+
+Nothing is downloaded, trained or placed on a device; of the weights only file headers are read.
+"""
+
+import contextlib
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from panacea_jax.config import make_defence
+from panacea_jax.data import files
+from panacea_jax.data.mixing import first
+from panacea_jax.data.sources import load_records, parse
+from panacea_jax.data.template import template_id
+from panacea_jax.data.tokenizer import load_tokenizer
+from panacea_jax.errors import InputError
+from panacea_jax.models import lora
+from panacea_jax.models.attention import resolve
+from panacea_jax.models.config import ModelConfig, read_config
+from panacea_jax.models.model import Model, abstract
+from panacea_jax.models.weights import find_tensors
+from panacea_jax.parallel import make_mesh, replicated, weight_sharding
+from panacea_jax.parallel.sharding import batch_rows, bytes_per_device
+from panacea_jax.train.optimizer import make_optimizer
+from panacea_jax.train.stage import training_records, user_records
+from panacea_jax.train.step import state_shardings
+from panacea_jax.workdir import versions
+
+STREAMS = ("user", "attack", "harmful", "alignment", "benign")
+PLAIN_WIDTH = 160  # columns, where there is no terminal to ask
+NOT_LOOKED_AT = "hub id; not looked at"
+
+Bytes = list[tuple[str, int]]
+
+
+def doctor(config: ConfigDict) -> None:
+    """Print what there is and what will be used; complain once all of it is printed.
+
+    Args:
+        config: validated configuration; everything about a model is left out when
+            ``config.model.path`` is not set.
+
+    Raises:
+        InputError: the first problem that was found, after the tables.
+    """
+    report = _Report()
+    _versions(report)
+    devices = _devices(report)
+    mesh = _mesh(report, config, devices) if devices else None
+    model = _model(report, config)
+    _attention(report, config, model)
+    if model is not None and mesh is not None:
+        graphdef, shapes = abstract(model, config.model.dtype, config.model.remat)
+        _sharding(report, config, mesh, shapes)
+        _memory(
+            report,
+            Model(model, graphdef, None, jnp.dtype(config.model.dtype), mesh),
+            config,
+            shapes,
+        )
+    _tokenizer(report, config, model)
+    _sources(report, config)
+    report.end()
+
+
+class _Report:
+    """Tables on stdout, and the problems in the order in which they were found."""
+
+    def __init__(self) -> None:
+        terminal = sys.stdout.isatty()
+        self._console = Console(
+            width=None if terminal else PLAIN_WIDTH, markup=False, highlight=False, emoji=False
+        )
+        self._box = box.SIMPLE_HEAD if terminal else None
+        self.problems: list[str] = []
+
+    def table(self, title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print one table; numbers (a head that begins with "#") are set to the right."""
+        table = Table(box=self._box, pad_edge=False, show_header=any(heads))
+        for head in heads:
+            right = head.startswith("#")
+            table.add_column(
+                head.removeprefix("#"), justify="right" if right else "left", overflow="fold"
+            )
+        for row in rows:
+            table.add_row(*row)
+        self._console.print(f"\n{title}", style="bold")
+        self._console.print(table)
+
+    def line(self, text: str) -> None:
+        """Print one line."""
+        self._console.print(text)
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        """Keep an InputError of the block for the end, and go on after it."""
+        try:
+            yield
+        except InputError as error:
+            self.problems.append(str(error))
+
+    def end(self) -> None:
+        """Raise the first problem, if there is any."""
+        if not self.problems:
+            self.line("\nno problem found")
+            return
+        self.table("problems", ("",), [(problem,) for problem in self.problems])
+        raise InputError(self.problems[0])
+
+
+# ---- machine
+
+
+def _versions(report: _Report) -> None:
+    rows = [
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+        *versions().items(),
+    ]
+    report.table("versions", ("", ""), rows)
+
+
+def _devices(report: _Report) -> list[jax.Device]:
+    """Every device of every process; empty when JAX finds none."""
+    try:
+        devices = jax.devices()
+    except (
+        RuntimeError
+    ) as error:  # JAX_PLATFORMS names a back-end whose plugin or driver is missing
+        report.problems.append(f"JAX finds no device: {str(error).splitlines()[0]}")
+        return []
+    kinds: dict[tuple[str, str], list[jax.Device]] = {}
+    for device in devices:
+        kinds.setdefault((device.platform, device.device_kind), []).append(device)
+    rows = [
+        (place, kind, str(len(found)), _gib(_capacity(found[0])))
+        for (place, kind), found in kinds.items()
+    ]
+    title = f"devices ({jax.process_count()} process{'es' * (jax.process_count() > 1)})"
+    report.table(title, ("platform", "kind", "#count", "#memory each"), rows)
+    return list(devices)
+
+
+def _capacity(device: jax.Device) -> int | None:
+    """Bytes that JAX may use on a device; None where the back-end does not say (CPU)."""
+    local = device.process_index == jax.process_index()
+    stats = device.memory_stats() if local else None
+    return (stats or {}).get("bytes_limit")
+
+
+def _mesh(report: _Report, config: ConfigDict, devices: Sequence[jax.Device]) -> Mesh | None:
+    with report.noting():
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+        multiple, size = batch_rows(mesh), config.train.batch_size
+        rows = -(-size // multiple) * multiple
+        shape = " × ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
+        padding = f" ({rows - size} of them padding)" if rows > size else ""
+        report.table("mesh", ("", ""), [
+            ("shape", shape),
+            ("rows of a batch", f"{rows} for config.train.batch_size = {size}{padding}"),
+        ])  # fmt: skip
+        return mesh
+    return None
+
+
+# ---- model
+
+
+def _folder(path: str) -> Path | None:
+    """The local model folder, None for a hub id; InputError for a path that is not there."""
+    try:
+        return files.local(path)
+    except InputError as error:
+        raise InputError(f"config.model.path: {error}") from error
+
+
+def _model(report: _Report, config: ConfigDict) -> ModelConfig | None:
+    path = config.model.path
+    if not path:
+        report.table("model", ("", ""), [("config.model.path", "not set")])
+        return None
+    with report.noting():
+        folder = _folder(path)
+        if folder is None:
+            report.table("model", ("", ""), [("config.model.path", f"{path}: {NOT_LOOKED_AT}")])
+            return None
+        model = ModelConfig.from_folder(folder)
+        named = read_config(folder).get("architectures") or [model.model_type]
+        rows = [
+            ("folder", str(folder)),
+            ("architecture", str(named[0])),
+            ("parameters", f"{model.num_parameters():,}"),
+            ("layers, width", f"{model.num_layers}, {model.hidden_size}"),
+            (
+                "heads, key/value heads",
+                f"{model.num_heads}, {model.num_kv_heads} of {model.head_dim}",
+            ),
+            ("vocabulary", f"{model.vocab_size:,}"),
+        ]
+        with report.noting():
+            tensors = find_tensors(folder)
+            rows.append(
+                ("tensors", f"{len(tensors)} in {len({t.file for t in tensors.values()})} files")
+            )
+        report.table("model", ("", ""), rows)
+        return model
+    return None
+
+
+def _attention(report: _Report, config: ConfigDict, model: ModelConfig | None) -> None:
+    asked = config.model.attention
+    if model is None:
+        report.table(
+            "attention",
+            ("", ""),
+            [("config.model.attention", f"{asked}; chosen when a model is known")],
+        )
+        return
+    with report.noting():
+        used = resolve(asked, model)
+        why = (
+            "as asked"
+            if used == asked
+            else f"auto picks it for {model.model_type} on {jax.default_backend()}"
+        )
+        report.table("attention", ("", ""), [("back-end", f"{used}: {why}")])
+
+
+def _sharding(
+    report: _Report, config: ConfigDict, mesh: Mesh, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    """Where each base weight lies: the mesh axis of each of its dimensions, "-" for none."""
+    dtype = _base_dtype(config)
+    rows = []
+    for path, shape in sorted(shapes.items()):
+        sharding = weight_sharding(mesh, path, shape)
+        spec = (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))
+        axes = ", ".join(axis or "-" for axis in spec)
+        rows.append(
+            (path, _shape(shape), axes, _mib(bytes_per_device(sharding, shape, dtype.itemsize)))
+        )
+    report.table(f"weights ({dtype.name})", ("path", "shape", "axes", "#per device"), rows)
+
+
+def _base_dtype(config: ConfigDict) -> Any:
+    return jnp.dtype("float32" if config.train.full_parameters else config.model.dtype)
+
+
+def _memory(
+    report: _Report, model: Model, config: ConfigDict, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    """Bytes that stay on one device all through training, by kind."""
+    with report.noting():
+        kinds = resident_bytes(model, config, shapes)
+        total = sum(n for _, n in kinds)
+        limit = _capacity(model.mesh.local_devices[0])
+        rows = [(kind, _mib(n)) for kind, n in (*kinds, ("together", total))]
+        report.table("memory of one device", ("kept all through training", "#per device"), rows)
+        report.line("(besides: gradients, activations, logits, compiled programs)")
+        if limit is not None and total > limit:
+            raise InputError(
+                f"config.mesh: {_gib(total)} per device needed, but it has {_gib(limit)}; "
+                "use more devices, or a larger config.mesh.fsdp or .tensor"
+            )
+
+
+def resident_bytes(model: Model, config: ConfigDict, shapes: dict[str, tuple[int, ...]]) -> Bytes:
+    """``(kind, bytes per device)`` of what a training run holds between two steps.
+
+    Args:
+        model: its static part and mesh; it needs no weights.
+        config: validated configuration.
+        shapes: of the base weights, by path.
+
+    Raises:
+        InputError: ``config.lora.init_from`` is no adapter for this model.
+    """
+    base = {
+        path: jax.ShapeDtypeStruct(
+            shape, _base_dtype(config), sharding=weight_sharding(model.mesh, path, shape)
+        )
+        for path, shape in shapes.items()
+    }
+    full = config.train.full_parameters
+    params = unflatten_dict(base, sep="/") if full else _adapter(model, config)
+    o = config.optimizer
+    optimizer = make_optimizer(o.learning_rate, weight_decay=o.weight_decay, clip_norm=o.clip_norm)
+    defence = make_defence(config.defence)
+    what = "all weights" if full else f"adapter, r {params.rank} on {' '.join(params.targets)}"
+    kinds = [
+        (f"trained: {what} (float32)", _bytes(params)),
+        ("optimizer: AdamW's moments", _abstract_bytes(optimizer.init, params)),
+        (
+            f"defence: {config.defence.name}'s state, such as ε",
+            _abstract_bytes(defence.init, params),
+        ),
+    ]
+    if full:
+        return kinds
+    # The adapter as it was at step 0 is kept to measure the distance moved.
+    started = ("trained: where it started, for ‖w − w₀‖", _bytes(params))
+    return [(f"base weights ({_base_dtype(config).name})", _bytes(base)), *kinds, started]
+
+
+def _adapter(model: Model, config: ConfigDict) -> Any:
+    """The adapter's shapes on the mesh: of ``lora.init_from``, else of a fresh one."""
+    if config.lora.init_from:
+        return lora.load(config.lora.init_from, model)
+    o = config.lora
+    made = jax.eval_shape(
+        lambda key: lora.init(model, o.rank, o.alpha, o.targets, key=key), jax.random.key(0)
+    )
+    everywhere = replicated(model.mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), made)
+
+
+def _abstract_bytes(init: Any, params: Any) -> int:
+    made = jax.eval_shape(init, params)
+    shardings = state_shardings(made, params)
+    placed = zip(jax.tree.leaves(made), jax.tree.leaves(shardings))
+    return sum(_leaf_bytes(x, sharding) for x, sharding in placed)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(_leaf_bytes(x, x.sharding) for x in jax.tree.leaves(tree))
+
+
+def _leaf_bytes(x: Any, sharding: NamedSharding) -> int:
+    return bytes_per_device(sharding, tuple(x.shape), x.dtype.itemsize)
+
+
+# ---- files
+
+
+def _tokenizer(report: _Report, config: ConfigDict, model: ModelConfig | None) -> None:
+    with report.noting():
+        folder = _folder(config.model.path) if config.model.path else None
+        if folder is None or not folder.is_dir():
+            return
+        tokenizer = load_tokenizer(folder)
+        rows = [
+            ("class", type(tokenizer).__name__),
+            ("entries", f"{len(tokenizer):,}"),
+            ("end of sequence", f"{tokenizer.eos_token!r} ({tokenizer.eos_token_id})"),
+            ("prompt template", template_id(config.data.template, tokenizer)),
+        ]
+        report.table("tokenizer", ("", ""), rows)
+        if model is not None and tokenizer.eos_token_id >= model.vocab_size:
+            raise InputError(
+                f"config.model.path: {folder}: the tokenizer's end-of-sequence id "
+                f"{tokenizer.eos_token_id} is outside the vocabulary of {model.vocab_size}"
+            )
+
+
+def _sources(report: _Report, config: ConfigDict) -> None:
+    keys = [(f"config.data.{name}", config.data[name], True) for name in STREAMS]
+    keys += [(f"config.eval.tasks[{i}]", spec, False) for i, spec in enumerate(config.eval.tasks)]
+    rows = []
+    for key, spec, trained in keys:
+        if spec:
+            with report.noting():
+                rows.append((key, spec, _count(spec, key, trained)))
+    if rows:
+        report.table("sources", ("key", "source", "#records"), rows)
+    _enough(report, config)
+
+
+def _is_local(spec: str) -> bool:
+    return bool(spec) and files.local(parse(spec).where) is not None
+
+
+def _count(spec: str, key: str, trained: bool) -> str:
+    try:
+        if not _is_local(spec):
+            return NOT_LOOKED_AT
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from error
+    return f"{len(load_records(spec, key, need_output=trained)):,}"
+
+
+def _enough(report: _Report, config: ConfigDict) -> None:
+    """Whether the local sources hold as many records as the stages will take."""
+    data = config.data
+    if report.problems:
+        return  # a source that cannot be read has said so already
+    with report.noting():
+        if _is_local(data.user) and (not data.attack or _is_local(data.attack)):
+            user_records(config, "finetune")
+        if _is_local(data.alignment):
+            user_records(config, "align")
+        if _is_local(data.harmful):
+            key = "config.data.harmful"
+            records = training_records(data.harmful, key)
+            first(records, data.num_harmful or len(records), key, data.off_by_one)
+
+
+# ---- formats
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " × ".join(str(n) for n in shape)
+
+
+def _mib(n: int) -> str:
+    return f"{n / 2**20:,.2f} MiB"
+
+
+def _gib(n: int | None) -> str:
+    return "not said" if n is None else f"{n / 2**30:,.1f} GiB"

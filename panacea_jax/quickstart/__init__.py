@@ -1,0 +1,1 @@
+"""The miniature world: the whole experiment, small enough for a laptop CPU."""

@@ -1,0 +1,61 @@
+"""Each warning is given when its signature shows, once, and not before."""
+
+import pytest
+
+from panacea_jax.train.diagnostics import WINDOW, Diagnostics
+
+HEALTHY = {"loss": 1.0, "term_ratio": 0.3, "rho_displacement": 0.1, "cos_gh": 0.0, "epsilon_cosine": 0.8,
+           "poison_estimate": 0.1, "clamped": 0.0}  # fmt: skip
+
+
+def watch(metrics, steps=WINDOW):
+    diagnostics, warnings = Diagnostics(0), []
+    for step in range(steps):
+        warnings += diagnostics.observe(step, metrics)
+    return warnings
+
+
+def test_a_healthy_run_is_silent():
+    assert watch(HEALTHY, 3 * WINDOW) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"term_ratio": 5e-3}, "inert"),
+        ({"rho_displacement": 0.9}, "distance moved"),
+        ({"cos_gh": 0.7}, "cos"),
+        ({"epsilon_cosine": 0.05}, "turns"),
+        ({"poison_estimate": 0.45}, "45%"),
+    ],
+)
+def test_signatures(change, word):
+    assert watch(HEALTHY | change, WINDOW - 1) == []  # one noisy step is no finding
+    (warning,) = watch(HEALTHY | change, 3 * WINDOW)
+    assert word in warning
+
+
+def test_the_clamp_is_reported_at_once():
+    (warning,) = watch(HEALTHY | {"clamped": 1.0}, 2)
+    assert "clamp" in warning and warning.startswith("step 0")
+
+
+def test_rising_loss():
+    diagnostics, warnings = Diagnostics(0), []
+    for step in range(2 * WINDOW):
+        warnings += diagnostics.observe(step, HEALTHY | {"loss": 1.0 + step / WINDOW})
+    assert len(warnings) == 1 and "rose" in warnings[0]
+
+
+def test_nan_is_left_out_of_the_means():
+    diagnostics, warnings = Diagnostics(0), []
+    for step in range(2 * WINDOW):
+        value = float("nan") if step % 2 else 0.7
+        warnings += diagnostics.observe(step, HEALTHY | {"cos_gh": value})
+    assert len(warnings) == 1
+
+
+def test_rho_is_held_against_the_distance_in_the_second_half_only():
+    diagnostics = Diagnostics(4 * WINDOW)
+    steps = [step for step in range(4 * WINDOW) if diagnostics.observe(step, HEALTHY | {"rho_displacement": 0.9})]
+    assert steps == [2 * WINDOW]

@@ -1,0 +1,156 @@
+"""The loop: exact resume, few compilations, a NaN stop, SIGTERM, metrics."""
+
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from panacea_jax.data.batches import Stream
+from panacea_jax.data.encode import Example
+from panacea_jax.defences import Panacea, Sft
+from panacea_jax.models import lora
+from panacea_jax.models.full import full_parameters
+from panacea_jax.models.model import load
+from panacea_jax.train.checkpoints import Checkpoints
+from panacea_jax.train.loop import Diverged, Preempted, finetune
+from panacea_jax.train.optimizer import make_optimizer
+from tests.tiny import write_model
+
+LADDER = (8, 16)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load(write_model(tmp_path_factory.mktemp("tiny") / "base"), dtype="float32")
+
+
+def examples(seed, n=24):
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(5, 15, n)
+    return [Example(rng.integers(0, 40, k).astype(np.int32), 2) for k in sizes]
+
+
+def streams():
+    return {
+        "user": Stream("user", examples(1), 4, 0, True, LADDER),
+        "harmful": Stream("harmful", examples(2), 4, 0, True, LADDER, fixed_length=True),
+    }
+
+
+def start(model, full):
+    if full:
+        return full_parameters(model)
+    adapter = lora.init(model, 2, 4, ("q", "v"), key=jax.random.key(0))
+    return model, adapter
+
+
+def run(model, full=False, defence=None, steps=8, **kwargs):
+    bare, params = start(model, full)
+    defence = defence or Panacea(rho=0.5, lam=0.3)
+    return finetune(bare, params, defence, streams(), optimizer=make_optimizer(1e-2), steps=steps, **kwargs)
+
+
+def assert_equal(a, b):
+    leaves = list(zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+    assert leaves
+    for x, y in leaves:
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+@pytest.mark.parametrize("defence", [Sft(), Panacea(rho=0.5, lam=0.3), Panacea(rho=0.5, lam=0.3, every=2)], ids=["sft", "panacea", "every2"])
+def test_stop_and_resume_is_bit_for_bit(model, tmp_path, full, defence):
+    whole = run(model, full, defence)
+    part = run(model, full, defence, steps=5, checkpoints=Checkpoints(tmp_path / "c", every=2))
+    assert part.steps == 5
+    resumed = run(model, full, defence, steps=8, checkpoints=Checkpoints(tmp_path / "c", every=2))
+    assert_equal(whole.params, resumed.params)
+    if not isinstance(defence, Sft):
+        assert_equal(whole.state, resumed.state)
+    assert_equal(whole.deployed, resumed.deployed)
+
+
+def test_the_deployed_weights_are_w_plus_epsilon_on_the_sphere(model):
+    result = run(model, defence=Panacea(rho=0.5, lam=0.3))
+    assert float(optax.tree.norm(result.epsilon)) == pytest.approx(0.5, rel=1e-6)
+    assert_equal(result.deployed, jax.tree.map(jnp.add, result.params, result.epsilon))
+
+
+def test_the_mean_epsilon_is_the_gradient_of_the_whole_set(model):
+    """`final_epsilon="mean"` equals ε of one batch that holds every harmful record."""
+    result = run(model, defence=Panacea(rho=0.5, lam=0.3, final_epsilon="mean"))
+    everything = Stream("harmful", examples(2), 24, 0, False, LADDER, fixed_length=True).batch(0)
+    from panacea_jax.train.loss import mean_loss
+
+    h = jax.grad(lambda p: mean_loss(model, model.weights, p, everything))(result.params)
+    expected = Panacea(rho=0.5).epsilon(h)
+    for a, b in zip(jax.tree.leaves(result.epsilon), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_at_most_one_compilation_a_bucket(model):
+    assert run(model).compilations <= len(LADDER)
+
+
+def test_metrics_have_one_line_a_logged_step_also_after_a_resume(model, tmp_path):
+    checkpoints = tmp_path / "c"
+    run(model, steps=5, checkpoints=Checkpoints(checkpoints), folder=tmp_path, log_every=1)
+    torn = tmp_path / "metrics.jsonl"
+    torn.write_text(torn.read_text() + '{"step": 6, "lo')  # as a kill leaves it
+    run(model, steps=8, checkpoints=Checkpoints(checkpoints), folder=tmp_path, log_every=1)
+    rows = [json.loads(line) for line in torn.read_text().splitlines()]
+    assert [r["step"] for r in rows] == list(range(1, 9))
+    wanted = {"loss", "harmful_loss", "harmful_loss_perturbed", "norm_g", "norm_h", "norm_difference", "norm_epsilon", "cos_gh",
+              "term_ratio", "rho_displacement", "tokens_per_second"}  # fmt: skip
+    assert wanted <= rows[-1].keys()
+    assert rows[-1]["rho_displacement"] == pytest.approx(rows[-1]["norm_epsilon"] / rows[-1]["displacement"])
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_nan_names_the_step_and_saves_nothing_after_it(model, tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c", every=1)
+
+    class Broken(Sft):
+        def gradient(self, loss_fn, params, batches, state, key):
+            loss, g = jax.value_and_grad(loss_fn)(params, batches["user"])
+            count = state + 1
+            loss = jnp.where(count == 4, jnp.nan, loss)
+            return g, count, {"loss": loss}
+
+        def init(self, params):
+            return jnp.zeros((), jnp.int32)
+
+    with pytest.raises(Diverged, match="step 4"):
+        run(model, defence=Broken(), checkpoints=checkpoints)
+    assert Checkpoints(tmp_path / "c").latest() == 3
+
+
+def test_sigterm_saves_and_the_restart_ends_bit_for_bit(model, tmp_path):
+    whole = run(model)
+
+    def kill(_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Preempted, match="saved"):
+        run(model, checkpoints=Checkpoints(tmp_path / "c"), on_compile=kill)
+    stopped = Checkpoints(tmp_path / "c").latest()
+    assert stopped is not None and 0 < stopped < 8
+    assert_equal(whole.params, run(model, checkpoints=Checkpoints(tmp_path / "c")).params)
+
+
+def test_a_missing_stream_is_named(model):
+    bare, params = start(model, False)
+    with pytest.raises(KeyError, match="harmful"):
+        finetune(bare, params, Panacea(), {"user": streams()["user"]}, optimizer=make_optimizer(1e-2), steps=1)
+
+
+def test_the_callers_parameters_survive_donation(model):
+    _, params = start(model, False)
+    before = jax.tree.map(np.asarray, params)
+    finetune(model, params, Sft(), streams(), optimizer=make_optimizer(1e-2), steps=2)
+    assert_equal(before, params)
