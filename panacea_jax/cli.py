@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed, 2 bad input (one line says what), 75 preempted and
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags import config_path
 
 from panacea_jax import config as config_module
 from panacea_jax.errors import InputError
@@ -133,17 +135,9 @@ def _command_help(name: str) -> str:
     if "world" in command.flags:
         lines.append("  --world=0  seed of the miniature world")
     lines += ["", "config keys (override with --config.KEY=VALUE):"]
-    return "\n".join([*lines, *_keys(config_module.get_config())])
-
-
-def _keys(section: ConfigDict, prefix: str = "") -> list[str]:
-    lines = []
-    for key, value in section.items():
-        if isinstance(value, ConfigDict):
-            lines += _keys(value, f"{prefix}{key}.")
-        else:
-            lines.append(f"  {prefix}{key} = {value!r}")
-    return lines
+    default = config_module.get_config()
+    lines += [f"  {key} = {config_path.get_value(key, default)!r}" for key in config_module.keys(default)]
+    return "\n".join(lines)
 
 
 def parse(command: str, arguments: Sequence[str]) -> tuple[flags.FlagValues, ConfigDict]:
@@ -158,24 +152,41 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[flags.FlagValues, Con
             flags.DEFINE_integer("world", 0, "seed of the miniature world", 0, flag_values=values)
         else:
             flags.DEFINE_string(name, "", FLAG_HELP[name], flag_values=values)
-    default = str(Path(config_module.__file__))
+    recipe, arguments = _take_recipe(arguments)
+    config = config_module.load_recipe(recipe) if recipe else config_module.get_config()
+    for argument in arguments:
+        if override := _OVERRIDE.match(argument):
+            config_module.require_key(config, override[1])
     argv = [f"panacea {command}", *arguments]
-    saved, sys.argv = sys.argv, argv  # config_flags looks for its overrides there, first when the flag is defined
     try:
-        config_flags.DEFINE_config_file("config", default, "recipe", flag_values=values)
+        config_flags.DEFINE_config_dict("config", config, "recipe", values, sys_argv=argv)
         rest = values(argv)[1:]
-    except InputError:
-        raise
-    except flags.Error as error:
-        raise InputError(f"{error}") from error
-    except (AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
-        raise InputError(f"--config: {type(error).__name__}: {error}") from error
-    finally:
-        sys.argv = saved
+    except (flags.Error, TypeError, ValueError) as error:
+        raise InputError(str(error)) from error
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}; flags are --name=value")
     config_module.validate(values.config)
     return values, values.config
+
+
+# --config.a.b=1, --config.a.b 1, --noconfig.a.b and, for one entry of a list, --config.a.b[0]=1
+_OVERRIDE = re.compile(r"--?(?:no)?config\.([^=\[]*)")
+
+
+def _take_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """What ``--config=`` names, and the other arguments."""
+    rest, found = list(arguments), []
+    for i in range(len(rest) - 1, -1, -1):
+        name, equals, value = rest[i].partition("=")
+        if name not in ("-config", "--config"):
+            continue
+        if not equals and i + 1 < len(rest):
+            value = rest.pop(i + 1)
+        found.append(value)
+        del rest[i]
+    if len(found) > 1 or "" in found:
+        raise InputError("--config is given twice" if len(found) > 1 else "--config: name a recipe, FILE[:variant]")
+    return (found[0] if found else ""), rest
 
 
 def main(argv: Sequence[str] | None = None) -> None:

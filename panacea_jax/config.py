@@ -4,8 +4,12 @@ A recipe in ``configs/`` starts from :func:`get_config` and changes what differs
 ``--config.a.b=value``. Defaults are those of Panacea's published scripts where these say something (arXiv 2501.18100; its repository).
 """
 
+import difflib
 import math
-from typing import Any
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -119,6 +123,55 @@ def get_config(variant: str = "") -> ConfigDict:
     return config.lock()
 
 
+def load_recipe(where: str) -> ConfigDict:
+    """The configuration that a recipe ``FILE[:variant]`` makes, locked.
+
+    Raises:
+        InputError: no such file, code that fails, a configuration with keys of its own or without some of ours.
+    """
+    path, _, variant = where.partition(":")
+    if not Path(path).is_file():
+        raise InputError(f"--config={where}: no such file")
+    try:
+        get = runpy.run_path(path).get("get_config")
+        config = get and (get(variant) if variant else get())
+    except InputError:
+        raise
+    except Exception as error:  # a recipe is the user's code, which can fail in any way
+        raise InputError(f"--config={where}: {type(error).__name__}: {error}") from error
+    if get is None:
+        raise InputError(f"--config={where}: defines no get_config()")
+    if not isinstance(config, ConfigDict):
+        raise InputError(f"--config={where}: get_config() returned {type(config).__name__}, not a ConfigDict")
+    ours, theirs = set(keys(get_config())), set(keys(config))
+    for wrong, rule in ((theirs - ours, "is no key of ours"), (ours - theirs, "is missing")):
+        if wrong:
+            raise InputError(f"--config={where}: config.{min(wrong)} {rule}; start from panacea_jax.config.get_config()")
+    return config.lock()
+
+
+def keys(section: ConfigDict, prefix: str = "") -> Iterator[str]:
+    """Every key of a configuration, dotted, in its order."""
+    for key, value in section.items():
+        if isinstance(value, ConfigDict):
+            yield from keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def require_key(config: ConfigDict, key: str) -> None:
+    """Check that a dotted key names a value or a section.
+
+    Raises:
+        InputError: it does not; the nearest key is named.
+    """
+    known = list(keys(config))
+    if key in known or any(k.startswith(f"{key}.") for k in known):
+        return
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    raise InputError(f"--config.{key}: no such key" + (f"; did you mean --config.{near[0]}?" if near else ""))
+
+
 def _require(ok: bool, key: str, value: object, rule: str) -> None:
     if not ok:
         raise InputError(f"config.{key} = {value!r}: {rule}")
@@ -142,6 +195,7 @@ def validate(config: ConfigDict) -> None:
     _one_of(config.model.attention, "model.attention", ATTENTION)
     _one_of(config.data.template, "data.template", TEMPLATES)
     _one_of(config.judge.name, "judge.name", JUDGES)
+    _require(0 <= config.seed < 2**31, "seed", config.seed, "a whole number from 0 to 2147483647")
     target_names(config.lora.targets)
     _at_least(config.lora.rank, "lora.rank", 1)
     _require(0 < config.lora.alpha < math.inf, "lora.alpha", config.lora.alpha, "a positive number")
@@ -197,7 +251,15 @@ def make_defence(section: ConfigDict, prefix: str = "") -> Defence:
             f"config.{prefix}defence.name = {section.name!r}: unknown; known are {', '.join(DEFENCES)}"
         )
     kind: Any = DEFENCES[section.name]
-    return kind(**{k: section[k] for k in kind.__dataclass_fields__ if k in section})
+    chosen = {k: section[k] for k in kind.__dataclass_fields__ if k in section}
+    for key, value in chosen.items():
+        hint = kind.__dataclass_fields__[key].type
+        if get_origin(hint) is Literal:
+            _one_of(value, f"{prefix}defence.{key}", get_args(hint))
+    try:
+        return kind(**chosen)
+    except InputError as error:  # the method does not know where its section stands
+        raise InputError(str(error).replace("config.defence.", f"config.{prefix}defence.")) from error
 
 
 def stage_config(config: ConfigDict, stage: str) -> ConfigDict:

@@ -11,8 +11,9 @@ from panacea_jax.export import load_epsilon, save_model, stored_dtype
 from panacea_jax.models import lora
 from panacea_jax.models.adapter import Adapter
 from panacea_jax.models.config import read_config
-from panacea_jax.models.model import load
 from panacea_jax.models.hub import local_folder
+from panacea_jax.models.model import load
+from panacea_jax.models.peft import read_notes
 from panacea_jax.parallel import make_mesh
 
 
@@ -22,7 +23,8 @@ def convert(config: ConfigDict, out: Path, epsilon: Path | None) -> Path:
     The base is read in the dtype of its own config.json, merged in float32 and written back in that dtype.
 
     Raises:
-        InputError: a folder that exists and is not empty, an ε without an adapter or of other shapes, anything about the inputs.
+        InputError: a folder that exists and is not empty, an ε without an adapter, of other shapes or applied already, anything about
+            the inputs.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out={out}: exists already and is not empty; nothing was written")
@@ -35,6 +37,8 @@ def convert(config: ConfigDict, out: Path, epsilon: Path | None) -> Path:
     if epsilon is not None:
         if params is None:
             raise InputError("--epsilon: needs the adapter that it belongs to in config.lora.init_from")
+        if read_notes(config.lora.init_from).get("epsilon") == "applied":
+            raise InputError(f"--epsilon={epsilon}: {config.lora.init_from} is w + ε already (what runs deploy); leave --epsilon out")
         params = _add(params, load_epsilon(epsilon), epsilon)
     save_model(model, params, out)
     return out

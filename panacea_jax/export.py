@@ -44,7 +44,7 @@ def export_adapter(result: Result, folder: str | Path, *, without_epsilon: bool 
     params = _deployed(result, without_epsilon)
     if not isinstance(params, Adapter):
         raise InputError("export_adapter: all parameters were trained, so there is no adapter; use export_model")
-    save_adapter(params, Path(folder), base=str(result.model.folder or ""))
+    save_adapter(params, Path(folder), str(result.model.folder or ""), epsilon_note(result, without_epsilon))
     return Path(folder)
 
 
@@ -93,6 +93,13 @@ def _deployed(result: Result, without_epsilon: bool) -> Any:
     return result.params
 
 
+def epsilon_note(result: Result, without_epsilon: bool) -> dict[str, str]:
+    """What an exported adapter says of ε, so that nobody adds it twice."""
+    if result.epsilon is None:
+        return {}
+    return {"epsilon": "left out" if without_epsilon else "applied"}
+
+
 def epsilon_tensors(epsilon: Any) -> dict[str, np.ndarray]:
     """ε by PEFT name for an adapter, by Hugging Face name for all weights."""
     if isinstance(epsilon, Adapter):
@@ -135,10 +142,18 @@ def load_epsilon(path: Path) -> dict[str, Any]:
             raise InputError(f"{path}: {name} is not a tensor of an exported ε")
         tree_path, layer, transpose = where
         rows.setdefault(tree_path, {})[layer] = value.T if transpose else value
-    return unflatten_dict({
-        p: by_layer[None] if None in by_layer else np.stack([by_layer[i] for i in range(len(by_layer))])
-        for p, by_layer in rows.items()
-    }, sep="/")  # fmt: skip
+    if not rows:
+        raise InputError(f"{path}: holds no tensor")
+    return unflatten_dict({p: _stacked(by_layer, p, path) for p, by_layer in rows.items()}, sep="/")
+
+
+def _stacked(by_layer: Mapping[int | None, np.ndarray], name: str, path: Path) -> np.ndarray:
+    if None in by_layer:
+        return by_layer[None]
+    layers = [by_layer.get(i) for i in range(len(by_layer))]
+    if any(x is None or x.shape != layers[0].shape for x in layers):  # type: ignore[union-attr]
+        raise InputError(f"{path}: {name}: a layer is missing, or its shape differs from the others'")
+    return np.stack(layers)  # type: ignore[arg-type]
 
 
 def adapter_from_checkpoint(folder: Path) -> Adapter:
@@ -160,7 +175,7 @@ def adapter_from_checkpoint(folder: Path) -> Adapter:
 def _locate(name: str) -> tuple[str, int | None, bool] | None:
     """(path in the tree, layer, transposed?) of a PEFT or Hugging Face name."""
     parts = name.split(".")
-    if name.startswith("base_model.model.model.layers.") and len(parts) == 9 and parts[6] in BLOCK_OF:
+    if name.startswith("base_model.model.model.layers.") and len(parts) == 9 and parts[4].isdigit() and parts[6] in BLOCK_OF:
         return f"{parts[5]}/{parts[6]}/{parts[7][-1].lower()}", int(parts[4]), True
     found = to_ours(name)
     return None if found is None else (found[0], found[1], found[2] == "transpose")

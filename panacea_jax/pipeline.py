@@ -6,10 +6,34 @@ from ml_collections import ConfigDict
 
 from panacea_jax.analysis.stage import layers_stage
 from panacea_jax.config import stage_config
+from panacea_jax.errors import InputError
 from panacea_jax.evaluate.stage import judge_stage
-from panacea_jax.generate.stage import generate_stage
+from panacea_jax.evaluate.tasks import set_names
+from panacea_jax.generate.stage import eval_records, generate_stage
 from panacea_jax.progress import say
-from panacea_jax.train.stage import heal_stage, train_stage
+from panacea_jax.train.stage import check_stage, heal_stage, stage_records, train_stage
+
+
+def check(config: ConfigDict) -> None:
+    """Find now what a later stage would stumble over after hours of training: settings that do not fit, sources that cannot be read.
+
+    Raises:
+        InputError: the first such thing.
+    """
+    main = stage_config(config, "finetune")
+    if config.align.defence.name:
+        align = stage_config(config, "align")
+        stage_records(align, "align", check_stage(align, "align", "align."))
+        if main.train.full_parameters and not align.train.full_parameters:
+            raise InputError("config.train.full_parameters: cannot go on from an aligned adapter; set config.align.train.full_parameters too")
+    stage_records(main, "finetune", check_stage(main, "finetune"))
+    if config.heal.defence.name:
+        check_stage(stage_config(config, "heal"), "heal", "heal.")
+        if main.train.full_parameters:
+            raise InputError("config.heal.defence.name: heal works on adapters so far, and config.train.full_parameters makes none")
+    set_names(config.eval.tasks)
+    for spec in config.eval.tasks:
+        eval_records(spec, config.eval.num_examples)
 
 
 def run(config: ConfigDict, workdir: Path) -> Path:
@@ -21,6 +45,7 @@ def run(config: ConfigDict, workdir: Path) -> Path:
     Raises:
         InputError, Preempted, Diverged: as the stages do.
     """
+    check(config)
     main = stage_config(config, "finetune")
     if config.align.defence.name:
         say("== align")

@@ -22,7 +22,10 @@ PACKAGES = ("panacea_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
 
 
 class Stage:
-    """One stage's folder, opened for work.
+    """One stage's folder: checked when opened, made and marked when work in it begins.
+
+    Nothing is written in between, so that bad input found there (a source, a tensor) leaves no folder behind that the corrected
+    command would then be refused for.
 
     Attributes:
         folder: ``WORKDIR/<stage>``.
@@ -32,7 +35,7 @@ class Stage:
     def __init__(
         self, workdir: Path, name: str, config: Mapping[str, Any], inputs: Mapping[str, str]
     ) -> None:
-        """Open or create the folder.
+        """Look at the folder; ``begin`` makes it.
 
         Args:
             workdir: the work directory.
@@ -47,16 +50,30 @@ class Stage:
         self._path = self.folder / MANIFEST
         self._config, self._inputs = _plain(config), dict(inputs)
         self.done = False
-        if self._path.exists():
+        if os.path.exists(self._path):  # unlike Path.exists, False where a folder above is closed to us
             self.done = self._compare(read_manifest(self.folder))
             return
-        if self.folder.exists() and any(self.folder.iterdir()):
+        if os.path.isdir(self.folder) and any(self.folder.iterdir()):
             raise InputError(f"{self.folder}: not empty and without a {MANIFEST}: not ours, left alone")
+        nearest = next(p for p in (self.folder, *self.folder.absolute().parents) if os.path.exists(p))
+        if not os.path.isdir(nearest):
+            raise InputError(f"--workdir={workdir}: cannot be written ({nearest} is not a folder)")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise InputError(f"--workdir={workdir}: cannot be written (no permission in {nearest})")
+
+    def begin(self) -> None:
+        """Make the folder and note in it what is being made, unless that was done by an earlier try.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        if self._path.exists():
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write("running", {})
         except OSError as error:
-            raise InputError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
+            raise InputError(f"--workdir={self.folder.parent}: cannot be written ({error.strerror})") from error
 
     def _compare(self, manifest: Mapping[str, Any]) -> bool:
         for what, old, new in (

@@ -7,10 +7,9 @@ of about eight rungs keeps both small.
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jax import Array
 from jaxtyping import Bool, Int32
 
 from panacea_jax.data.encode import Example
@@ -28,9 +27,9 @@ class Batch(NamedTuple):
         valid: True on real tokens; rows of padding are False throughout.
     """
 
-    tokens: Int32[Array | np.ndarray, "B T"]
-    loss_mask: Bool[Array | np.ndarray, "B T"]
-    valid: Bool[Array | np.ndarray, "B T"]
+    tokens: Int32[Any, "B T"]
+    loss_mask: Bool[Any, "B T"]
+    valid: Bool[Any, "B T"]
 
 
 def lengths(max_length: int) -> tuple[int, ...]:

@@ -24,10 +24,14 @@ class Defence(Protocol):
     """
 
     @property
-    def stage(self) -> Literal["align", "finetune", "heal"]: ...
+    def stage(self) -> Literal["align", "finetune", "heal"]:
+        """Where it acts."""
+        ...
 
     @property
-    def streams(self) -> tuple[str, ...]: ...
+    def streams(self) -> tuple[str, ...]:
+        """Data that it needs beside the user's."""
+        ...
 
     def init(self, params: Params) -> State:
         """The state before the first step."""

@@ -12,7 +12,7 @@ from panacea_jax.evaluate.judges import make_judge
 from panacea_jax.evaluate.lines import judge_line
 from panacea_jax.evaluate.scores import ScoredSet, score
 from panacea_jax.evaluate.tasks import set_names
-from panacea_jax.workdir import write_text
+from panacea_jax.workdir import MANIFEST, read_manifest, write_text
 
 # Verdicts between two flushes to disk.
 CHUNK = 256
@@ -29,10 +29,13 @@ def judge_stage(config: ConfigDict, workdir: Path) -> Path:
     specs = list(config.eval.tasks)
     if not specs:
         raise InputError("config.eval.tasks is empty: name at least one TASK@WHERE")
+    folder = workdir / "generations"
+    if (folder / MANIFEST).is_file() and read_manifest(folder)["status"] != "done":
+        raise InputError(f"{folder}: not finished yet; run `panacea generate` again to go on")
     judge = make_judge(config.judge.name)
     sets, templates = [], set()
     for name, spec in zip(set_names(specs), specs):
-        source = workdir / "generations" / f"{name}.jsonl"
+        source = folder / f"{name}.jsonl"
         if not source.is_file():
             raise InputError(f"{source}: no generations for {spec} yet; run `panacea generate` first")
         generations = records.read(source)
@@ -46,7 +49,7 @@ def judge_stage(config: ConfigDict, workdir: Path) -> Path:
         sets.append(ScoredSet(name, task, generations, records.read(path)))
         templates |= {g["template"] for g in generations}
     if len(templates) > 1:
-        raise InputError(f"{workdir / 'generations'}: made with several prompt templates ({', '.join(sorted(templates))})")
+        raise InputError(f"{folder}: made with several prompt templates ({', '.join(sorted(templates))})")
     version = {"name": judge.name, "version": judge.version}
     result = score(sets, judge=version, template=templates.pop())
     write_text(workdir / "scores.json", json.dumps(result, indent=1) + "\n")

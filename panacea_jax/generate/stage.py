@@ -106,18 +106,20 @@ def generate_stage(config: ConfigDict, workdir: Path) -> Path:
         say(f"{stage.folder}: done already, skipped")
         return stage.folder
 
-    # ---- model
+    # ---- prompts, model
     tokenizer = load_tokenizer(base)
+    sets = {name: eval_records(spec, config.eval.num_examples) for name, spec in zip(names, specs)}
+    prompts = {name: [render(r, config.data.template, tokenizer) for r in records] for name, records in sets.items()}
     model = open_model(config)
     params = lora.load(adapter, model) if adapter else None
     ends = eos_ids(tokenizer, model.folder)
+    stage.begin()
 
     # ---- answers
     for name, spec in zip(names, specs):
-        records = eval_records(spec, config.eval.num_examples)
         length = config.generate.max_new_tokens or find_task(parse(spec).task).max_new_tokens
         _answer(
-            model, params, tokenizer, records, stage.folder / f"{name}.jsonl",
+            model, params, tokenizer, sets[name], prompts[name], stage.folder / f"{name}.jsonl",
             ends=ends, template=config.data.template, batch_size=config.generate.batch_size, max_new_tokens=length,
         )  # fmt: skip
     stage.finish({"adapter_sha256": sha256_folder(Path(adapter), ("*",)) if adapter else ""})
@@ -129,6 +131,7 @@ def _answer(
     params: Any,
     tokenizer: Any,
     records: Sequence[Record],
+    prompts: Sequence[str],
     path: Path,
     *,
     ends: Sequence[int],
@@ -137,7 +140,6 @@ def _answer(
     max_new_tokens: int,
 ) -> None:
     """Decode one set, from where its file ends."""
-    prompts = [render(record, template, tokenizer) for record in records]
     form = template_id(template, tokenizer)
     chunk = CHUNK_BATCHES * batch_size
     with Writer(path, prompts) as writer, Progress(f"generate {path.stem}", len(records), writer.done) as bar:

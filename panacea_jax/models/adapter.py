@@ -45,13 +45,13 @@ class Adapter:
         return tuple(name for name, block in BLOCK_OF.items() if name in self.layers.get(block, {}))
 
 
-def target_names(targets: Sequence[str]) -> tuple[str, ...]:
+def target_names(targets: Sequence[object]) -> tuple[str, ...]:
     """Full names of the projections: ``q`` and ``q_proj`` both mean ``q_proj``.
 
     Raises:
         InputError: the list is empty or a name is unknown.
     """
-    names = {t if t.endswith("_proj") else f"{t}_proj" for t in targets}
+    names = {t if t.endswith("_proj") else f"{t}_proj" for t in map(str, targets)}
     unknown = sorted(names - set(BLOCK_OF))
     if unknown or not names:
         known = ", ".join(name.removesuffix("_proj") for name in BLOCK_OF)

@@ -35,11 +35,12 @@ def init(
         raise InputError(f"config.lora.rank = {rank}: a rank is at least 1")
     names = target_names(targets)
     all_shapes = abstract(model.config)[1]
-    shapes = [(name, *all_shapes[f"layers/{BLOCK_OF[name]}/{name}/kernel"]) for name in names]
+    shapes = {name: all_shapes[f"layers/{BLOCK_OF[name]}/{name}/kernel"] for name in names}
 
     def build(key: Any) -> dict[str, Any]:
         layers: dict[str, Any] = {}
-        for (name, n, d_in, d_out), k in zip(shapes, jax.random.split(key, len(shapes))):
+        for name, k in zip(names, jax.random.split(key, len(names))):
+            n, d_in, d_out = shapes[name]
             bound = 1.0 / math.sqrt(d_in)
             a = jax.random.uniform(k, (n, d_in, rank), dtype, -bound, bound)
             layers.setdefault(BLOCK_OF[name], {})[name] = {"a": a, "b": jnp.zeros((n, rank, d_out), dtype)}

@@ -7,13 +7,14 @@ ours are stacked over layers and transposed.
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from panacea_jax.errors import InputError
@@ -26,7 +27,7 @@ _NAME = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(self_attn|mlp)\.(
 
 # Settings that change the computation and that we do not have: a folder with one of them on is refused.
 _UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "fan_in_fan_out",
-                "lora_bias", "layer_replication", "exclude_modules", "target_parameters")  # fmt: skip
+                "lora_bias", "layer_replication", "exclude_modules", "target_parameters", "alora_invocation_tokens", "use_qalora")  # fmt: skip
 
 
 def adapter_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
@@ -42,13 +43,14 @@ def adapter_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
     return tensors
 
 
-def save_adapter(adapter: Adapter, folder: Path, base: str) -> None:
+def save_adapter(adapter: Adapter, folder: Path, base: str, notes: Mapping[str, str] | None = None) -> None:
     """Write a PEFT folder that ``peft.PeftModel.from_pretrained`` takes.
 
     Args:
         adapter: what to write.
         folder: created if missing.
         base: path or hub id of the base model, noted in the config.
+        notes: further metadata of the safetensors file, see ``read_notes``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     alpha = int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha
@@ -66,8 +68,14 @@ def save_adapter(adapter: Adapter, folder: Path, base: str) -> None:
         "init_lora_weights": True,
         "use_rslora": False,
     }
-    save_file(adapter_tensors(adapter), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_file(adapter_tensors(adapter), folder / WEIGHTS_FILE, metadata={"format": "pt", **(notes or {})})
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read_notes(folder: str | PurePath) -> dict[str, str]:
+    """Metadata of an adapter's weights: ours say under ``epsilon`` whether ε is "applied" or "left out"."""
+    with safe_open(Path(folder) / WEIGHTS_FILE, "numpy") as file:
+        return file.metadata() or {}
 
 
 def load_adapter(folder: str | PurePath, model: Model) -> Adapter:

@@ -19,7 +19,7 @@ from panacea_jax.quickstart.world import World
 from panacea_jax.workdir import write_text
 
 # Found on worlds 0 to 5 and then left alone; docs/quickstart.md has the search and the fresh worlds.
-RHO, LAM = 0.5, 0.1
+RHO, LAM = 0.4, 0.1
 POISON_RATIO = 0.1
 PRETRAIN_STEPS, ALIGN_STEPS, FINETUNE_STEPS = 300, 300, 400
 

@@ -135,13 +135,12 @@ def finetune(
                 if on_compile is not None:
                     on_compile(compiled)
             bar.advance(watch.summary)
-            due = checkpoints is not None and (checkpoints.due(done) or stop.is_set())
-            if due or done == steps or stop.is_set():
+            if checkpoints is not None and (checkpoints.due(done) or stop.is_set()):
                 watch.flush()  # a state is saved only after its loss was seen to be finite
-            if due:
                 checkpoints.save(state, notes)
             if stop.is_set() and done < steps:
-                raise Preempted(f"stopped by SIGTERM after step {done}" + ("; saved" if due else ""))
+                saved = "nothing" if checkpoints is None else "the state"
+                raise Preempted(f"stopped by SIGTERM after step {done}; {saved} is saved")
         watch.flush()
         state = _last_pass(model, defence, streams, state)
         if checkpoints is not None:

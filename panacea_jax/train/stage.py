@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from absl import logging
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from panacea_jax.config import make_defence
@@ -22,7 +23,7 @@ from panacea_jax.data.template import template_id
 from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.defences import Defence, Sft
 from panacea_jax.errors import InputError
-from panacea_jax.export import WITHOUT_EPSILON, save_epsilon, save_model
+from panacea_jax.export import WITHOUT_EPSILON, epsilon_note, save_epsilon, save_model
 from panacea_jax.models import lora
 from panacea_jax.models.full import full_parameters
 from panacea_jax.models.model import Model, load
@@ -38,6 +39,30 @@ from panacea_jax.workdir import Stage, sha256_folder
 # Which configuration sections decide the outcome of a stage: a change of any other may resume it.
 DECISIVE = ("seed", "model", "lora", "data", "defence", "optimizer", "train", "export")
 NEUTRAL = {"train": ("log_every",), "model": ("attention", "remat")}
+
+
+def check_stage(config: ConfigDict, name: str, prefix: str = "") -> Defence:
+    """The defence of a stage, once the stage is known to make sense.
+
+    Args:
+        config: as the stage sees it (``stage_config``).
+        name: align, finetune or heal.
+        prefix: where the stage's keys stand in what the user wrote, e.g. ``"heal."``.
+
+    Raises:
+        InputError: a defence of another stage, or keys that exclude each other.
+    """
+    defence = make_defence(config.defence, prefix)
+    allowed = ("align", "finetune") if isinstance(defence, Sft) else (defence.stage,)
+    if name not in allowed:
+        raise InputError(
+            f"config.{prefix}defence.name = {config.defence.name}: acts at the stage {defence.stage}, not {name}"
+        )
+    if config.train.full_parameters and name == "heal":
+        raise InputError(f"config.{prefix}train.full_parameters: heal works on adapters so far")
+    if config.train.full_parameters and config.lora.init_from:
+        raise InputError("config.lora.init_from: cannot start all-parameter training from an adapter; merge it with `panacea convert`")
+    return defence
 
 
 def decisive(config: ConfigDict) -> dict[str, Any]:
@@ -69,12 +94,16 @@ def model_inputs(config: ConfigDict) -> dict[str, str]:
     return inputs
 
 
-def open_model(config: ConfigDict) -> Model:
-    """The base model on the mesh of the configuration."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+def open_mesh(config: ConfigDict) -> Mesh:
+    """The devices as the configuration arranges them."""
+    return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+
+
+def open_model(config: ConfigDict, mesh: Mesh | None = None) -> Model:
+    """The base model, on the mesh of the configuration unless that is at hand."""
     return load(
         config.model.path,
-        mesh=mesh,
+        mesh=open_mesh(config) if mesh is None else mesh,
         dtype=config.model.dtype,
         weights_dtype="float32" if config.train.full_parameters else None,
         remat=config.model.remat,
@@ -124,15 +153,25 @@ def _first(
     return first(records, n or len(records), key, strict)
 
 
-def make_streams(config: ConfigDict, stage: str, defence: Defence, tokenizer: Any, rows: int) -> dict[str, Stream]:
-    """The main stream and those that the defence asks for."""
+def stage_records(config: ConfigDict, stage: str, defence: Defence) -> dict[str, tuple[str, list[Record], int]]:
+    """By stream, the main one and those that the defence asks for: key of the source, records, batch size.
+
+    Raises:
+        InputError: a source is not set or cannot be used.
+    """
     data, train = config.data, config.train
     key, records = user_records(config, stage)
-    sources: dict[str, tuple[str, list[Record], int]] = {"user": (key, records, train.batch_size)}
+    sources = {"user": (key, records, train.batch_size)}
     if "harmful" in defence.streams:
         harmful = training_records(data.harmful, "config.data.harmful")
         chosen = _first(harmful, data.num_harmful, "config.data.harmful", data)
         sources["harmful"] = ("config.data.harmful", chosen, train.harmful_batch_size)
+    return sources
+
+
+def make_streams(config: ConfigDict, stage: str, defence: Defence, tokenizer: Any, rows: int) -> dict[str, Stream]:
+    """The tokenised streams of a stage."""
+    data = config.data
     return {
         name: Stream(
             name=name,
@@ -144,7 +183,7 @@ def make_streams(config: ConfigDict, stage: str, defence: Defence, tokenizer: An
             fixed_length=name != "user",
             row_multiple=rows,
         )
-        for name, (key, chosen, size) in sources.items()
+        for name, (key, chosen, size) in stage_records(config, stage, defence).items()
     }
 
 
@@ -158,8 +197,6 @@ def data_inputs(config: ConfigDict, stage: str, defence: Defence) -> dict[str, s
 def start_params(config: ConfigDict, model: Model) -> tuple[Model, Any]:
     """The trainable tree at step 0, with the model as it goes with it."""
     if config.train.full_parameters:
-        if config.lora.init_from:
-            raise InputError("config.lora.init_from: cannot start all-parameter training from an adapter; merge it with `panacea convert`")
         return full_parameters(model)
     if config.lora.init_from:
         return model, lora.load(config.lora.init_from, model)
@@ -175,9 +212,7 @@ def train_stage(config: ConfigDict, workdir: Path, name: str) -> Path:
         Preempted, Diverged: see :func:`panacea_jax.train.loop.finetune`.
     """
     # ---- what is asked for
-    defence = make_defence(config.defence)
-    if defence.stage != name and not isinstance(defence, Sft):
-        raise InputError(f"config.defence.name = {config.defence.name}: acts at the stage {defence.stage}, not {name}")
+    defence = check_stage(config, name)
     inputs = model_inputs(config) | data_inputs(config, name, defence)
     stage = Stage(workdir, name, decisive(config), inputs)
     out = stage.folder / ("model" if config.train.full_parameters else "adapter")
@@ -185,11 +220,12 @@ def train_stage(config: ConfigDict, workdir: Path, name: str) -> Path:
         say(f"{stage.folder}: done already, skipped")
         return out
 
-    # ---- model, data
+    # ---- data, model
+    mesh = open_mesh(config)
     tokenizer = load_tokenizer(config.model.path)
-    model = open_model(config)
-    streams = make_streams(config, name, defence, tokenizer, batch_rows(model.mesh))
-    model, params = start_params(config, model)
+    streams = make_streams(config, name, defence, tokenizer, batch_rows(mesh))
+    model, params = start_params(config, open_model(config, mesh))
+    stage.begin()
 
     # ---- optimizer, steps
     steps = config.train.steps or config.train.epochs * streams["user"].steps_per_epoch
@@ -228,7 +264,7 @@ def export(config: ConfigDict, folder: Path, result: Result, epsilon_mean: Any =
         shutil.rmtree(folder / "model", ignore_errors=True)  # of an earlier try that was cut short
         save_model(result.model, params, folder / "model")
     else:
-        save_adapter(params, folder / "adapter", base=str(config.model.path))
+        save_adapter(params, folder / "adapter", str(config.model.path), epsilon_note(result, bare))
     if result.epsilon is not None:
         defence = config.defence.name
         save_epsilon(result.epsilon, folder / "epsilon.safetensors", {"kind": "last", "defence": defence})
@@ -242,11 +278,7 @@ def heal_stage(config: ConfigDict, workdir: Path) -> Path:
     Raises:
         InputError: no adapter to heal, or a defence of another stage.
     """
-    defence = make_defence(config.defence)
-    if defence.stage != "heal":
-        raise InputError(f"config.defence.name = {config.defence.name}: acts at the stage {defence.stage}, not heal")
-    if config.train.full_parameters:
-        raise InputError("config.train.full_parameters: heal works on adapters so far")
+    defence = check_stage(config, "heal")
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.lora.init_from = config.lora.init_from or str(workdir / "finetune" / "adapter")
@@ -258,6 +290,7 @@ def heal_stage(config: ConfigDict, workdir: Path) -> Path:
         return stage.folder / "adapter"
     model = open_model(config)
     params = lora.load(config.lora.init_from, model)
+    stage.begin()
     state = defence.init(params)
     result = Result(model, params, state.epsilon, defence.finish(params, state), state, 0, (), 0)
     export(config, stage.folder, result)

@@ -58,7 +58,7 @@ def state_shardings(state: Any, params: Any) -> Any:
     scalar = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def is_params(node: Any) -> bool:
-        return jax.tree.structure(node) == structure
+        return jax.tree.structure(node) == structure  # type: ignore[operator]
 
     return jax.tree.map(lambda node: like if is_params(node) else scalar, state, is_leaf=is_params)
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from panacea_jax.data.batches import Stream
+from panacea_jax.data.batches import Batch, Stream
 from panacea_jax.data.encode import Example
 from panacea_jax.defences import Panacea, Sft
 from panacea_jax.models import lora
@@ -18,6 +18,7 @@ from panacea_jax.models.full import full_parameters
 from panacea_jax.models.model import load
 from panacea_jax.train.checkpoints import Checkpoints
 from panacea_jax.train.loop import Diverged, Preempted, finetune
+from panacea_jax.train.loss import mean_loss
 from panacea_jax.train.optimizer import make_optimizer
 from tests.tiny import write_model
 
@@ -85,8 +86,7 @@ def test_the_mean_epsilon_is_the_gradient_of_the_whole_set(model):
     """`final_epsilon="mean"` equals ε of one batch that holds every harmful record."""
     result = run(model, defence=Panacea(rho=0.5, lam=0.3, final_epsilon="mean"))
     everything = Stream("harmful", examples(2), 24, 0, False, LADDER, fixed_length=True).batch(0)
-    from panacea_jax.train.loss import mean_loss
-
+    everything = Batch(*map(jnp.asarray, everything))
     h = jax.grad(lambda p: mean_loss(model, model.weights, p, everything))(result.params)
     expected = Panacea(rho=0.5).epsilon(h)
     for a, b in zip(jax.tree.leaves(result.epsilon), jax.tree.leaves(expected)):
@@ -136,7 +136,7 @@ def test_sigterm_saves_and_the_restart_ends_bit_for_bit(model, tmp_path):
     def kill(_):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Preempted, match="saved"):
+    with pytest.raises(Preempted, match="the state is saved"):
         run(model, checkpoints=Checkpoints(tmp_path / "c"), on_compile=kill)
     stopped = Checkpoints(tmp_path / "c").latest()
     assert stopped is not None and 0 < stopped < 8

@@ -1,0 +1,202 @@
+"""PEFT adapter folders against peft itself: in, out, and what is refused."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from panacea_jax.errors import InputError
+from panacea_jax.models import lora
+from panacea_jax.models.model import load
+from panacea_jax.models.peft import CONFIG_FILE, WEIGHTS_FILE, adapter_tensors, load_adapter, read_notes, save_adapter
+from tests.families import VOCAB, build, save
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, 9))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A transformers model with grouped heads, so that no two projections have the same shape by chance."""
+    return save(build("llama3.1"), tmp_path_factory.mktemp("base") / "llama")
+
+
+@pytest.fixture(scope="module")
+def model(base):
+    return load(base, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def ours(model):
+    """Our logits of an adapter, compiled once an adapter's structure."""
+    forward = jax.jit(lambda weights, params, tokens: model.apply(weights, params, tokens)[0])
+    return lambda params: np.asarray(forward(model.weights, params, jnp.asarray(TOKENS)))
+
+
+def torch_model(base):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+
+
+def logits(torch_model):
+    with torch.no_grad():
+        return torch_model.eval()(torch.tensor(TOKENS)).logits.numpy()
+
+
+def peft_adapter(base, folder, **settings):
+    """An adapter made by peft, with B away from zero; returns peft's logits."""
+    torch.manual_seed(1)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **settings)
+    adapted = peft.get_peft_model(torch_model(base), config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+    adapted.save_pretrained(str(folder))
+    return logits(adapted)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 4, "lora_alpha": 8, "target_modules": ALL},
+        {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj"]},
+        {"r": 4, "lora_alpha": 8, "target_modules": ["k_proj", "down_proj"], "use_rslora": True},
+    ],
+    ids=["all", "q_v", "rank_stabilised"],
+)
+def test_adapters_made_by_peft_give_the_same_logits(base, model, ours, tmp_path, settings):
+    theirs = peft_adapter(base, tmp_path / "adapter", **settings)
+    adapter = lora.load(tmp_path / "adapter", model)
+    assert adapter.targets == tuple(n for n in ALL if n in settings["target_modules"]) and adapter.rank == settings["r"]
+    scale = settings["lora_alpha"] / (settings["r"] ** (0.5 if settings.get("use_rslora") else 1))
+    assert adapter.scale == pytest.approx(scale)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(adapter))
+    np.testing.assert_allclose(ours(adapter), theirs, atol=1e-4)
+    assert np.abs(theirs - ours(None)).max() > 1e-2
+
+
+def random_adapter(model, targets, rank=2, alpha=3.0):
+    fresh = lora.init(model, rank, alpha, targets, key=jax.random.key(5))
+    leaves, tree = jax.tree.flatten(fresh)
+    keys = jax.random.split(jax.random.key(6), len(leaves))
+    return jax.tree.unflatten(tree, [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)])
+
+
+@pytest.mark.parametrize(("targets", "alpha"), [(ALL, 3.0), (["q", "o", "up"], 2.5)])
+def test_our_adapters_load_in_peft_and_give_the_same_logits(base, model, ours, tmp_path, targets, alpha):
+    adapter = random_adapter(model, targets, alpha=alpha)
+    save_adapter(adapter, tmp_path / "a", str(base), {"epsilon": "applied"})
+    adapted = peft.PeftModel.from_pretrained(torch_model(base), str(tmp_path / "a"))
+    np.testing.assert_allclose(ours(adapter), logits(adapted), atol=1e-4)
+    config = json.loads((tmp_path / "a" / CONFIG_FILE).read_text())
+    assert config["base_model_name_or_path"] == str(base)
+    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (2, alpha, "LORA")
+    assert read_notes(tmp_path / "a") == {"format": "pt", "epsilon": "applied"}
+
+
+def test_round_trip_is_exact(model, tmp_path):
+    adapter = random_adapter(model, ("q", "down"))
+    save_adapter(adapter, tmp_path / "a", "base")
+    again = load_adapter(tmp_path / "a", model)
+    assert (again.rank, again.alpha) == (adapter.rank, adapter.alpha)
+    assert jax.tree.structure(again) == jax.tree.structure(adapter)
+    jax.tree.map(np.testing.assert_array_equal, adapter, again)
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(again))
+
+
+def test_names_and_orientation(model):
+    """PEFT keeps A as [r, in] and B as [out, r], one tensor a layer."""
+    adapter = random_adapter(model, ("v", "gate"))
+    tensors = adapter_tensors(adapter)
+    assert len(tensors) == 2 * 2 * model.config.num_layers
+    for block, name in (("self_attn", "v_proj"), ("mlp", "gate_proj")):
+        for layer in range(model.config.num_layers):
+            stem = f"base_model.model.model.layers.{layer}.{block}.{name}"
+            pair = adapter.layers[block][name]
+            np.testing.assert_array_equal(tensors[f"{stem}.lora_A.weight"], np.asarray(pair["a"][layer]).T)
+            np.testing.assert_array_equal(tensors[f"{stem}.lora_B.weight"], np.asarray(pair["b"][layer]).T)
+
+
+def test_lower_precision_is_widened(model, tmp_path):
+    adapter = random_adapter(model, ("q",))
+    save_adapter(adapter, tmp_path / "a", "base")
+    path = tmp_path / "a" / WEIGHTS_FILE
+    halves = {n: t.astype(np.float16) for n, t in load_file(path).items()}
+    save_file(halves, path)
+    again = load_adapter(tmp_path / "a", model)
+    a = again.layers["self_attn"]["q_proj"]["a"]
+    assert a.dtype == jnp.float32
+    np.testing.assert_array_equal(a[0], halves["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].T.astype(np.float32))
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    save_adapter(random_adapter(model, ("q",)), tmp_path / "a", "base")
+    return tmp_path / "a"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_dora": True},
+        {"rank_pattern": {"q_proj": 8}},
+        {"alpha_pattern": {"q_proj": 8}},
+        {"modules_to_save": ["lm_head"]},
+        {"layers_to_transform": [0]},
+        {"fan_in_fan_out": True},
+        {"lora_bias": True},
+        {"alora_invocation_tokens": [1]},
+        {"bias": "all"},
+        {"peft_type": "LOHA"},
+        {"r": 0},
+        {"r": "many"},
+        {"lora_alpha": None},
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_settings_we_do_not_have_are_refused(model, folder, change):
+    path = folder / CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match="adapter_config.json"):
+        load_adapter(folder, model)
+
+
+def test_adapters_of_other_shapes_are_refused(model, folder, tmp_path):
+    name = "base_model.model.model.layers.2.self_attn.q_proj.lora_B.weight"
+    good = load_file(folder / WEIGHTS_FILE)
+    other = random_adapter(load(save(build("llama2", num_hidden_layers=2), tmp_path / "small"), dtype="float32"), ("q",))
+    for tensors, wanted in (
+        ({**good, name: good[name][:5].copy()}, r"layers\.2\.self_attn\.q_proj\.lora_B has shape \(5, 2\), the base wants \(64, 2\)"),
+        ({n: t for n, t in good.items() if n != name}, r"layers\.2\.self_attn\.q_proj\.lora_B is missing"),
+        ({n: t for n, t in good.items() if "lora_A" in n}, r"lora_B is missing"),
+        (adapter_tensors(other), r"has shape|is missing"),
+        ({**good, "base_model.model.model.embed_tokens.lora_embedding_A": good[name]}, "embed_tokens"),
+        ({**good, name.replace("self_attn", "mlp"): good[name]}, r"mlp\.q_proj"),
+        ({}, "no LoRA factors"),
+    ):
+        save_file(tensors, folder / WEIGHTS_FILE)
+        with pytest.raises(InputError, match=wanted):
+            load_adapter(folder, model)
+
+
+def test_missing_pickled_and_damaged_weights(model, folder, tmp_path):
+    weights = folder / WEIGHTS_FILE
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(InputError, match=f"{WEIGHTS_FILE}: damaged or truncated"):
+        load_adapter(folder, model)
+    shutil.move(weights, folder / "adapter_model.bin")
+    with pytest.raises(InputError, match="pickled weights only"):
+        load_adapter(folder, model)
+    (folder / "adapter_model.bin").unlink()
+    with pytest.raises(InputError, match=f"has no {WEIGHTS_FILE}"):
+        load_adapter(folder, model)
+    with pytest.raises(InputError, match="not a PEFT adapter folder"):
+        load_adapter(tmp_path / "none", model)

@@ -1,0 +1,78 @@
+"""Run by test_sharding.py in a process of its own with eight fake devices: prints what it finds as JSON."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from panacea_jax.data.batches import Stream
+from panacea_jax.data.encode import Example
+from panacea_jax.defences import Panacea
+from panacea_jax.generate.decode import generate
+from panacea_jax.models import lora
+from panacea_jax.models.model import load
+from panacea_jax.models.peft import adapter_tensors
+from panacea_jax.parallel.mesh import make_mesh
+from panacea_jax.parallel.sharding import batch_rows
+from panacea_jax.train.loop import finetune
+from panacea_jax.train.optimizer import make_optimizer
+
+STEPS = 3
+TARGETS = ("q", "o", "up", "down")
+
+
+def examples(seed):
+    rng = np.random.default_rng(seed)
+    return [Example(rng.integers(0, 40, k).astype(np.int32), 2) for k in rng.integers(5, 15, 12)]
+
+
+def train(folder, mesh):
+    """A few Panacea steps on a mesh: the model, w + ε and ε by PEFT name."""
+    model = load(folder, mesh=mesh, dtype="float32")
+    adapter = lora.init(model, 2, 4, TARGETS, key=jax.random.key(0))
+    streams = {
+        name: Stream(name, examples(seed), 3, 0, True, (16,), fixed_length=True, row_multiple=batch_rows(mesh))
+        for seed, name in enumerate(("user", "harmful"))
+    }
+    defence = Panacea(rho=0.5, lam=0.3)
+    result = finetune(model, adapter, defence, streams, optimizer=make_optimizer(1e-2), steps=STEPS)
+    return model, result
+
+
+def error(a, b):
+    """Largest relative difference of a tensor."""
+    return max(float(np.linalg.norm(a[n] - b[n]) / np.linalg.norm(b[n])) for n in b)
+
+
+def main(folder):
+    devices = jax.devices()
+    model, sharded = train(folder, make_mesh(2, 2, 2))
+    single_model, single = train(folder, make_mesh(1, 1, 1, devices=devices[:1]))
+    start = lora.init(single_model, 2, 4, TARGETS, key=jax.random.key(0))
+    q = model.weights["layers"]["self_attn"]["q_proj"]["kernel"]
+    prompts = [[3, 4, 5], [6, 7, 8, 9, 10], [11]]
+    answers = [
+        sorted(
+            (i, ids)
+            for i, ids, _ in generate(
+                m, m.weights, r.deployed, prompts, batch_size=4, max_new_tokens=4, eos_ids=[1], pad_id=0
+            )
+        )
+        for m, r in ((model, sharded), (single_model, single))
+    ]
+    print(json.dumps({
+        "devices": len(devices),
+        "error": error(adapter_tensors(sharded.params), adapter_tensors(single.params)),
+        "error_epsilon": error(adapter_tensors(sharded.epsilon), adapter_tensors(single.epsilon)),
+        "moved": error(adapter_tensors(single.deployed), adapter_tensors(single.params)),
+        "trained": float(np.linalg.norm(np.asarray(single.params.layers["mlp"]["up_proj"]["b"] - start.layers["mlp"]["up_proj"]["b"]))),
+        "shard": q.addressable_shards[0].data.shape,
+        "whole": q.shape,
+        "answers": answers,
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

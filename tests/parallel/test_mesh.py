@@ -1,0 +1,53 @@
+"""The device mesh: sizes, the open axis, errors."""
+
+import jax
+import pytest
+from jax.sharding import AxisType
+
+from panacea_jax.errors import InputError
+from panacea_jax.parallel.mesh import AXES, make_mesh
+
+
+def devices(n):
+    """n places for a device: a mesh is made of whatever it is given."""
+    return list(jax.devices()[:1]) * n
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes", "wanted"),
+    [
+        (1, (), (1, 1, 1)),
+        (8, (), (8, 1, 1)),
+        (8, (1, -1, 1), (1, 8, 1)),
+        (8, (2, 2, 2), (2, 2, 2)),
+        (8, (-1, 2, 2), (2, 2, 2)),
+        (8, (1, 2, -1), (1, 2, 4)),
+        (12, (-1, 3, 4), (1, 3, 4)),
+    ],
+)
+def test_sizes(count, sizes, wanted):
+    mesh = make_mesh(*sizes, devices=devices(count))
+    assert mesh.axis_names == AXES == ("data", "fsdp", "tensor")
+    assert tuple(mesh.shape[axis] for axis in AXES) == wanted
+    assert mesh.axis_types == (AxisType.Auto,) * 3
+
+
+def test_all_devices_in_order_by_default():
+    assert list(make_mesh().devices.flat) == jax.devices()
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes", "wanted"),
+    [
+        (8, (0, 1, 1), r"config\.mesh\.data = 0"),
+        (8, (1, -2, 1), r"config\.mesh\.fsdp = -2"),
+        (8, (-1, -1, 1), r"only one axis may be -1, not data and fsdp"),
+        (8, (3, -1, 1), r"3 .* does not divide the 8 devices"),
+        (8, (-1, 4, 4), r"16 .* does not divide the 8 devices"),
+        (8, (2, 2, 1), r"2 x 2 x 1 = 4 devices, but there are 8"),
+        (1, (1, 1, 2), r"1 x 1 x 2 = 2 devices, but there are 1"),
+    ],
+)
+def test_impossible_sizes(count, sizes, wanted):
+    with pytest.raises(InputError, match=wanted):
+        make_mesh(*sizes, devices=devices(count))

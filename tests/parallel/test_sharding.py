@@ -1,0 +1,88 @@
+"""Where arrays go, and that a sharded run computes what a single device does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec
+
+from panacea_jax.parallel.mesh import make_mesh
+from panacea_jax.parallel.sharding import batch_rows, batch_sharding, bytes_per_device, replicated, weight_sharding
+from tests.tiny import write_model
+
+ROOT = Path(__file__).parents[2]
+
+
+def mesh(*sizes):
+    """A mesh of one device in many places: enough for rules, which only look at sizes."""
+    count = sizes[0] * sizes[1] * sizes[2]
+    return make_mesh(*sizes, devices=list(jax.devices()[:1]) * count)
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "wanted"),
+    [
+        ("embed_tokens/embedding", (64, 32), ("tensor", "fsdp")),
+        ("lm_head/kernel", (32, 64), ("fsdp", "tensor")),
+        *((f"layers/self_attn/{p}_proj/kernel", (3, 32, 64), (None, "fsdp", "tensor")) for p in "qkv"),
+        *((f"layers/mlp/{p}_proj/kernel", (3, 32, 64), (None, "fsdp", "tensor")) for p in ("gate", "up")),
+        ("layers/self_attn/o_proj/kernel", (3, 64, 32), (None, "tensor", "fsdp")),
+        ("layers/mlp/down_proj/kernel", (3, 64, 32), (None, "tensor", "fsdp")),
+        ("layers/self_attn/q_proj/bias", (3, 64), (None, "tensor")),
+        ("layers/self_attn/o_proj/bias", (3, 64), ()),
+        ("layers/input_layernorm/scale", (3, 32), ()),
+        ("norm/scale", (32,), ()),
+    ],
+)
+def test_rules(path, shape, wanted):
+    assert weight_sharding(mesh(2, 2, 4), path, shape).spec == PartitionSpec(*wanted)
+
+
+@pytest.mark.parametrize(
+    ("shape", "wanted"),
+    [
+        ((3, 32, 64), (None, "fsdp", "tensor")),
+        ((3, 33, 64), (None, None, "tensor")),
+        ((3, 32, 66), (None, "fsdp", None)),
+        ((3, 33, 66), (None, None, None)),
+    ],
+)
+def test_an_axis_that_does_not_divide_is_dropped(shape, wanted):
+    sharding = weight_sharding(mesh(1, 2, 4), "layers/self_attn/k_proj/kernel", shape)
+    assert sharding.spec == PartitionSpec(*wanted)
+    sharding.shard_shape(shape)  # raises where an axis does not divide
+
+
+def test_batches_and_adapters():
+    m = mesh(2, 3, 4)
+    assert batch_rows(m) == 6
+    assert batch_sharding(m).shard_shape((12, 7)) == (2, 7)
+    assert replicated(m).shard_shape((12, 7)) == (12, 7)
+
+
+def test_bytes_per_device():
+    sharding = weight_sharding(mesh(1, 2, 4), "layers/mlp/up_proj/kernel", (3, 32, 64))
+    assert bytes_per_device(sharding, (3, 32, 64), 2) == 3 * 16 * 16 * 2
+
+
+@pytest.mark.slow
+def test_eight_devices_train_what_one_does(tmp_path):
+    """mesh data = fsdp = tensor = 2: the same adapter, ε and greedy answers; each device holds a quarter of a matrix."""
+    folder = write_model(tmp_path / "base")
+    flags = "--xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.parallel.sharded", str(folder)], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["devices"] == 8
+    assert found["whole"] == [2, 32, 32] and found["shard"] == [2, 16, 16]
+    assert found["trained"] > 1e-3 and found["moved"] > 1e-3
+    assert found["error"] < 1e-5
+    assert found["error_epsilon"] < 1e-4
+    assert found["answers"][0] == found["answers"][1]

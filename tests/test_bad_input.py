@@ -1,0 +1,610 @@
+"""Bad input: one line on stderr that names the key, file or tensor, exit code 2, and everything as it was."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests import runs
+from tests.runs import Place, panacea
+from tests.tiny import write_model
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Place:
+    return runs.make_place(tmp_path_factory.mktemp("bad"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return runs.finished_run(tmp_path_factory)
+
+
+def snapshot(*roots: Path) -> dict[Path, bytes | None]:
+    return {p: p.read_bytes() if p.is_file() else None for root in roots for p in root.rglob("*")}
+
+
+@pytest.fixture
+def refused(place, tmp_path, capsys, monkeypatch):
+    """``refused(*command line)`` runs it, checks all that every refusal has in common, and returns the line."""
+    monkeypatch.chdir(tmp_path)
+
+    def check(*arguments: object) -> str:
+        before = snapshot(place.root, tmp_path)
+        capsys.readouterr()
+        code = panacea(*arguments)
+        captured = capsys.readouterr()
+        assert code == 2, captured.err
+        assert captured.out == ""
+        assert captured.err.startswith("panacea: ") and captured.err.endswith("\n")
+        assert captured.err.count("\n") == 1, captured.err
+        assert snapshot(place.root, tmp_path) == before, "files were changed, made or removed"
+        return captured.err
+
+    return check
+
+
+@pytest.fixture
+def finetune(place, tmp_path, refused):
+    """A refused ``finetune`` with some flags changed, into a work directory that must not appear."""
+
+    def check(*flags: str) -> str:
+        return refused("finetune", *place.flags(*flags), f"--workdir={tmp_path / 'new'}")
+
+    return check
+
+
+# ---------------------------------------------------------------- command line and keys
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["frobnicate"], ["unknown command 'frobnicate'", "finetune"]),
+        (["finetune", "--wrokdir=x"], ["'wrokdir'", "workdir"]),
+        (["doctor", "--workdir=x"], ["'workdir'"]),
+        (["finetune", "stray"], ["unexpected argument 'stray'"]),
+        (["finetune"], ["--workdir is not set"]),
+        (["finetune", "--workdir"], ["--workdir"]),
+        (["judge"], ["--workdir is not set"]),
+        (["convert"], ["--out is not set"]),
+        (["layers"], ["--workdir, --epsilon or --checkpoint"]),
+        (["layers", "--epsilon=a", "--checkpoint=b"], ["--epsilon or --checkpoint, not both"]),
+        (["quickstart", "--world=first"], ["--world=first"]),
+        (["finetune", "--config.lora.rnak=3"], ["--config.lora.rnak", "did you mean --config.lora.rank?"]),
+        (["finetune", "--config.trian.steps=3"], ["--config.trian.steps", "did you mean --config.train.steps?"]),
+        (["finetune", "--noconfig.data.shufle"], ["--config.data.shufle"]),
+        (["finetune", "--config.lora.rank=many"], ["--config.lora.rank=many"]),
+        (["finetune", "--config.lora.rank=2.5"], ["--config.lora.rank=2.5"]),
+        (["finetune", "--config.lora=3"], ["--config.lora=3"]),
+        (["finetune", "--config.defence.rho=x"], ["--config.defence.rho=x"]),
+        (["finetune", "--config.defence.sigma=x"], ["--config.defence.sigma=x"]),
+        (["finetune", "--config.data.shuffle=maybe"], ["--config.data.shuffle=maybe"]),
+        (["finetune", "--config.lora.rank"], ["--config.lora.rank"]),
+        (["finetune", "--config"], ["--config"]),
+        (["finetune", "--config=a.py", "--config=b.py"], ["--config is given twice"]),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) and x and x[0].isalpha() else "",
+)  # fmt: skip
+def test_command_lines(arguments, wanted, refused):
+    line = refused(*arguments)
+    for text in wanted:
+        assert text in line
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", "-1"),
+        ("seed", "4294967296"),
+        ("model.dtype", "int8"),
+        ("model.remat", "some"),
+        ("model.attention", "flash"),
+        ("lora.rank", "0"),
+        ("lora.rank", "-4"),
+        ("lora.alpha", "0"),
+        ("lora.alpha", "nan"),
+        ("lora.targets", "('q', 'embed')"),
+        ("lora.targets", "()"),
+        ("data.poison_ratio", "1.5"),
+        ("data.poison_ratio", "-0.1"),
+        ("data.poison_ratio", "nan"),
+        ("data.num_examples", "-1"),
+        ("data.max_length", "1"),
+        ("data.template", "llama"),
+        ("data.packing", "True"),
+        ("defence.name", "panaceea"),
+        ("defence.rho", "-1"),
+        ("defence.rho", "nan"),
+        ("defence.rho", "inf"),
+        ("defence.lam", "-1"),
+        ("defence.lam", "nan"),
+        ("defence.every", "0"),
+        ("defence.clamp", "soft"),
+        ("defence.final_epsilon", "first"),
+        ("optimizer.learning_rate", "-1"),
+        ("optimizer.learning_rate", "nan"),
+        ("optimizer.b1", "1"),
+        ("optimizer.eps", "0"),
+        ("optimizer.schedule", "step"),
+        ("optimizer.warmup_ratio", "2"),
+        ("train.batch_size", "0"),
+        ("train.epochs", "0"),
+        ("train.log_every", "0"),
+        ("mesh.data", "0"),
+        ("mesh.tensor", "-2"),
+        ("checkpoint.keep", "0"),
+        ("checkpoint.every", "-1"),
+        ("generate.batch_size", "0"),
+        ("generate.max_new_tokens", "-1"),
+        ("judge.name", "oracle"),
+        ("eval.num_examples", "-1"),
+        ("align.optimizer.b2", "-1"),
+        ("align.defence.name", "vacine"),
+        ("heal.train.batch_size", "0"),
+    ],
+)
+def test_impossible_values(key, value, refused):
+    line = refused("run", f"--config.{key}={value}", "--workdir=new")
+    assert f"config.{key}" in line.replace("'", "")
+
+
+def test_the_section_of_a_hyper_parameter_is_named(refused):
+    line = refused("run", "--config.heal.defence.name=random_perturbation", "--config.heal.defence.rho=-1", "--workdir=new")
+    assert "config.heal.defence.rho = -1" in line
+
+
+def test_a_mesh_that_does_not_divide_the_devices(finetune):
+    assert "config.mesh" in (line := finetune("--config.mesh.data=3")) and "3" in line and "devices" in line
+    assert "only one axis may be -1" in finetune("--config.mesh.data=-1")
+    assert "2 x 1 x 1" in finetune("--config.mesh.data=2", "--config.mesh.fsdp=1")
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (None, "no such file"),
+        ("def get_config(:\n", "SyntaxError"),
+        ("import nonsuch\n", "nonsuch"),
+        ("def get_config():\n    return 1 / 0\n", "ZeroDivisionError"),
+        ("def get_config():\n    raise RuntimeError('one\\ntwo')\n", "one two"),
+        ("def get_config():\n    pass\n", "NoneType"),
+        ("x = 1\n", "no get_config()"),
+        ("from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'seed': 1})\n", "is missing"),
+        ("from panacea_jax.config import get_config as d\ndef get_config():\n    c = d()\n    c.lora.rnak = 3\n    return c\n", "rnak"),
+        ("from panacea_jax.config import get_config as d\ndef get_config():\n    c = d().unlock()\n    c.lora.rnak = 3\n    return c\n",
+         "config.lora.rnak is no key"),
+        ("from panacea_jax.config import get_config as d\ndef get_config():\n    c = d()\n    c.lora.rank = 'x'\n    return c\n", "rank"),
+        ("from panacea_jax.config import get_config as d\ndef get_config():\n    c = d()\n    c.lora.rank = 0\n    return c\n",
+         "config.lora.rank = 0"),
+        ("def get_config():\n    pass\n", "get_config()"),
+    ],
+)  # fmt: skip
+def test_recipes(text, wanted, refused, tmp_path):
+    if text is not None:
+        (tmp_path / "recipe.py").write_text(text)
+    line = refused("run", "--config=recipe.py", "--workdir=new")
+    assert wanted in line
+    if "config.lora.rank = 0" not in line:
+        assert "--config=recipe.py: " in line
+
+
+def test_a_recipe_that_is_no_text(refused, tmp_path):
+    (tmp_path / "recipe.py").write_bytes(b"x = '\xff'\n")
+    assert "--config=recipe.py: SyntaxError" in refused("run", "--config=recipe.py", "--workdir=new")
+    assert "--config=.: no such file" in refused("run", "--config=.", "--workdir=new")
+
+
+def test_defences_of_another_stage(refused, finetune, place):
+    assert "config.defence.name = random_perturbation: acts at the stage heal" in finetune("--config.defence.name=random_perturbation")
+    align = place.flags("--config.defence.name=panacea")
+    assert "config.defence.name = panacea" in refused("align", *align, "--workdir=new")
+    assert "not heal" in refused("heal", *place.flags("--config.defence.name=panacea"), "--workdir=new")
+    assert "not heal" in refused("heal", *place.flags("--config.defence.name=sft"), "--workdir=new")
+
+
+def test_keys_that_exclude_each_other(refused, finetune, place):
+    full = "--config.train.full_parameters=True"
+    assert "config.lora.init_from" in finetune(full, "--config.lora.init_from=some/adapter")
+    heal = place.flags("--config.defence.name=random_perturbation", full)
+    assert "config.train.full_parameters" in refused("heal", *heal, "--workdir=new")
+
+
+# ---------------------------------------------------------------- sources
+
+
+GOOD = '{"instruction": "w1 w2", "output": "w3"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (None, ["no such file"]),
+        (b"", ["holds no records"]),
+        (b"\n\n", ["holds no records"]),
+        (GOOD.encode() * 2 + b'{"instruction": "w1", \n', [":3:", "not JSON"]),
+        (GOOD.encode() + b"[1, 2]\n", [":2:", "record 2"]),
+        (GOOD.encode() * 3 + b'{"instruction": "w1"}\n', [":4:", "record 4", "'output'"]),
+        (GOOD.encode() + b'{"instruction": 5, "output": "w3"}\n', [":2:", "'instruction'"]),
+        (GOOD.encode() + b'{"instruction": "caf\xe9", "output": "w3"}\n', [":2:", "not UTF-8"]),
+        (b"\x1f\x8b\x08\x00garbage", ["not UTF-8"]),
+    ],
+)
+@pytest.mark.parametrize("stream", ["user", "harmful"])
+def test_sources(stream, content, wanted, finetune, tmp_path):
+    path = tmp_path / "source.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    line = finetune(f"--config.data.{stream}=pairs@{path}")
+    for text in (f"config.data.{stream}", str(path), *wanted):
+        assert text in line
+
+
+def test_unreadable_sources(finetune, tmp_path):
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    (tmp_path / "data.pickle").write_bytes(b"x")
+    for name in ("folder.jsonl", "loop.jsonl", "gone.jsonl", "data.pickle"):
+        line = finetune(f"--config.data.attack=pairs@{tmp_path / name}")
+        assert "config.data.attack" in line and name in line
+
+
+@pytest.mark.parametrize("value", ["", "train.jsonl", "pears@train.jsonl", "pairs@"])
+def test_what_is_no_source(value, finetune):
+    assert "config.data.user" in finetune(f"--config.data.user={value}")
+
+
+def test_more_records_than_there_are(finetune):
+    line = finetune("--config.data.num_examples=100")
+    assert "config.data.user" in line and "12" in line and "config.data.num_examples=100" in line
+    assert "config.data.harmful: 50 records" in finetune("--config.data.num_harmful=50")
+    assert "config.data.attack" in finetune("--config.data.poison_ratio=1")
+
+
+def test_prompts_that_leave_no_target_token(finetune):
+    line = finetune("--config.data.max_length=3")
+    assert "config.data.user: no target token" in line and "config.data.max_length=3" in line
+
+
+def test_evaluation_sets(refused, place, tmp_path):
+    def generate(*tasks):
+        return refused("generate", *place.flags(f"--config.eval.tasks={tasks}"), "--workdir=new")
+
+    assert "config.eval.tasks is empty" in generate()
+    assert "config.eval.tasks" in (line := generate(f"pairs@{tmp_path}/none.jsonl")) and "none.jsonl" in line
+    assert "config.eval.tasks[1]" in generate(place.spec("test"), "quiz@x")
+    assert "twice" in generate(place.spec("test"), place.spec("test"))
+    (tmp_path / "bad.jsonl").write_text(GOOD + "{\n")
+    assert "bad.jsonl:2" in generate(f"pairs@{tmp_path}/bad.jsonl")
+    judge = refused("judge", *place.flags(), "--workdir=new")
+    assert "new/generations/advbench.jsonl: no generations" in judge
+    assert "config.eval.tasks is empty" in refused("judge", *place.flags("--config.eval.tasks=()"), "--workdir=new")
+
+
+# ---------------------------------------------------------------- models
+
+
+@pytest.fixture
+def base(place, tmp_path) -> Path:
+    """A copy of the base, to be damaged."""
+    return Path(shutil.copytree(place.base, tmp_path / "base"))
+
+
+def edit_tensors(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def edit_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def with_base(base: Path) -> str:
+    return f"--config.model.path={base}"
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        (lambda t: t.pop(Q), [Q, "missing"]),
+        (lambda t: t.update({Q: t[Q][:, :-1].copy()}), [Q, "shape", "model.safetensors"]),
+        (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": t["model.layers.1.mlp.up_proj.weight"]}), ["layers.2.mlp.up_proj", "extra"]),
+        (lambda t: t.update({"vision.weight": np.zeros(3, np.float32)}), ["vision.weight", "extra", "model.safetensors"]),
+        (lambda t: t.update({Q: t[Q].astype(np.int8)}), [Q, "I8"]),
+    ],
+    ids=["missing", "misshaped", "extra_layer", "extra", "integer"],
+)
+def test_tensors(change, wanted, finetune, base):
+    edit_tensors(base, change)
+    line = finetune(with_base(base))
+    for text in wanted:
+        assert text in line
+
+
+def test_truncated_weights(finetune, base):
+    path = base / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    line = finetune(with_base(base))
+    assert str(path) in line and "truncated" in line and "tensor " in line
+    path.write_bytes(path.read_bytes()[:50])
+    assert str(path) in (line := finetune(with_base(base))) and "truncated" in line
+
+
+def test_pickled_weights(finetune, base):
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    line = finetune(with_base(base))
+    assert "pytorch_model.bin" in line and "refused" in line
+
+
+def test_unsupported_architectures(finetune, base):
+    edit_config(base, architectures=["MambaForCausalLM"], model_type="mamba")
+    line = finetune(with_base(base))
+    assert "MambaForCausalLM" in line
+    for known in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM"):
+        assert known in line
+
+
+def test_folders_that_are_no_model(finetune, base, tmp_path):
+    assert "config.model.path is not set" in finetune("--config.model.path=")
+    assert "nowhere" in finetune(f"--config.model.path={tmp_path}/nowhere")
+    (base / "config.json").write_text("{")
+    assert "config.json" in finetune(with_base(base))
+    (base / "config.json").unlink()
+    assert "config.json" in finetune(with_base(base))
+    (base / "tokenizer.json").rename(base / "tokenizer.model")
+    assert "tokenizer.model alone" in finetune(with_base(base))
+
+
+# ---------------------------------------------------------------- adapters
+
+
+@pytest.fixture
+def adapter(finished, tmp_path) -> Path:
+    """A copy of a good adapter, to be damaged."""
+    return Path(shutil.copytree(finished[1] / "finetune" / "adapter", tmp_path / "adapter"))
+
+
+def edit_adapter(folder: Path, change) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        (lambda t: t.update({A: t[A][:, :-1].copy()}), ["layers.0.self_attn.q_proj.lora_A", "shape"]),
+        (lambda t: t.update({A: t[A][:-1].copy()}), ["layers.0.self_attn.q_proj.lora_A", "shape"]),
+        (lambda t: t.pop(A), ["layers.0.self_attn.q_proj.lora_A", "missing"]),
+        (lambda t: t.update({A.replace(".0.", ".7."): t[A]}), ["layers.7.self_attn.q_proj.lora_A", "2 layers"]),
+        (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": t[A]}), ["base_model.model.lm_head.lora_A.weight"]),
+        (lambda t: t.clear(), ["no LoRA factors"]),
+    ],
+    ids=["width", "rank", "missing", "layer", "place", "empty"],
+)
+def test_adapters_that_do_not_fit(change, wanted, finetune, adapter):
+    edit_adapter(adapter, change)
+    line = finetune(f"--config.lora.init_from={adapter}")
+    for text in ("adapter_model.safetensors", *wanted):
+        assert text in line
+
+
+def test_an_adapter_of_another_base(finetune, adapter, tmp_path):
+    wide = write_model(tmp_path / "wide", hidden_size=64)
+    line = finetune(with_base(wide), f"--config.lora.init_from={adapter}")
+    assert "has shape (2, 32), the base wants (2, 64)" in line
+
+
+def test_folders_that_are_no_adapter(finetune, refused, place, adapter, tmp_path):
+    flag = f"--config.lora.init_from={adapter}"
+    weights, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    good, settings = weights.read_bytes(), json.loads(config.read_text())
+    weights.write_bytes(good[:-8])
+    assert "adapter_model.safetensors: damaged or truncated" in finetune(flag)
+    weights.rename(adapter / "adapter_model.bin")
+    assert "pickled weights only" in finetune(flag)
+    (adapter / "adapter_model.bin").unlink()
+    assert "has no adapter_model.safetensors" in finetune(flag)
+    weights.write_bytes(good)
+    for changes, wanted in (
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"r": 0}, "r 0"),
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias"),
+        ({"rank_pattern": {"q_proj": 1}}, "rank_pattern"),
+    ):
+        config.write_text(json.dumps(settings | changes))
+        assert wanted in finetune(flag)
+    config.write_text("{")
+    assert "adapter_config.json" in finetune(flag)
+    config.unlink()
+    assert "adapter_config.json" in finetune(flag)
+    assert "none" in finetune(f"--config.lora.init_from={tmp_path}/none")
+    heal = place.flags("--config.defence.name=random_perturbation")
+    assert "run finetune first" in refused("heal", *heal, "--workdir=new")
+    generate = place.flags(f"--config.generate.adapter={tmp_path}/none")
+    assert "config.generate.adapter" in refused("generate", *generate, "--workdir=new")
+
+
+# ---------------------------------------------------------------- work directories
+
+
+def test_a_work_directory_that_cannot_be_written(refused, place, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
+        line = refused("finetune", *place.flags(), f"--workdir={workdir}")
+        assert f"--workdir={workdir}" in line and "cannot be written" in line
+    if os.geteuid():  # root may write anywhere
+        (tmp_path / "closed").mkdir(mode=0o500)
+        assert "closed" in refused("finetune", *place.flags(), f"--workdir={tmp_path}/closed/new")
+
+
+def test_a_foreign_work_directory(refused, place, tmp_path):
+    folder = tmp_path / "theirs" / "finetune"
+    folder.mkdir(parents=True)
+    (folder / "thesis.tex").write_text("kept")
+    line = refused("finetune", *place.flags(), f"--workdir={tmp_path / 'theirs'}")
+    assert str(folder) in line and "not ours" in line
+    for text in ("{", "[]", '{"name": "a web app"}'):
+        (folder / "manifest.json").write_text(text)
+        line = refused("finetune", *place.flags(), f"--workdir={tmp_path / 'theirs'}")
+        assert str(folder / "manifest.json") in line and "not a manifest of ours" in line
+
+
+def finished_copy(finished, tmp_path, *names: str) -> Path:
+    for name in names:
+        shutil.copytree(finished[1] / name, tmp_path / "copy" / name)
+    return tmp_path / "copy"
+
+
+def again(finished, *flags: str) -> list[str]:
+    """The flags of the finished run's ``finetune``."""
+    return finished[0].flags(f"--config.lora.init_from={finished[1] / 'align' / 'adapter'}", *flags)
+
+
+@pytest.mark.parametrize(
+    ("flag", "wanted"),
+    [
+        ("--config.defence.rho=0.75", "config defence.rho: 0.5 there, 0.75 now"),
+        ("--config.lora.rank=3", "config lora.rank: 2 there, 3 now"),
+        ("--config.train.steps=9", "config train.steps: 4 there, 9 now"),
+        ("--config.export.without_epsilon=True", "config export.without_epsilon: False there, True now"),
+    ],
+)
+def test_a_changed_configuration(flag, wanted, refused, finished, tmp_path):
+    workdir = finished_copy(finished, tmp_path, "finetune")
+    line = refused("finetune", *again(finished, flag), f"--workdir={workdir}")
+    assert f"{workdir / 'finetune'}: made by another run ({wanted}); choose another --workdir" in line
+
+
+def test_changed_inputs(refused, finished, tmp_path):
+    """The same path with other content is another input."""
+    place, _ = finished
+    mine = runs.make_place(tmp_path / "place")
+    workdir = tmp_path / "own"
+    flags = mine.flags("--config.defence.name=random_perturbation", f"--config.lora.init_from={finished[1] / 'align' / 'adapter'}")
+    assert panacea("heal", *flags, f"--workdir={workdir}") == 0
+    edit_tensors(mine.base, lambda t: t.update({Q: t[Q] + 1}))
+    line = refused("heal", *flags, f"--workdir={workdir}")
+    assert f"input {mine.base}: " in line and "choose another --workdir" in line
+
+
+def test_answers_of_another_run(refused, finished, tmp_path):
+    place, _ = finished
+    workdir = finished_copy(finished, tmp_path, "generations")
+    same = f"--config.generate.adapter={finished[1] / 'heal' / 'adapter'}"
+    line = refused("generate", *place.flags(same, "--config.generate.max_new_tokens=5"), f"--workdir={workdir}")
+    assert "max_new_tokens: 4 there, 5 now" in line
+
+
+def test_judging_needs_whole_answers(refused, finished, tmp_path):
+    place, _ = finished
+    workdir = finished_copy(finished, tmp_path, "generations")
+    answers = workdir / "generations" / "pairs.jsonl"
+    text = answers.read_text()
+    answers.write_text("{\n" + text)
+    shutil.copytree(finished[1] / "judgements", workdir / "judgements")
+    assert "pairs.jsonl:1: damaged line" in refused("judge", *place.flags(), f"--workdir={workdir}")
+    answers.write_text(text.replace('"response": "', '"response": "w1 ', 1))
+    assert "pairs.refusal.jsonl:1" in refused("judge", *place.flags(), f"--workdir={workdir}")
+    manifest = workdir / "generations" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"done"', '"running"'))
+    assert "not finished yet" in refused("judge", *place.flags(), f"--workdir={workdir}")
+
+
+def corrupt(folder: Path) -> None:
+    """Overwrite the middle of every array file of a checkpoint."""
+    files = [p for p in folder.rglob("*") if p.is_file() and "/d/" in p.as_posix()]
+    assert files
+    for path in files:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 4 : 3 * len(data) // 4] = b"\x00" * (3 * len(data) // 4 - len(data) // 4)
+        path.write_bytes(bytes(data))
+
+
+def empty(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+
+
+def without_arrays(folder: Path) -> None:
+    shutil.rmtree(folder / "state")
+
+
+@pytest.mark.parametrize("damage", [corrupt, empty, without_arrays])
+def test_damaged_checkpoints(damage, refused, finished, tmp_path):
+    workdir = finished_copy(finished, tmp_path, "finetune")
+    newest = workdir / "finetune" / "checkpoints" / str(runs.STEPS)
+    damage(newest)
+    manifest = workdir / "finetune" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"done"', '"running"'))
+    line = refused("finetune", *again(finished), f"--workdir={workdir}")
+    assert str(newest) in line and "checkpoint" in line
+    line = refused("layers", f"--checkpoint={newest}")
+    assert str(newest) in line and "checkpoint" in line
+    assert str(newest) in refused("layers", f"--workdir={workdir}")
+
+
+def test_layers_without_epsilon(refused, finished, tmp_path):
+    assert "run finetune" in refused("layers", "--workdir=new")
+    aligned = finished[1] / "align" / "checkpoints" / "3"
+    assert "holds no ε" in refused("layers", f"--checkpoint={aligned}", "--workdir=new")
+    assert "none.safetensors: no such file" in refused("layers", "--epsilon=none.safetensors")
+    (tmp_path / "junk.safetensors").write_bytes(b"junk")
+    assert "junk.safetensors" in refused("layers", "--epsilon=junk.safetensors")
+    assert "model.embed.weight" not in refused("layers", f"--epsilon={finished[0].base / 'tokenizer.json'}")
+    save_file({"other.weight": np.zeros(3, np.float32)}, tmp_path / "other.safetensors")
+    assert "other.weight" in refused("layers", "--epsilon=other.safetensors")
+    save_file({A.replace(".0.", ".1."): np.zeros((2, 3), np.float32)}, tmp_path / "gap.safetensors")
+    assert "a layer is missing" in refused("layers", "--epsilon=gap.safetensors")
+
+
+# ---------------------------------------------------------------- convert
+
+
+def test_convert(refused, finished, tmp_path):
+    place, run = finished
+    adapter, epsilon = run / "align" / "adapter", run / "finetune" / "epsilon.safetensors"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "model.safetensors").write_text("kept")
+    for out in ("full", "full/model.safetensors"):
+        assert f"--out={out}: exists already" in refused("convert", *place.flags(), f"--out={out}")
+    assert "--epsilon: needs the adapter" in refused("convert", *place.flags(), f"--epsilon={epsilon}", "--out=new")
+    start = place.flags(f"--config.lora.init_from={adapter}")
+    assert "none" in refused("convert", *start, "--epsilon=none", "--out=new")
+    tensors = load_file(epsilon)
+    for change in (lambda t: t.popitem(), lambda t: t.update({k: np.zeros((3, *v.shape[1:]), np.float32) for k, v in t.items()})):
+        changed = dict(tensors)
+        change(changed)
+        save_file(changed, tmp_path / "other.safetensors")
+        line = refused("convert", *start, "--epsilon=other.safetensors", "--out=new")
+        assert "other.safetensors" in line
+    deployed = place.flags(f"--config.lora.init_from={run / 'finetune' / 'adapter'}")
+    assert "is w + ε already" in refused("convert", *deployed, f"--epsilon={epsilon}", "--out=new")
+    assert "config.model.path is not set" in refused("convert", "--out=new")
+
+
+def test_quickstart_leaves_other_folders_alone(refused, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("kept")
+    assert "--workdir=mine" in refused("quickstart", "--workdir=mine")
+    (tmp_path / "world").mkdir()
+    (tmp_path / "world" / "world.json").write_text('{"world": 3}')
+    assert "holds world 3" in refused("quickstart", "--workdir=world", "--world=4")
+    (tmp_path / "file").write_text("kept")
+    assert "--workdir=file" in refused("quickstart", "--workdir=file/below")

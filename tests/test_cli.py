@@ -1,0 +1,141 @@
+"""The command line: help, parsing, exit codes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from panacea_jax import cli, config
+from panacea_jax.errors import InputError
+from panacea_jax.train.loop import Diverged, Preempted
+from tests.runs import panacea
+
+RECIPE = """
+from panacea_jax.config import get_config as defaults
+
+def get_config(variant="small"):
+    config = defaults()
+    config.lora.rank = {"small": 2, "large": 64}[variant]
+    return config
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.py"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["help"]])
+def test_help_lists_every_command(arguments, capsys):
+    assert panacea(*arguments) == 0
+    out = capsys.readouterr().out
+    commands = "quickstart align finetune heal generate judge run convert doctor layers"
+    for name in commands.split():
+        assert f"\n  {name} " in out and cli.COMMANDS[name].summary in out
+
+
+def test_no_command_shows_the_help_and_fails(capsys):
+    assert panacea() == 2
+    assert "usage: panacea <command>" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_help_of_a_command_shows_its_flags_and_every_key_with_its_default(name, capsys):
+    assert panacea(name, "--config.nonsense=1", "--help") == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"panacea {name}: {cli.COMMANDS[name].summary}")
+    for flag in cli.COMMANDS[name].flags:
+        assert f"  --{flag}=" in out
+    for line in ("defence.rho = 1.0", "lora.targets = ('q', 'k', 'v')", "export.without_epsilon = False", "heal.defence.name = ''"):
+        assert f"\n  {line}" in out
+    assert out.count(" = ") == len(list(config.keys(config.get_config())))
+
+
+def test_a_recipe_its_variant_and_overrides(recipe):
+    def parsed(*arguments):
+        return cli.parse("finetune", arguments)
+
+    values, made = parsed("--workdir=w", "--config.seed=3")
+    assert (values.workdir, made.seed, made.lora.rank) == ("w", 3, 32)
+    assert parsed(f"--config={recipe}")[1].lora.rank == 2
+    assert parsed(f"--config={recipe}:large")[1].lora.rank == 64
+    assert parsed("--config.lora.alpha=8", "--config", f"{recipe}:large")[1].lora.alpha == 8.0
+    assert parsed(f"--config={recipe}", "--config.lora.rank=5")[1].lora.rank == 5
+    made = parsed(
+        "--noconfig.data.shuffle", "--config.defence.rho=2", "--config.defence.sigma=0.5", "--config.lora.targets=('q', 'o')",
+        "--config.eval.tasks=pairs@x.jsonl", "--config.eval.tasks=pairs@y.jsonl", "--config.model.path", "some/folder",
+    )[1]  # fmt: skip
+    assert (made.data.shuffle, made.defence.rho, made.defence.sigma) == (False, 2.0, 0.5)
+    assert made.lora.targets == ("q", "o") and made.model.path == "some/folder"
+    assert made.eval.tasks == ("pairs@x.jsonl", "pairs@y.jsonl")
+    assert made.is_locked
+
+
+def test_parsing_leaves_no_trace(recipe):
+    """One process may run several commands, as the quickstart does."""
+    before = list(sys.argv)
+    cli.parse("finetune", [f"--config={recipe}:large", "--config.seed=4"])
+    assert cli.parse("finetune", [])[1].to_dict() == config.get_config().to_dict()
+    assert sys.argv == before
+
+
+def replace(monkeypatch, name, run):
+    monkeypatch.setitem(cli.COMMANDS, name, cli.COMMANDS[name]._replace(run=run))
+
+
+def test_a_command_ends_with_the_path_it_wrote(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    replace(monkeypatch, "finetune", lambda values, config: Path(values.workdir) / "finetune" / "adapter")
+    assert panacea("finetune", f"--workdir={tmp_path / 'w'}") == 0
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("w/finetune/adapter\n", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (Preempted("stopped by SIGTERM after step 7; saved"), 75),
+        (Diverged("step 7: the task loss is nan; nothing was saved after it"), 1),
+        (InputError("config.x = 1:\n  no"), 2),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=["preempted", "diverged", "bad_input", "interrupted"],
+)
+def test_exit_codes(error, code, monkeypatch, capsys):
+    def fail(values, config):
+        raise error
+
+    replace(monkeypatch, "run", fail)
+    assert panacea("run", "--workdir=w") == code
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("panacea: ") and captured.err.count("\n") == 1
+    if code in (75, 1):
+        assert "step 7" in captured.err
+
+
+def test_a_defect_of_ours_keeps_its_traceback(monkeypatch):
+    def fail(values, config):
+        raise ZeroDivisionError
+
+    replace(monkeypatch, "run", fail)
+    with pytest.raises(ZeroDivisionError):
+        panacea("run", "--workdir=w")
+
+
+def test_main_ends_the_process_with_the_exit_code():
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["frobnicate"])
+    assert ended.value.code == 2
+
+
+def test_help_and_mistakes_answer_without_loading_the_models():
+    """A fresh process: no transformers, orbax or datasets is imported to print a help or refuse a flag."""
+    code = (
+        "import sys; from panacea_jax import cli; assert cli.run(['run', '--help']) == 0; "
+        "assert cli.run(['run', '--config.lora.rank=0']) == 2; print(sorted({'transformers', 'datasets', 'torch'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,143 @@
+"""Stages of a work directory: what is skipped, what goes on, what is refused; hashes."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from panacea_jax import workdir as workdirs
+from panacea_jax.errors import InputError
+from panacea_jax.workdir import Stage, read_manifest, sha256_folder, sha256_json, write_text
+
+CONFIG = {"lora": {"rank": 2, "targets": ("q", "v")}, "seed": 0, "path": Path("base")}
+INPUTS = {"pairs@a.jsonl": "12ab"}
+
+
+def test_a_stage_goes_from_nothing_to_done(tmp_path):
+    stage = Stage(tmp_path / "w", "finetune", CONFIG, INPUTS)
+    assert not stage.done and not (tmp_path / "w").exists(), "looking changes nothing"
+    stage.begin()
+    assert read_manifest(stage.folder)["status"] == "running"
+    again = Stage(tmp_path / "w", "finetune", CONFIG, INPUTS)
+    assert not again.done
+    again.begin()
+    again.finish({"steps": 3, "adapter": Path("a")})
+    manifest = read_manifest(stage.folder)
+    assert manifest["status"] == "done" and manifest["outcome"] == {"steps": 3, "adapter": "a"}
+    assert manifest["config"] == {"lora": {"rank": 2, "targets": ["q", "v"]}, "seed": 0, "path": "base"}
+    assert manifest["config_sha256"] == sha256_json(manifest["config"])
+    assert manifest["inputs"] == INPUTS
+    assert set(manifest["versions"]) == set(workdirs.PACKAGES) and "absent" not in manifest["versions"].values()
+    assert Stage(tmp_path / "w", "finetune", CONFIG, INPUTS).done
+    assert not Stage(tmp_path / "w", "heal", CONFIG, INPUTS).done
+
+
+def test_beginning_again_leaves_the_manifest_as_it_is(tmp_path):
+    Stage(tmp_path, "s", CONFIG, INPUTS).begin()
+    stage = Stage(tmp_path, "s", CONFIG, INPUTS)
+    stage.finish({})
+    before = (tmp_path / "s" / "manifest.json").read_bytes()
+    Stage(tmp_path, "s", CONFIG, INPUTS).begin()
+    assert (tmp_path / "s" / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("config", "inputs", "wanted"),
+    [
+        ({**CONFIG, "seed": 1}, INPUTS, "config seed: 0 there, 1 now"),
+        ({**CONFIG, "lora": {"rank": 4, "targets": ("q", "v")}}, INPUTS, "config lora.rank: 2 there, 4 now"),
+        ({**CONFIG, "new": 1}, INPUTS, "config new: None there, 1 now"),
+        ({k: v for k, v in CONFIG.items() if k != "seed"}, INPUTS, "config seed: 0 there, None now"),
+        (CONFIG, {"pairs@a.jsonl": "34cd"}, "input pairs@a.jsonl: '12ab' there, '34cd' now"),
+        (CONFIG, {"pairs@b.jsonl": "12ab"}, "input pairs@a.jsonl: '12ab' there, None now"),
+    ],
+)
+@pytest.mark.parametrize("done", [False, True])
+def test_another_run_is_refused_with_the_first_difference(tmp_path, config, inputs, wanted, done):
+    stage = Stage(tmp_path, "s", CONFIG, INPUTS)
+    stage.begin()
+    if done:
+        stage.finish({})
+    before = (tmp_path / "s" / "manifest.json").read_bytes()
+    with pytest.raises(InputError) as error:
+        Stage(tmp_path, "s", config, inputs)
+    assert f"({wanted})" in str(error.value) and "choose another --workdir" in str(error.value)
+    assert (tmp_path / "s" / "manifest.json").read_bytes() == before
+
+
+def test_the_order_of_keys_and_the_kind_of_container_do_not_matter(tmp_path):
+    Stage(tmp_path, "s", CONFIG, INPUTS).begin()
+    Stage(tmp_path, "s", {"path": "base", "seed": 0, "lora": ConfigDict({"targets": ["q", "v"], "rank": 2})}, INPUTS)
+
+
+def test_a_folder_that_is_not_ours_is_refused(tmp_path):
+    (tmp_path / "s").mkdir()
+    Stage(tmp_path, "s", CONFIG, INPUTS)  # an empty one is welcome
+    (tmp_path / "s" / "thesis.tex").write_text("kept")
+    with pytest.raises(InputError, match="not ours"):
+        Stage(tmp_path, "s", CONFIG, INPUTS)
+    for text in ("", "{", "3", '{"stage": "s"}'):
+        (tmp_path / "s" / "manifest.json").write_text(text)
+        with pytest.raises(InputError, match="manifest.json: not a manifest of ours"):
+            Stage(tmp_path, "s", CONFIG, INPUTS)
+    (tmp_path / "file").write_text("kept")
+    for place in (tmp_path / "file", tmp_path / "file" / "deep" / "er"):
+        with pytest.raises(InputError, match=f"--workdir={place}: cannot be written .{tmp_path / 'file'} is not a folder"):
+            Stage(place, "s", CONFIG, INPUTS)
+    (tmp_path / "s").joinpath("manifest.json").unlink()
+    (tmp_path / "t").write_text("a file where the stage's folder belongs")
+    with pytest.raises(InputError, match="cannot be written"):
+        Stage(tmp_path, "t", CONFIG, INPUTS)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(workdirs.os, "access", lambda path, mode: False)  # tests may run as root, who may write anywhere
+    with pytest.raises(InputError, match=f"--workdir={tmp_path}: cannot be written .no permission"):
+        Stage(tmp_path, "s", CONFIG, INPUTS)
+    monkeypatch.undo()
+    stage = Stage(tmp_path / "w", "s", CONFIG, INPUTS)
+    (tmp_path / "w").write_text("came in between")
+    with pytest.raises(InputError, match=f"--workdir={tmp_path / 'w'}: cannot be written"):
+        stage.begin()
+
+
+def test_write_text_is_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "new \ud800")
+    assert path.read_text() == "old"
+    write_text(path, "new ρ")
+    assert path.read_text("utf-8") == "new ρ"
+
+
+def test_sha256_json():
+    assert sha256_json({"b": [1, 2], "a": None}) == hashlib.sha256(b'{"a": null, "b": [1, 2]}').hexdigest()
+
+
+def test_sha256_folder_sees_names_and_contents(tmp_path):
+    def write(**files):
+        folder = tmp_path / json.dumps(files).encode().hex()[:200]
+        folder.mkdir()
+        for name, text in files.items():
+            (folder / f"{name}.json").write_text(text)
+        (folder / "notes.txt").write_text(str(folder))  # not looked at
+        return sha256_folder(folder, ("*.json",))
+
+    first = write(a="1", b="2")
+    assert first == sha256_folder(next(tmp_path.iterdir()), ("*.json",))
+    assert len({first, write(a="1", b="3"), write(a="1"), write(a="1", c="2"), write(a="2", b="1")}) == 5
+
+
+def test_sha256_folder_tells_large_files_apart_by_size_and_time(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.truncate(64 * 2**20)  # sparse
+    os.utime(path, ns=(1, 1))
+    first = sha256_folder(tmp_path, ("*",))
+    assert first == sha256_folder(tmp_path, ("*",))
+    os.utime(path, ns=(1, 2))
+    assert sha256_folder(tmp_path, ("*",)) != first
