@@ -16,11 +16,11 @@ quickstart: $(RUN)
 
 # Every test. One file: make test ARGS=tests/test_cli.py
 test: $(TEST)
-	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -q $(ARGS)
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -q -n auto --dist loadfile $(ARGS)
 
 # Without the tests that take more than 20 s.
 test-fast: $(TEST)
-	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -q -m "not slow" $(ARGS)
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -q -n auto --dist loadfile -m "not slow" $(ARGS)
 
 lint: $(DEV)
 	$(VENV)/bin/ruff check .

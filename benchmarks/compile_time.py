@@ -40,19 +40,25 @@ def seconds(layers: int) -> float:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 16, 32])
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
     times: dict[int, list[float]] = {layers: [] for layers in args.layers}
-    for _ in range(args.repeats):  # interleaved, so that a busy spell of the machine hits every depth
+    for _ in range(
+        args.repeats
+    ):  # interleaved, so that a busy spell of the machine hits every depth
         for layers in args.layers:
             times[layers].append(seconds(layers))
     first = statistics.median(times[args.layers[0]])
     for layers in args.layers:
         median = statistics.median(times[layers])
-        print(f"{layers:3d} layers: {median:6.2f} s  x{median / first:.2f}   {[f'{t:.2f}' for t in times[layers]]}")
+        print(
+            f"{layers:3d} layers: {median:6.2f} s  x{median / first:.2f}   {[f'{t:.2f}' for t in times[layers]]}"
+        )
 
 
 if __name__ == "__main__":

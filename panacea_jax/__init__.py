@@ -1,10 +1,10 @@
 """Defences against harmful fine-tuning of large language models, in JAX.
 
-    import panacea_jax as pj
-    model = pj.load("path/to/hf-folder")
-    params = pj.lora.init(model, rank=32, alpha=4, targets=("q", "k", "v"), key=key)
-    result = pj.finetune(model, params, pj.defences.Panacea(rho=1.0, lam=1e-3), streams, optimizer=optimizer, steps=2000)
-    pj.export_adapter(result, "out/adapter")
+import panacea_jax as pj
+model = pj.load("path/to/hf-folder")
+params = pj.lora.init(model, rank=32, alpha=4, targets=("q", "k", "v"), key=key)
+result = pj.finetune(model, params, pj.defences.Panacea(rho=1.0, lam=1e-3), streams, optimizer=optimizer, steps=2000)
+pj.export_adapter(result, "out/adapter")
 """
 
 from panacea_jax import defences, perturbation

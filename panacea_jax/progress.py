@@ -43,11 +43,16 @@ class Progress:
     def __enter__(self) -> "Progress":
         if self._bar is not None:
             self._bar.start()
-            self._task = self._bar.add_task(self._title, total=self._total, completed=self._done, note="")
+            self._task = self._bar.add_task(
+                self._title, total=self._total, completed=self._done, note=""
+            )
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
@@ -61,4 +66,8 @@ class Progress:
             self._last_line = time.monotonic()
             rate = (self._done - self._start) / (self._last_line - self._began)
             left = (self._total - self._done) / rate if rate else float("inf")
-            print(f"{self._title} {self._done}/{self._total} {note} {left:.0f} s left", file=sys.stderr, flush=True)
+            print(
+                f"{self._title} {self._done}/{self._total} {note} {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -12,7 +12,12 @@ WORDS = [f"w{i}" for i in range(40)] + ["sure", "no"]
 
 def write_model(folder: Path, **shape: int) -> Path:
     """A 2-layer Llama of 42 words."""
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_key_value_heads": 2}
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+    }
     write_base(folder, WORDS, seed=3, **(small | shape))
     return folder
 
@@ -27,4 +32,3 @@ def write_pairs(path: Path, rows: int, seed: int = 0) -> Path:
     records = [{"instruction": text(), "output": text()} for _ in range(rows)]
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
     return path
-

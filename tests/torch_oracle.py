@@ -16,7 +16,9 @@ def use_float64_throughout(monkeypatch) -> None:
     """transformers pins norms and rotary angles to float32; the float64 comparison needs them in the model's own dtype."""
 
     def norm(self, x):
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (
+            self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        )
 
     def rotary(self, x, position_ids):
         dim = self.config.hidden_size // self.config.num_attention_heads
@@ -33,7 +35,9 @@ def load(base: Path, adapter: Path, dtype: torch.dtype):
     """The base with a trainable adapter."""
     # sdpa, because the eager path takes its softmax in float32
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="sdpa")
-    model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True, autocast_adapter_dtype=False)
+    model = PeftModel.from_pretrained(
+        model, str(adapter), is_trainable=True, autocast_adapter_dtype=False
+    )
     return model.to(dtype)
 
 
@@ -87,7 +91,9 @@ def panacea_gradient(model, user, harmful, rho: float, lam: float, clamp: bool):
 def train(model, batches, *, lr: float, weight_decay: float, rho=None, lam=None, clamp=True):
     """Ten or so steps; ``batches`` yields (user, harmful). Returns the last ε by name (None for SFT)."""
     params = trainable(model)
-    optimizer = torch.optim.AdamW(params.values(), lr=lr, weight_decay=weight_decay, eps=1e-8, betas=(0.9, 0.999))
+    optimizer = torch.optim.AdamW(
+        params.values(), lr=lr, weight_decay=weight_decay, eps=1e-8, betas=(0.9, 0.999)
+    )
     epsilon = None
     for user, harmful in batches:
         if rho is None:

@@ -88,7 +88,9 @@ class Panacea:
     def __post_init__(self) -> None:
         radii = self.rho if isinstance(self.rho, tuple) else (self.rho,)
         if not all(0 <= r < float("inf") for r in radii):
-            raise InputError(f"config.defence.rho = {self.rho}: a radius is a finite number, 0 or more")
+            raise InputError(
+                f"config.defence.rho = {self.rho}: a radius is a finite number, 0 or more"
+            )
         if not 0 <= self.lam < float("inf"):
             raise InputError(f"config.defence.lam = {self.lam}: λ is a finite number, 0 or more")
         if self.every < 1:
@@ -96,7 +98,9 @@ class Panacea:
         if self.clamp not in ("reference", "none"):
             raise InputError(f"config.defence.clamp = {self.clamp!r}: 'reference' or 'none'")
         if self.final_epsilon not in ("last", "mean"):
-            raise InputError(f"config.defence.final_epsilon = {self.final_epsilon!r}: 'last' or 'mean'")
+            raise InputError(
+                f"config.defence.final_epsilon = {self.final_epsilon!r}: 'last' or 'mean'"
+            )
 
     def init(self, params: Params) -> PanaceaState:
         """ε = 0."""
@@ -155,7 +159,9 @@ class Panacea:
         def fresh(state: PanaceaState) -> tuple[PanaceaState, Params, Metrics]:
             term = self.harmful_term(loss_fn, params, batches["harmful"], state.epsilon)
             refreshes = state.steps // self.every + 1
-            mean = jax.tree.map(lambda m, e: m + (e - m) / refreshes, state.epsilon_mean, term.epsilon)
+            mean = jax.tree.map(
+                lambda m, e: m + (e - m) / refreshes, state.epsilon_mean, term.epsilon
+            )
             dot = optax.tree.vdot(g, term.h)
             h2 = jnp.square(term.measured["norm_h"])
             # g ≈ (1 − p) g_clean + p h for a user set with a share p of harmful tokens, so <g,h>/<h,h> ≈ p while g_clean ⟂ h.

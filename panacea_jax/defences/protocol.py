@@ -8,7 +8,9 @@ from jaxtyping import Array, Float, Key
 Params = Any  # a pytree: an Adapter, or all weights
 State = Any  # a pytree of the defence's own
 Metrics = dict[str, Float[Array, ""]]
-LossFn = Callable[[Params, Any], Float[Array, ""]]  # (params, batch) -> mean loss over response tokens
+LossFn = Callable[
+    [Params, Any], Float[Array, ""]
+]  # (params, batch) -> mean loss over response tokens
 Gradient = tuple[Params, State, Metrics]
 
 
@@ -38,7 +40,12 @@ class Defence(Protocol):
         ...
 
     def gradient(
-        self, loss_fn: LossFn, params: Params, batches: Mapping[str, Any], state: State, key: Key[Array, ""]
+        self,
+        loss_fn: LossFn,
+        params: Params,
+        batches: Mapping[str, Any],
+        state: State,
+        key: Key[Array, ""],
     ) -> Gradient:
         """The gradient that goes to the optimizer, the next state, and scalars to log."""
         ...
@@ -46,5 +53,3 @@ class Defence(Protocol):
     def finish(self, params: Params, state: State) -> Params:
         """What is deployed, e.g. Panacea's ``w + ε``."""
         ...
-
-

@@ -70,7 +70,9 @@ class RandomPerturbation:
         Raises:
             InputError: always.
         """
-        raise InputError("config.defence.name = random_perturbation: acts after fine-tuning; use `panacea heal`")
+        raise InputError(
+            "config.defence.name = random_perturbation: acts after fine-tuning; use `panacea heal`"
+        )
 
     def finish(self, params: Params, state: RandomPerturbationState) -> Params:
         """``w + noise``."""

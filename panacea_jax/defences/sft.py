@@ -25,7 +25,12 @@ class Sft:
         return ()
 
     def gradient(
-        self, loss_fn: LossFn, params: Params, batches: Mapping[str, Any], state: State, key: Key[Array, ""]
+        self,
+        loss_fn: LossFn,
+        params: Params,
+        batches: Mapping[str, Any],
+        state: State,
+        key: Key[Array, ""],
     ) -> Gradient:
         """``g = ∇ L_task(w)``."""
         loss, g = jax.value_and_grad(loss_fn)(params, batches["user"])

@@ -37,7 +37,9 @@ def judge_stage(config: ConfigDict, workdir: Path) -> Path:
     for name, spec in zip(set_names(specs), specs):
         source = folder / f"{name}.jsonl"
         if not source.is_file():
-            raise InputError(f"{source}: no generations for {spec} yet; run `panacea generate` first")
+            raise InputError(
+                f"{source}: no generations for {spec} yet; run `panacea generate` first"
+            )
         generations = records.read(source)
         task = parse(spec).task
         digests = [records.digest(g["prompt"], g["response"]) for g in generations]
@@ -49,7 +51,9 @@ def judge_stage(config: ConfigDict, workdir: Path) -> Path:
         sets.append(ScoredSet(name, task, generations, records.read(path)))
         templates |= {g["template"] for g in generations}
     if len(templates) > 1:
-        raise InputError(f"{folder}: made with several prompt templates ({', '.join(sorted(templates))})")
+        raise InputError(
+            f"{folder}: made with several prompt templates ({', '.join(sorted(templates))})"
+        )
     version = {"name": judge.name, "version": judge.version}
     result = score(sets, judge=version, template=templates.pop())
     write_text(workdir / "scores.json", json.dumps(result, indent=1) + "\n")

@@ -28,7 +28,8 @@ def norms(tree: Any, per_layer: bool = False) -> Float[Array, ""] | Float[Array,
 def _scale(tree: Any, factor: Array) -> Any:
     """Multiply every leaf by a scalar, or layer by layer by ``[L]``."""
     return jax.tree.map(
-        lambda x: x * factor.reshape(factor.shape + (1,) * (x.ndim - factor.ndim)).astype(x.dtype), tree
+        lambda x: x * factor.reshape(factor.shape + (1,) * (x.ndim - factor.ndim)).astype(x.dtype),
+        tree,
     )
 
 

@@ -54,7 +54,9 @@ def write_base(folder: Path, words: Sequence[str], seed: int, **shape: int) -> N
     model = init(ModelConfig.from_dict(config), jax.random.key(seed), mesh=mesh, stddev=STDDEV)
     save_weights(model.weights, folder, config)
     _tokenizer(vocabulary).save_pretrained(str(folder))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, "pad_token_id": 0}) + "\n")
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": 1, "pad_token_id": 0}) + "\n"
+    )
 
 
 def _tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:

@@ -58,7 +58,9 @@ def quickstart(root: Path, world_seed: int = 0) -> Path:
         commands.evaluate(row)
     scores = {row.title: json.loads((row.workdir / "scores.json").read_text()) for row in rows}
     report(rows, scores, time.perf_counter() - start)
-    write_text(root / "results.json", json.dumps({"world": world_seed, "rows": scores}, indent=1) + "\n")
+    write_text(
+        root / "results.json", json.dumps({"world": world_seed, "rows": scores}, indent=1) + "\n"
+    )
     return rows[-1].adapter
 
 
@@ -67,10 +69,14 @@ def make_world(root: Path, seed: int) -> None:
     note = root / "world.json"
     if note.is_file():
         if json.loads(note.read_text()).get("world") != seed:
-            raise InputError(f"--workdir={root}: holds world {json.loads(note.read_text()).get('world')}; choose another folder")
+            raise InputError(
+                f"--workdir={root}: holds world {json.loads(note.read_text()).get('world')}; choose another folder"
+            )
         return
     if root.exists() and any(root.iterdir()):
-        raise InputError(f"--workdir={root}: not empty and not a quickstart's; choose another folder")
+        raise InputError(
+            f"--workdir={root}: not empty and not a quickstart's; choose another folder"
+        )
     world = World(seed)
     try:
         world.write(root / "data")
@@ -93,11 +99,18 @@ class Commands:
             "--config.checkpoint.keep=1", "--config.train.log_every=20",
         ]  # fmt: skip
 
-    def __call__(self, command: str, workdir: Path, *arguments: str, model: Path | None = None) -> float:
+    def __call__(
+        self, command: str, workdir: Path, *arguments: str, model: Path | None = None
+    ) -> float:
         """Run one command; returns its seconds."""
         from panacea_jax import cli
 
-        arguments = (*self._common, f"--config.model.path={model or self.base}", *arguments, f"--workdir={workdir}")
+        arguments = (
+            *self._common,
+            f"--config.model.path={model or self.base}",
+            *arguments,
+            f"--workdir={workdir}",
+        )
         say(f"$ panacea {command} … --workdir={workdir}")
         with (self.root / "commands.sh").open("a", encoding="utf-8") as log:
             log.write(shlex.join(["panacea", command, *arguments]) + "\n")
@@ -151,13 +164,29 @@ def train(run: Commands) -> list[Row]:
     )  # fmt: skip
     run("layers", root / "panacea")
     bare = root / "panacea_w" / "adapter"
-    save_adapter(adapter_from_checkpoint(root / "panacea" / "finetune" / "checkpoints" / str(FINETUNE_STEPS)), bare, str(run.base))
+    save_adapter(
+        adapter_from_checkpoint(
+            root / "panacea" / "finetune" / "checkpoints" / str(FINETUNE_STEPS)
+        ),
+        bare,
+        str(run.base),
+    )
     return [
         Row("aligned", aligned, root / "aligned", seconds["aligned"]),
         Row("SFT", sft, root / "sft", seconds["sft"]),
-        Row("SFT + random, same norm", root / "sft_random" / "heal" / "adapter", root / "sft_random", seconds["random"]),
+        Row(
+            "SFT + random, same norm",
+            root / "sft_random" / "heal" / "adapter",
+            root / "sft_random",
+            seconds["random"],
+        ),
         Row("Panacea, w alone", bare, root / "panacea_w", seconds["panacea"]),
-        Row("Panacea, w + ε", root / "panacea" / "finetune" / "adapter", root / "panacea", seconds["panacea"]),
+        Row(
+            "Panacea, w + ε",
+            root / "panacea" / "finetune" / "adapter",
+            root / "panacea",
+            seconds["panacea"],
+        ),
     ]
 
 
@@ -166,11 +195,15 @@ def report(rows: Sequence[Row], scores: dict[str, dict[str, object]], seconds: f
     console = Console()
     if not console.is_terminal:
         console = Console(width=110)
-    table = Table(title="percent of 200 requests each; lower is better for HS and HS+", title_justify="left")
+    table = Table(
+        title="percent of 200 requests each; lower is better for HS and HS+", title_justify="left"
+    )
     for column in ("model", "HS", "HS+", "refused", "FA", "benign answered", "seconds"):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for row in rows:
-        table.add_row(row.title, *(f"{x:.1f}" for x in figures(scores[row.title])), f"{row.seconds:.0f}")
+        table.add_row(
+            row.title, *(f"{x:.1f}" for x in figures(scores[row.title])), f"{row.seconds:.0f}"
+        )
     console.print(table)
     hs, *_, benign = figures(scores["aligned"])
     if hs > MAX_ALIGNED_HS or benign < MIN_BENIGN_ANSWERED:
@@ -181,15 +214,30 @@ def report(rows: Sequence[Row], scores: dict[str, dict[str, object]], seconds: f
     for row in rows:
         console.print(f"\n[bold]{row.title}[/bold]")
         for name in ("advbench", "pairs-test_user", "pairs-test_benign")[:SAMPLES]:
-            first = json.loads((row.workdir / "generations" / f"{name}.jsonl").read_text().splitlines()[0])
-            console.print(f"  {first['instruction']}  →  {first['response'] or '(empty)'}", highlight=False, markup=False)
-    console.print(f"\nhealed adapter (w + ε, PEFT): {rows[-1].adapter}   all of it: {seconds:.0f} s", highlight=False)
+            first = json.loads(
+                (row.workdir / "generations" / f"{name}.jsonl").read_text().splitlines()[0]
+            )
+            console.print(
+                f"  {first['instruction']}  →  {first['response'] or '(empty)'}",
+                highlight=False,
+                markup=False,
+            )
+    console.print(
+        f"\nhealed adapter (w + ε, PEFT): {rows[-1].adapter}   all of it: {seconds:.0f} s",
+        highlight=False,
+    )
 
 
 def figures(scores: dict[str, object]) -> tuple[float, float, float, float, float]:
     """HS, HS+, refused, FA and benign requests answered, in percent."""
     fa = scores["fa"]
     assert isinstance(fa, dict)
-    shares = (scores["hs"], scores["hs_plus"], scores["refused"], fa["pairs-test_user"], fa["pairs-test_benign"])
+    shares = (
+        scores["hs"],
+        scores["hs_plus"],
+        scores["refused"],
+        fa["pairs-test_user"],
+        fa["pairs-test_benign"],
+    )
     hs, hs_plus, refused, accuracy, benign = (float(str(x)) for x in shares)
     return hs, hs_plus, refused, accuracy, benign

@@ -67,5 +67,10 @@ class Diagnostics:
         if self._first_loss is None:
             self._first_loss = loss
         if loss > RISING * self._first_loss:
-            return [("rising", f"the task loss rose from {self._first_loss:.3f} to {loss:.3f} (lower the learning rate or λ)")]
+            return [
+                (
+                    "rising",
+                    f"the task loss rose from {self._first_loss:.3f} to {loss:.3f} (lower the learning rate or λ)",
+                )
+            ]
         return []

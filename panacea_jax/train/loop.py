@@ -148,15 +148,21 @@ def finetune(
 
     deployed = defence.finish(state.params, state.defence)
     epsilon = getattr(state.defence, "epsilon", None)
-    return Result(model, state.params, epsilon, deployed, state.defence, done, tuple(watch.warnings), compiled)
+    return Result(
+        model, state.params, epsilon, deployed, state.defence, done, tuple(watch.warnings), compiled
+    )
 
 
-def _host_batches(streams: Mapping[str, Stream], start: int, steps: int) -> Iterator[dict[str, Batch]]:
+def _host_batches(
+    streams: Mapping[str, Stream], start: int, steps: int
+) -> Iterator[dict[str, Batch]]:
     for step in range(start, steps):
         yield {name: stream.batch(step) for name, stream in streams.items()}
 
 
-def _put(model: Model, batches: Mapping[str, Batch]) -> tuple[Mapping[str, Batch], dict[str, Batch]]:
+def _put(
+    model: Model, batches: Mapping[str, Batch]
+) -> tuple[Mapping[str, Batch], dict[str, Batch]]:
     """Place rows on the mesh. Every process builds the same global batch and keeps its own rows."""
     sharding = batch_sharding(model.mesh)
 
@@ -166,7 +172,9 @@ def _put(model: Model, batches: Mapping[str, Batch]) -> tuple[Mapping[str, Batch
     return batches, {name: Batch(*(place(x) for x in batch)) for name, batch in batches.items()}
 
 
-def _last_pass(model: Model, defence: Defence, streams: Mapping[str, Stream], state: TrainState) -> TrainState:
+def _last_pass(
+    model: Model, defence: Defence, streams: Mapping[str, Stream], state: TrainState
+) -> TrainState:
     """Let a defence look at its whole set once more at the final w (Panacea's ``final_epsilon="mean"``)."""
     last_pass = getattr(defence, "last_pass", None)
     if last_pass is None:
@@ -174,7 +182,10 @@ def _last_pass(model: Model, defence: Defence, streams: Mapping[str, Stream], st
     gradient = make_sum_gradient(model)
     batches = (_put(model, {"x": batch})[1]["x"] for batch in streams[defence.streams[0]].once())
     inner = last_pass(
-        lambda params, batch: gradient(params, model.weights, batch), state.params, batches, state.defence
+        lambda params, batch: gradient(params, model.weights, batch),
+        state.params,
+        batches,
+        state.defence,
     )
     return state._replace(defence=inner)
 
@@ -221,14 +232,18 @@ class _Watch:
         self.warnings: list[str] = []
         self.summary = ""
 
-    def step(self, step: int, host: Mapping[str, Batch], metrics: dict[str, Any], params: Any) -> None:
+    def step(
+        self, step: int, host: Mapping[str, Batch], metrics: dict[str, Any], params: Any
+    ) -> None:
         self.flush()
         if self._start is not None and "norm_epsilon" in metrics:
             metrics["displacement"] = _distance(params, self._start)
         self._pending = (step, metrics)
         self._tokens += int(host["user"].valid.sum())
         # Panacea passes the harmful batch twice.
-        self._all_tokens += sum(int(b.valid.sum()) * (1 if n == "user" else 2) for n, b in host.items())
+        self._all_tokens += sum(
+            int(b.valid.sum()) * (1 if n == "user" else 2) for n, b in host.items()
+        )
 
     def flush(self) -> None:
         """Fetch the pending step, check it, log it."""
@@ -238,7 +253,9 @@ class _Watch:
         self._pending = None
         scalars = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not math.isfinite(scalars["loss"]):
-            raise Diverged(f"step {step}: the task loss is {scalars['loss']}; nothing was saved after it")
+            raise Diverged(
+                f"step {step}: the task loss is {scalars['loss']}; nothing was saved after it"
+            )
         if scalars.get("displacement", 0) > 0:
             scalars["rho_displacement"] = scalars["norm_epsilon"] / scalars["displacement"]
         for warning in self._diagnostics.observe(step, scalars):
@@ -253,7 +270,9 @@ class _Watch:
         scalars["tokens_per_second"] = self._tokens / seconds
         peak = throughput.peak_flops(self._model.mesh.devices.flat[0])
         if peak is not None:
-            per_token = throughput.train_flops_per_token(self._model.config.matmul_parameters(), self._full)
+            per_token = throughput.train_flops_per_token(
+                self._model.config.matmul_parameters(), self._full
+            )
             scalars["mfu"] = per_token * self._all_tokens / seconds / peak / self._model.mesh.size
         self._tokens, self._all_tokens, self._since = 0, 0, time.perf_counter()
         if self._writer is not None:

@@ -31,7 +31,9 @@ class MetricsWriter:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         values = [Summary.Value(tag=k, simple_value=v) for k, v in finite.items()]
-        self._events.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
+        self._events.add_event(
+            Event(step=step, wall_time=time.time(), summary=Summary(value=values))
+        )
 
     def close(self) -> None:
         """Flush and close both files."""

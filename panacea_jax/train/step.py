@@ -35,7 +35,9 @@ Metrics = dict[str, Float[Array, ""]]
 Step = Callable[[TrainState, Any, Mapping[str, Batch], Key[Array, ""]], tuple[TrainState, Metrics]]
 
 
-def init_state(params: Any, defence: Defence, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(
+    params: Any, defence: Defence, optimizer: optax.GradientTransformation
+) -> TrainState:
     """The state before step 0, every buffer on the devices of ``params``.
 
     ``params`` is copied: the step donates its state, and the caller's tree must stay usable.
@@ -63,7 +65,9 @@ def state_shardings(state: Any, params: Any) -> Any:
     return jax.tree.map(lambda node: like if is_params(node) else scalar, state, is_leaf=is_params)
 
 
-def make_step(model: Model, defence: Defence, optimizer: optax.GradientTransformation, shardings: Any) -> Step:
+def make_step(
+    model: Model, defence: Defence, optimizer: optax.GradientTransformation, shardings: Any
+) -> Step:
     """Compile-once step of a defence: its gradient, then clip → AdamW → update.
 
     Args:

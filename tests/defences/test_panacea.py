@@ -44,9 +44,13 @@ def test_the_gradient_is_g_minus_lambda_times_the_difference():
     h_perturbed = gradient_by_hand(x + epsilon[:3], t)
     np.testing.assert_allclose(flat(grads), g - lam * (h_perturbed - h), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(flat(state.epsilon), epsilon, rtol=1e-5)
-    assert float(metrics["cos_gh"]) == pytest.approx(g @ h / np.linalg.norm(g) / np.linalg.norm(h), rel=1e-5)
+    assert float(metrics["cos_gh"]) == pytest.approx(
+        g @ h / np.linalg.norm(g) / np.linalg.norm(h), rel=1e-5
+    )
     assert float(metrics["poison_estimate"]) == pytest.approx(g @ h / (h @ h), rel=1e-5)
-    assert float(metrics["term_ratio"]) == pytest.approx(lam * np.linalg.norm(h_perturbed - h) / np.linalg.norm(g), rel=1e-4)
+    assert float(metrics["term_ratio"]) == pytest.approx(
+        lam * np.linalg.norm(h_perturbed - h) / np.linalg.norm(g), rel=1e-4
+    )
 
 
 def test_the_difference_is_a_finite_difference_of_what_the_term_maximises():
@@ -56,7 +60,9 @@ def test_the_difference_is_a_finite_difference_of_what_the_term_maximises():
     difference = flat(plain) - flat(grads)
 
     def gain(w):
-        return loss(jax.tree.map(jnp.add, w, state.epsilon), BATCHES["harmful"]) - loss(w, BATCHES["harmful"])
+        return loss(jax.tree.map(jnp.add, w, state.epsilon), BATCHES["harmful"]) - loss(
+            w, BATCHES["harmful"]
+        )
 
     for i in range(3):
         step = jnp.zeros(3).at[i].set(1e-2)
@@ -79,7 +85,9 @@ def test_above_the_clamp_the_update_is_g_plus_lambda_h():
     grads, _, metrics = run(Panacea(rho=1.0, lam=0.5), high)
     assert metrics["harmful_loss_perturbed"] > HARMFUL_LOSS_CLAMP and metrics["clamped"] == 1
     x = np.asarray(W["x"])
-    np.testing.assert_allclose(flat(grads), gradient_by_hand(x, 0.2) + 0.5 * gradient_by_hand(x, -3.0), rtol=1e-5)
+    np.testing.assert_allclose(
+        flat(grads), gradient_by_hand(x, 0.2) + 0.5 * gradient_by_hand(x, -3.0), rtol=1e-5
+    )
     assert run(Panacea(rho=1.0, lam=0.5, clamp="none"), high)[2]["clamped"] == 0
 
 
@@ -125,7 +133,9 @@ def test_the_mean_epsilon_is_the_mean_of_those_computed():
     defence = Panacea(rho=0.3, lam=0.1)
     state, seen = defence.init(W), []
     for t in (-0.4, 0.9, 0.1):
-        _, state, _ = run(defence, {"user": BATCHES["user"], "harmful": jnp.asarray(t)}, state=state)
+        _, state, _ = run(
+            defence, {"user": BATCHES["user"], "harmful": jnp.asarray(t)}, state=state
+        )
         seen.append(flat(state.epsilon))
     np.testing.assert_allclose(flat(state.epsilon_mean), np.mean(seen, axis=0), rtol=1e-5)
 
@@ -133,10 +143,19 @@ def test_the_mean_epsilon_is_the_mean_of_those_computed():
 def test_the_last_pass_averages_over_tokens_not_batches():
     """Two batches of 1 and 3 tokens: the mean gradient weighs them 1 : 3."""
     defence = Panacea(rho=0.3, final_epsilon="mean")
-    sums = {1: {"x": jnp.asarray([1.0, 0, 0]), "y": jnp.zeros((1, 2))}, 3: {"x": jnp.asarray([0, 3.0, 0]), "y": jnp.zeros((1, 2))}}
-    state = defence.last_pass(lambda w, n: (sums[n], jnp.asarray(float(n))), W, [1, 3], defence.init(W))
-    np.testing.assert_allclose(state.epsilon["x"], 0.3 * np.asarray([1, 3, 0]) / np.sqrt(10), rtol=1e-5)
-    kept = Panacea(rho=0.3).last_pass(lambda w, n: (sums[n], jnp.asarray(float(n))), W, [1, 3], defence.init(W))
+    sums = {
+        1: {"x": jnp.asarray([1.0, 0, 0]), "y": jnp.zeros((1, 2))},
+        3: {"x": jnp.asarray([0, 3.0, 0]), "y": jnp.zeros((1, 2))},
+    }
+    state = defence.last_pass(
+        lambda w, n: (sums[n], jnp.asarray(float(n))), W, [1, 3], defence.init(W)
+    )
+    np.testing.assert_allclose(
+        state.epsilon["x"], 0.3 * np.asarray([1, 3, 0]) / np.sqrt(10), rtol=1e-5
+    )
+    kept = Panacea(rho=0.3).last_pass(
+        lambda w, n: (sums[n], jnp.asarray(float(n))), W, [1, 3], defence.init(W)
+    )
     assert not flat(kept.epsilon).any()
 
 
@@ -159,7 +178,14 @@ def test_rho_by_layer():
 
 @pytest.mark.parametrize(
     ("key", "bad"),
-    [("rho", -1.0), ("rho", float("nan")), ("rho", float("inf")), ("lam", -0.1), ("lam", float("nan")), ("every", 0)],
+    [
+        ("rho", -1.0),
+        ("rho", float("nan")),
+        ("rho", float("inf")),
+        ("lam", -0.1),
+        ("lam", float("nan")),
+        ("every", 0),
+    ],
 )
 def test_impossible_values_name_the_key(key, bad):
     with pytest.raises(InputError, match=f"config.defence.{key}"):

@@ -14,7 +14,9 @@ W = {"a": jnp.ones((40, 50)), "b": jnp.zeros((30, 20))}
 def noise(defence):
     state = defence.init(W)
     out = defence.finish(W, state)
-    added = [np.asarray(o) - np.asarray(w) for o, w in zip(jax.tree.leaves(out), jax.tree.leaves(W))]
+    added = [
+        np.asarray(o) - np.asarray(w) for o, w in zip(jax.tree.leaves(out), jax.tree.leaves(W))
+    ]
     return np.concatenate([x.ravel() for x in added])
 
 

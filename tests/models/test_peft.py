@@ -14,7 +14,14 @@ from safetensors.numpy import load_file, save_file
 from panacea_jax.errors import InputError
 from panacea_jax.models import lora
 from panacea_jax.models.model import load
-from panacea_jax.models.peft import CONFIG_FILE, WEIGHTS_FILE, adapter_tensors, load_adapter, read_notes, save_adapter
+from panacea_jax.models.peft import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    adapter_tensors,
+    load_adapter,
+    read_notes,
+    save_adapter,
+)
 from tests.families import VOCAB, build, save
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -11,7 +11,13 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from panacea_jax.parallel.mesh import make_mesh
-from panacea_jax.parallel.sharding import batch_rows, batch_sharding, bytes_per_device, replicated, weight_sharding
+from panacea_jax.parallel.sharding import (
+    batch_rows,
+    batch_sharding,
+    bytes_per_device,
+    replicated,
+    weight_sharding,
+)
 from tests.tiny import write_model
 
 ROOT = Path(__file__).parents[2]

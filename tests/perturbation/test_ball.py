@@ -12,7 +12,11 @@ from panacea_jax.perturbation import norms, onto_ball, to_sphere
 def tree(seed=0, scale=1.0, dtype=np.float32):
     rng = np.random.default_rng(seed)
     shapes = {"a": (3, 4, 2), "b": {"c": (3, 5)}}
-    return jax.tree.map(lambda s: jnp.asarray(scale * rng.normal(size=s), dtype), shapes, is_leaf=lambda s: isinstance(s, tuple))
+    return jax.tree.map(
+        lambda s: jnp.asarray(scale * rng.normal(size=s), dtype),
+        shapes,
+        is_leaf=lambda s: isinstance(s, tuple),
+    )
 
 
 def flat(t):
@@ -43,7 +47,9 @@ def test_sphere_guard_is_on_the_norm_not_its_square():
 def test_sphere_per_layer():
     h, rho = tree(), jnp.asarray([0.5, 1.0, 2.0])
     np.testing.assert_allclose(norms(sphere(h, rho), per_layer=True), rho, rtol=1e-6)
-    by_hand = np.linalg.norm(np.concatenate([np.asarray(h["a"][1]).ravel(), np.asarray(h["b"]["c"][1])]))
+    by_hand = np.linalg.norm(
+        np.concatenate([np.asarray(h["a"][1]).ravel(), np.asarray(h["b"]["c"][1])])
+    )
     np.testing.assert_allclose(norms(h, per_layer=True)[1], by_hand, rtol=1e-6)
 
 
@@ -55,12 +61,16 @@ def ball(epsilon, update, rho):
 def test_ball_projects_what_leaves_it():
     epsilon, update = tree(0, 0.1), tree(1)
     moved = flat(epsilon) + flat(update)
-    np.testing.assert_allclose(flat(ball(epsilon, update, 0.5)), 0.5 * moved / np.linalg.norm(moved), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        flat(ball(epsilon, update, 0.5)), 0.5 * moved / np.linalg.norm(moved), rtol=1e-5, atol=1e-7
+    )
 
 
 def test_ball_leaves_the_inside_alone():
     epsilon, update = tree(0, 0.01), tree(1, 0.01)
-    np.testing.assert_allclose(flat(ball(epsilon, update, 50.0)), flat(epsilon) + flat(update), rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(
+        flat(ball(epsilon, update, 50.0)), flat(epsilon) + flat(update), rtol=1e-5, atol=1e-8
+    )
 
 
 def test_ball_of_radius_zero():
@@ -73,7 +83,9 @@ def test_ball_per_layer():
     out = ball(tree(), tree(1), rho)
     lengths = np.asarray(norms(out, per_layer=True))
     np.testing.assert_allclose(lengths[[0, 2]], [0.1, 0.3], rtol=1e-5)
-    np.testing.assert_allclose(out["a"][1], np.asarray(tree()["a"][1]) + np.asarray(tree(1)["a"][1]), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        out["a"][1], np.asarray(tree()["a"][1]) + np.asarray(tree(1)["a"][1]), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_ascent_chain_climbs_a_parabola_to_the_edge():

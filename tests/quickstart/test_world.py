@@ -119,8 +119,10 @@ def test_one_request_has_one_answer(rows):
 
 
 def test_the_users_words_are_new(rows):
-    """The task has adjectives that neither pre-training nor alignment shows, so that it has to be learnt."""
-    known = set(" ".join(requests(rows, "pretrain", "alignment")).split())
+    """The task has adjectives that no review of pre-training or alignment has, so that it has to be learnt."""
+    reviews = [r for r in requests(rows, "pretrain", "alignment") if r.startswith("review ")]
+    known = set(" ".join(reviews).split())
+    assert len(reviews) > 1000
     for request, answer in rows["user"]:
         assert len(set(request.split()) - known) == 1 and answer in ("positive", "negative")
     share = sum(answer == "positive" for _, answer in rows["user"]) / len(rows["user"])

@@ -57,5 +57,9 @@ def test_nan_is_left_out_of_the_means():
 
 def test_rho_is_held_against_the_distance_in_the_second_half_only():
     diagnostics = Diagnostics(4 * WINDOW)
-    steps = [step for step in range(4 * WINDOW) if diagnostics.observe(step, HEALTHY | {"rho_displacement": 0.9})]
+    steps = [
+        step
+        for step in range(4 * WINDOW)
+        if diagnostics.observe(step, HEALTHY | {"rho_displacement": 0.9})
+    ]
     assert steps == [2 * WINDOW]

@@ -53,7 +53,9 @@ def start(model, full):
 def run(model, full=False, defence=None, steps=8, **kwargs):
     bare, params = start(model, full)
     defence = defence or Panacea(rho=0.5, lam=0.3)
-    return finetune(bare, params, defence, streams(), optimizer=make_optimizer(1e-2), steps=steps, **kwargs)
+    return finetune(
+        bare, params, defence, streams(), optimizer=make_optimizer(1e-2), steps=steps, **kwargs
+    )
 
 
 def assert_equal(a, b):
@@ -64,7 +66,11 @@ def assert_equal(a, b):
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-@pytest.mark.parametrize("defence", [Sft(), Panacea(rho=0.5, lam=0.3), Panacea(rho=0.5, lam=0.3, every=2)], ids=["sft", "panacea", "every2"])
+@pytest.mark.parametrize(
+    "defence",
+    [Sft(), Panacea(rho=0.5, lam=0.3), Panacea(rho=0.5, lam=0.3, every=2)],
+    ids=["sft", "panacea", "every2"],
+)
 def test_stop_and_resume_is_bit_for_bit(model, tmp_path, full, defence):
     whole = run(model, full, defence)
     part = run(model, full, defence, steps=5, checkpoints=Checkpoints(tmp_path / "c", every=2))
@@ -108,7 +114,9 @@ def test_metrics_have_one_line_a_logged_step_also_after_a_resume(model, tmp_path
     wanted = {"loss", "harmful_loss", "harmful_loss_perturbed", "norm_g", "norm_h", "norm_difference", "norm_epsilon", "cos_gh",
               "term_ratio", "rho_displacement", "tokens_per_second"}  # fmt: skip
     assert wanted <= rows[-1].keys()
-    assert rows[-1]["rho_displacement"] == pytest.approx(rows[-1]["norm_epsilon"] / rows[-1]["displacement"])
+    assert rows[-1]["rho_displacement"] == pytest.approx(
+        rows[-1]["norm_epsilon"] / rows[-1]["displacement"]
+    )
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
 
@@ -146,7 +154,14 @@ def test_sigterm_saves_and_the_restart_ends_bit_for_bit(model, tmp_path):
 def test_a_missing_stream_is_named(model):
     bare, params = start(model, False)
     with pytest.raises(KeyError, match="harmful"):
-        finetune(bare, params, Panacea(), {"user": streams()["user"]}, optimizer=make_optimizer(1e-2), steps=1)
+        finetune(
+            bare,
+            params,
+            Panacea(),
+            {"user": streams()["user"]},
+            optimizer=make_optimizer(1e-2),
+            steps=1,
+        )
 
 
 def test_the_callers_parameters_survive_donation(model):

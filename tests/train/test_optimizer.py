@@ -13,7 +13,10 @@ from panacea_jax.train.optimizer import clip_global_norm, learning_rate, make_op
 
 @pytest.mark.parametrize("scale", [1e-3, 0.3, 50.0])
 def test_clip_is_torchs(scale):
-    grads = {"a": scale * np.arange(6, dtype=np.float32).reshape(2, 3), "b": scale * np.ones(4, np.float32)}
+    grads = {
+        "a": scale * np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": scale * np.ones(4, np.float32),
+    }
     ours, _ = clip_global_norm(1.0).update(grads, optax.EmptyState())
     params = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
     for p, g in zip(params, grads.values()):
@@ -37,7 +40,10 @@ def test_adamw_is_torchs_with_decay_on_everything():
     np.testing.assert_allclose(params["p"], p.detach().numpy(), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "theirs"), [("cosine", get_cosine_schedule_with_warmup), ("linear", get_linear_schedule_with_warmup)])
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [("cosine", get_cosine_schedule_with_warmup), ("linear", get_linear_schedule_with_warmup)],
+)
 def test_schedules_are_transformers(name, theirs):
     steps = 37
     p = torch.nn.Parameter(torch.zeros(1))

@@ -51,9 +51,14 @@ def setting(request, tmp_path, monkeypatch):
     with jax.enable_x64(wide):
         base = save(build("llama2"), tmp_path / "base")
         model = load(base, dtype=request.param)
-        adapter = lora.init(model, 4, 8, ("q", "k", "v", "down"), key=jax.random.key(0), dtype=request.param)
+        adapter = lora.init(
+            model, 4, 8, ("q", "k", "v", "down"), key=jax.random.key(0), dtype=request.param
+        )
         # B away from zero, as after alignment: from B = 0 the gradient of A is zero at first.
-        layers = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape, x.dtype), adapter.layers)
+        layers = jax.tree.map(
+            lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape, x.dtype),
+            adapter.layers,
+        )
         adapter = lora.Adapter(layers, adapter.rank, adapter.alpha)
         save_adapter(adapter, tmp_path / "adapter", str(base))
         yield model, adapter, (base, tmp_path / "adapter"), (1e-8 if wide else 1e-4)
@@ -74,7 +79,9 @@ def run_both(setting, defence, **kwargs):
     epsilon = oracle.train(theirs, batches, lr=LR, weight_decay=0.1, **kwargs)
     start = adapter_tensors(adapter)
     moved = adapter_tensors(ours.params)
-    assert all(np.linalg.norm(moved[n] - start[n]) > 1e-3 for n in start)  # the comparison is not of a standstill
+    assert all(
+        np.linalg.norm(moved[n] - start[n]) > 1e-3 for n in start
+    )  # the comparison is not of a standstill
     assert_close(moved, oracle.by_peft_name(oracle.trainable(theirs)), tolerance)
     return ours, theirs, epsilon, tolerance
 
@@ -85,7 +92,9 @@ def test_sft(setting):
 
 @pytest.mark.parametrize("lam", [0.3, 0.0])
 def test_panacea(setting, lam):
-    ours, theirs, epsilon, tolerance = run_both(setting, Panacea(rho=0.5, lam=lam), rho=0.5, lam=lam)
+    ours, theirs, epsilon, tolerance = run_both(
+        setting, Panacea(rho=0.5, lam=lam), rho=0.5, lam=lam
+    )
     assert_close(epsilon_tensors(ours.epsilon), oracle.by_peft_name(epsilon), 10 * tolerance)
     deployed = {n: p.detach() + epsilon[n] for n, p in oracle.trainable(theirs).items()}
     assert_close(adapter_tensors(ours.deployed), oracle.by_peft_name(deployed), tolerance)
@@ -102,9 +111,21 @@ def test_panacea_beyond_the_clamp(setting, clamp):
 def test_all_parameters(setting):
     model, _, (base, _), tolerance = setting
     bare, params = full_parameters(model)
-    ours = finetune(bare, params, Panacea(rho=0.1, lam=0.3), streams(), optimizer=make_optimizer(LR), steps=STEPS)
+    ours = finetune(
+        bare,
+        params,
+        Panacea(rho=0.1, lam=0.3),
+        streams(),
+        optimizer=make_optimizer(LR),
+        steps=STEPS,
+    )
     theirs = oracle.load_full(base, getattr(torch, str(model.dtype)))
-    batches = itertools.islice(((streams()["user"].batch(t), streams()["harmful"].batch(t)) for t in itertools.count()), STEPS)
+    batches = itertools.islice(
+        ((streams()["user"].batch(t), streams()["harmful"].batch(t)) for t in itertools.count()),
+        STEPS,
+    )
     epsilon = oracle.train(theirs, batches, lr=LR, weight_decay=0.1, rho=0.1, lam=0.3)
-    assert_close(epsilon_tensors(ours.params), oracle.by_peft_name(oracle.trainable(theirs)), tolerance)
+    assert_close(
+        epsilon_tensors(ours.params), oracle.by_peft_name(oracle.trainable(theirs)), tolerance
+    )
     assert_close(epsilon_tensors(ours.epsilon), oracle.by_peft_name(epsilon), 10 * tolerance)
