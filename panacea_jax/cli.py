@@ -122,21 +122,35 @@ FLAG_HELP = {
 
 
 def _usage() -> str:
-    lines = ["usage: panacea <command> [--config=FILE[:variant]] [--config.KEY=VALUE …] [--workdir=DIR]", "", "commands:"]
+    lines = [
+        "usage: panacea <command> [--config=FILE[:variant]] [--config.KEY=VALUE …] [--workdir=DIR]",
+        "",
+        "commands:",
+    ]
     lines += [f"  {name:<11} {command.summary}" for name, command in COMMANDS.items()]
-    lines += ["", "panacea <command> --help shows the command's flags and every config key with its default."]
+    lines += [
+        "",
+        "panacea <command> --help shows the command's flags and every config key with its default.",
+    ]
     return "\n".join(lines)
 
 
 def _command_help(name: str) -> str:
     command = COMMANDS[name]
-    lines = [f"panacea {name}: {command.summary}", "", "flags:", "  --config=FILE[:variant]  recipe; without it the defaults below"]
+    lines = [
+        f"panacea {name}: {command.summary}",
+        "",
+        "flags:",
+        "  --config=FILE[:variant]  recipe; without it the defaults below",
+    ]
     lines += [f"  --{f}=…  {FLAG_HELP[f]}" for f in command.flags if f in FLAG_HELP]
     if "world" in command.flags:
         lines.append("  --world=0  seed of the miniature world")
     lines += ["", "config keys (override with --config.KEY=VALUE):"]
     default = config_module.get_config()
-    lines += [f"  {key} = {config_path.get_value(key, default)!r}" for key in config_module.keys(default)]
+    lines += [
+        f"  {key} = {config_path.get_value(key, default)!r}" for key in config_module.keys(default)
+    ]
     return "\n".join(lines)
 
 
@@ -185,7 +199,11 @@ def _take_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
         found.append(value)
         del rest[i]
     if len(found) > 1 or "" in found:
-        raise InputError("--config is given twice" if len(found) > 1 else "--config: name a recipe, FILE[:variant]")
+        raise InputError(
+            "--config is given twice"
+            if len(found) > 1
+            else "--config: name a recipe, FILE[:variant]"
+        )
     return (found[0] if found else ""), rest
 
 
@@ -208,13 +226,17 @@ def run(arguments: Sequence[str]) -> int:
     flags.FLAGS.mark_as_parsed()  # ours are in a set of their own; absl's logging looks at the global one
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
+    # transformers advises to install PyTorch, which is not needed here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         values, config = parse(name, rest)
         path = COMMANDS[name].run(values, config)
     except InputError as error:
         return _fail(str(error), EXIT_BAD_INPUT)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on from the last checkpoint", EXIT_INTERRUPTED)
+        return _fail(
+            "interrupted; the same command goes on from the last checkpoint", EXIT_INTERRUPTED
+        )
     except Exception as error:
         from panacea_jax.train.loop import Diverged, Preempted
 

@@ -142,11 +142,15 @@ def load_recipe(where: str) -> ConfigDict:
     if get is None:
         raise InputError(f"--config={where}: defines no get_config()")
     if not isinstance(config, ConfigDict):
-        raise InputError(f"--config={where}: get_config() returned {type(config).__name__}, not a ConfigDict")
+        raise InputError(
+            f"--config={where}: get_config() returned {type(config).__name__}, not a ConfigDict"
+        )
     ours, theirs = set(keys(get_config())), set(keys(config))
     for wrong, rule in ((theirs - ours, "is no key of ours"), (ours - theirs, "is missing")):
         if wrong:
-            raise InputError(f"--config={where}: config.{min(wrong)} {rule}; start from panacea_jax.config.get_config()")
+            raise InputError(
+                f"--config={where}: config.{min(wrong)} {rule}; start from panacea_jax.config.get_config()"
+            )
     return config.lock()
 
 
@@ -169,7 +173,9 @@ def require_key(config: ConfigDict, key: str) -> None:
     if key in known or any(k.startswith(f"{key}.") for k in known):
         return
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    raise InputError(f"--config.{key}: no such key" + (f"; did you mean --config.{near[0]}?" if near else ""))
+    raise InputError(
+        f"--config.{key}: no such key" + (f"; did you mean --config.{near[0]}?" if near else "")
+    )
 
 
 def _require(ok: bool, key: str, value: object, rule: str) -> None:
@@ -200,13 +206,25 @@ def validate(config: ConfigDict) -> None:
     _at_least(config.lora.rank, "lora.rank", 1)
     _require(0 < config.lora.alpha < math.inf, "lora.alpha", config.lora.alpha, "a positive number")
     data = config.data
-    _require(0 <= data.poison_ratio <= 1, "data.poison_ratio", data.poison_ratio, "a share between 0 and 1")
+    _require(
+        0 <= data.poison_ratio <= 1,
+        "data.poison_ratio",
+        data.poison_ratio,
+        "a share between 0 and 1",
+    )
     for key in ("num_examples", "num_harmful", "num_alignment"):
         _at_least(data[key], f"data.{key}", 0)
     _at_least(data.max_length, "data.max_length", 2)
-    _require(not data.packing, "data.packing", data.packing, "sequence packing is not available yet")
+    _require(
+        not data.packing, "data.packing", data.packing, "sequence packing is not available yet"
+    )
     for axis, size in config.mesh.items():
-        _require(size == -1 or size >= 1, f"mesh.{axis}", size, "a positive number, or -1 for what is left")
+        _require(
+            size == -1 or size >= 1,
+            f"mesh.{axis}",
+            size,
+            "a positive number, or -1 for what is left",
+        )
     _at_least(config.checkpoint.every, "checkpoint.every", 0)
     _at_least(config.checkpoint.keep, "checkpoint.keep", 1)
     _at_least(config.generate.batch_size, "generate.batch_size", 1)
@@ -226,8 +244,15 @@ def _validate_optimizer(optimizer: ConfigDict, section: str) -> None:
     for key in ("learning_rate", "weight_decay", "clip_norm"):
         _at_least(optimizer[key], f"{section}optimizer.{key}", 0)
     for key in ("b1", "b2"):
-        _require(0 <= optimizer[key] < 1, f"{section}optimizer.{key}", optimizer[key], "0 or more, below 1")
-    _require(0 < optimizer.eps < math.inf, f"{section}optimizer.eps", optimizer.eps, "a positive number")
+        _require(
+            0 <= optimizer[key] < 1,
+            f"{section}optimizer.{key}",
+            optimizer[key],
+            "0 or more, below 1",
+        )
+    _require(
+        0 < optimizer.eps < math.inf, f"{section}optimizer.eps", optimizer.eps, "a positive number"
+    )
     _one_of(optimizer.schedule, f"{section}optimizer.schedule", SCHEDULES)
     ratio = optimizer.warmup_ratio
     _require(0 <= ratio <= 1, f"{section}optimizer.warmup_ratio", ratio, "a share between 0 and 1")
@@ -237,7 +262,12 @@ def _validate_train(train: ConfigDict, section: str) -> None:
     for key in ("batch_size", "harmful_batch_size", "alignment_batch_size", "log_every"):
         _at_least(train[key], f"{section}train.{key}", 1)
     _at_least(train.steps, f"{section}train.steps", 0)
-    _require(train.steps > 0 or train.epochs > 0, f"{section}train.epochs", train.epochs, "1 or more, or set train.steps")
+    _require(
+        train.steps > 0 or train.epochs > 0,
+        f"{section}train.epochs",
+        train.epochs,
+        "1 or more, or set train.steps",
+    )
 
 
 def make_defence(section: ConfigDict, prefix: str = "") -> Defence:
@@ -259,7 +289,9 @@ def make_defence(section: ConfigDict, prefix: str = "") -> Defence:
     try:
         return kind(**chosen)
     except InputError as error:  # the method does not know where its section stands
-        raise InputError(str(error).replace("config.defence.", f"config.{prefix}defence.")) from error
+        raise InputError(
+            str(error).replace("config.defence.", f"config.{prefix}defence.")
+        ) from error
 
 
 def stage_config(config: ConfigDict, stage: str) -> ConfigDict:

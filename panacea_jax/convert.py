@@ -36,9 +36,13 @@ def convert(config: ConfigDict, out: Path, epsilon: Path | None) -> Path:
     params = lora.load(config.lora.init_from, model) if config.lora.init_from else None
     if epsilon is not None:
         if params is None:
-            raise InputError("--epsilon: needs the adapter that it belongs to in config.lora.init_from")
+            raise InputError(
+                "--epsilon: needs the adapter that it belongs to in config.lora.init_from"
+            )
         if read_notes(config.lora.init_from).get("epsilon") == "applied":
-            raise InputError(f"--epsilon={epsilon}: {config.lora.init_from} is w + ε already (what runs deploy); leave --epsilon out")
+            raise InputError(
+                f"--epsilon={epsilon}: {config.lora.init_from} is w + ε already (what runs deploy); leave --epsilon out"
+            )
         params = _add(params, load_epsilon(epsilon), epsilon)
     save_model(model, params, out)
     return out
@@ -47,5 +51,7 @@ def convert(config: ConfigDict, out: Path, epsilon: Path | None) -> Path:
 def _add(params: Adapter, epsilon: object, path: Path) -> Adapter:
     shapes = jax.tree.map(jnp.shape, params.layers)
     if jax.tree.map(jnp.shape, epsilon) != shapes:
-        raise InputError(f"{path}: was made for an adapter of other shapes than {params.targets}, r {params.rank}")
+        raise InputError(
+            f"{path}: was made for an adapter of other shapes than {params.targets}, r {params.rank}"
+        )
     return Adapter(jax.tree.map(jnp.add, params.layers, epsilon), params.rank, params.alpha)

@@ -25,9 +25,7 @@ from panacea_jax.train.loop import Result
 # Everything of a Hugging Face folder that is not weights and travels with an exported model.
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*", "vocab*", "merges.txt",
               "added_tokens.json")  # fmt: skip
-WITHOUT_EPSILON = (
-    "exporting w without ε: w alone can be MORE harmful than plain fine-tuning; deploy w + ε instead"
-)
+WITHOUT_EPSILON = "exporting w without ε: w alone can be MORE harmful than plain fine-tuning; deploy w + ε instead"
 
 
 def export_adapter(result: Result, folder: str | Path, *, without_epsilon: bool = False) -> Path:
@@ -43,8 +41,12 @@ def export_adapter(result: Result, folder: str | Path, *, without_epsilon: bool 
     """
     params = _deployed(result, without_epsilon)
     if not isinstance(params, Adapter):
-        raise InputError("export_adapter: all parameters were trained, so there is no adapter; use export_model")
-    save_adapter(params, Path(folder), str(result.model.folder or ""), epsilon_note(result, without_epsilon))
+        raise InputError(
+            "export_adapter: all parameters were trained, so there is no adapter; use export_model"
+        )
+    save_adapter(
+        params, Path(folder), str(result.model.folder or ""), epsilon_note(result, without_epsilon)
+    )
     return Path(folder)
 
 
@@ -67,7 +69,9 @@ def save_model(model: Model, params: Any, folder: Path) -> None:
         InputError: the model has no folder of origin to take its config and tokenizer from.
     """
     if model.folder is None:
-        raise InputError("export: the model did not come from a Hugging Face folder, so there is no config.json to write")
+        raise InputError(
+            "export: the model did not come from a Hugging Face folder, so there is no config.json to write"
+        )
     if isinstance(params, Adapter):
         weights = merge(model.weights, params)
     else:
@@ -152,7 +156,9 @@ def _stacked(by_layer: Mapping[int | None, np.ndarray], name: str, path: Path) -
         return by_layer[None]
     layers = [by_layer.get(i) for i in range(len(by_layer))]
     if any(x is None or x.shape != layers[0].shape for x in layers):  # type: ignore[union-attr]
-        raise InputError(f"{path}: {name}: a layer is missing, or its shape differs from the others'")
+        raise InputError(
+            f"{path}: {name}: a layer is missing, or its shape differs from the others'"
+        )
     return np.stack(layers)  # type: ignore[arg-type]
 
 
@@ -164,18 +170,31 @@ def adapter_from_checkpoint(folder: Path) -> Adapter:
     """
     arrays, notes = read_checkpoint(folder)
     prefix = "params.layers."
-    layers = unflatten_dict({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}, sep=".")
+    layers = unflatten_dict(
+        {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}, sep="."
+    )
     if "lora_scale" not in notes:
         raise InputError(f"{folder}: holds all parameters, not an adapter")
     logging.warning("%s", WITHOUT_EPSILON)
-    rank = next(iter(flatten_dict({k: v["a"] for block in layers.values() for k, v in block.items()}).values())).shape[-1]
+    rank = next(
+        iter(
+            flatten_dict(
+                {k: v["a"] for block in layers.values() for k, v in block.items()}
+            ).values()
+        )
+    ).shape[-1]
     return Adapter(layers, rank=rank, alpha=notes["lora_scale"] * rank)
 
 
 def _locate(name: str) -> tuple[str, int | None, bool] | None:
     """(path in the tree, layer, transposed?) of a PEFT or Hugging Face name."""
     parts = name.split(".")
-    if name.startswith("base_model.model.model.layers.") and len(parts) == 9 and parts[4].isdigit() and parts[6] in BLOCK_OF:
+    if (
+        name.startswith("base_model.model.model.layers.")
+        and len(parts) == 9
+        and parts[4].isdigit()
+        and parts[6] in BLOCK_OF
+    ):
         return f"{parts[5]}/{parts[6]}/{parts[7][-1].lower()}", int(parts[4]), True
     found = to_ours(name)
     return None if found is None else (found[0], found[1], found[2] == "transpose")

@@ -25,12 +25,16 @@ def check(config: ConfigDict) -> None:
         align = stage_config(config, "align")
         stage_records(align, "align", check_stage(align, "align", "align."))
         if main.train.full_parameters and not align.train.full_parameters:
-            raise InputError("config.train.full_parameters: cannot go on from an aligned adapter; set config.align.train.full_parameters too")
+            raise InputError(
+                "config.train.full_parameters: cannot go on from an aligned adapter; set config.align.train.full_parameters too"
+            )
     stage_records(main, "finetune", check_stage(main, "finetune"))
     if config.heal.defence.name:
         check_stage(stage_config(config, "heal"), "heal", "heal.")
         if main.train.full_parameters:
-            raise InputError("config.heal.defence.name: heal works on adapters so far, and config.train.full_parameters makes none")
+            raise InputError(
+                "config.heal.defence.name: heal works on adapters so far, and config.train.full_parameters makes none"
+            )
     set_names(config.eval.tasks)
     for spec in config.eval.tasks:
         eval_records(spec, config.eval.num_examples)

@@ -18,7 +18,16 @@ from ml_collections import ConfigDict
 from panacea_jax.errors import InputError
 
 MANIFEST = "manifest.json"
-PACKAGES = ("panacea_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets")
+PACKAGES = (
+    "panacea_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "datasets",
+)
 
 
 class Stage:
@@ -50,12 +59,18 @@ class Stage:
         self._path = self.folder / MANIFEST
         self._config, self._inputs = _plain(config), dict(inputs)
         self.done = False
-        if os.path.exists(self._path):  # unlike Path.exists, False where a folder above is closed to us
+        if os.path.exists(
+            self._path
+        ):  # unlike Path.exists, False where a folder above is closed to us
             self.done = self._compare(read_manifest(self.folder))
             return
         if os.path.isdir(self.folder) and any(self.folder.iterdir()):
-            raise InputError(f"{self.folder}: not empty and without a {MANIFEST}: not ours, left alone")
-        nearest = next(p for p in (self.folder, *self.folder.absolute().parents) if os.path.exists(p))
+            raise InputError(
+                f"{self.folder}: not empty and without a {MANIFEST}: not ours, left alone"
+            )
+        nearest = next(
+            p for p in (self.folder, *self.folder.absolute().parents) if os.path.exists(p)
+        )
         if not os.path.isdir(nearest):
             raise InputError(f"--workdir={workdir}: cannot be written ({nearest} is not a folder)")
         if not os.access(nearest, os.W_OK | os.X_OK):
@@ -73,7 +88,9 @@ class Stage:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write("running", {})
         except OSError as error:
-            raise InputError(f"--workdir={self.folder.parent}: cannot be written ({error.strerror})") from error
+            raise InputError(
+                f"--workdir={self.folder.parent}: cannot be written ({error.strerror})"
+            ) from error
 
     def _compare(self, manifest: Mapping[str, Any]) -> bool:
         for what, old, new in (

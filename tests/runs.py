@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,9 @@ from tests.tiny import write_model, write_pairs
 RHO = 0.5
 STEPS = 4
 ADAPTED = ("q", "v", "down")
+
+
+_made: dict[str, Path] = {}
 
 
 class Place(NamedTuple):
@@ -50,10 +54,18 @@ class Place(NamedTuple):
 
 def make_place(root: Path) -> Place:
     """Write the base and its sources."""
-    write_model(root / "base")
-    for seed, (name, rows) in enumerate({"user": 12, "attack": 6, "harmful": 7, "alignment": 8, "test": 6}.items()):
+    if "base" in _made:  # compiled and drawn once
+        shutil.copytree(_made["base"], root / "base")
+    else:
+        _made["base"] = write_model(root / "base")
+    for seed, (name, rows) in enumerate(
+        {"user": 12, "attack": 6, "harmful": 7, "alignment": 8, "test": 6}.items()
+    ):
         write_pairs(root / f"{name}.jsonl", rows, seed)
-    for name, key, extra in (("goals", "goal", {}), ("safe", "prompt", {"label": "safe", "type": "homonyms"})):
+    for name, key, extra in (
+        ("goals", "goal", {}),
+        ("safe", "prompt", {"label": "safe", "type": "homonyms"}),
+    ):
         lines = [json.dumps({key: f"w{i} w{i + 1} w{i + 2}", **extra}) + "\n" for i in range(5)]
         (root / f"{name}.jsonl").write_text("".join(lines))
     return Place(root)
@@ -75,9 +87,6 @@ def _logging_as_it_was() -> Iterator[None]:
         absl.logging.set_verbosity(verbosity)
         root.handlers[:] = handlers
         root.setLevel(level)
-
-
-_made: dict[str, Path] = {}
 
 
 def _once(name: str, tmp_path_factory: pytest.TempPathFactory, *more: str) -> tuple[Place, Path]:

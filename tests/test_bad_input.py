@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,6 @@ from safetensors.numpy import load_file, save_file
 
 from tests import runs
 from tests.runs import Place, panacea
-from tests.tiny import write_model
 
 
 @pytest.fixture(scope="module")
@@ -154,12 +155,21 @@ def test_impossible_values(key, value, refused):
 
 
 def test_the_section_of_a_hyper_parameter_is_named(refused):
-    line = refused("run", "--config.heal.defence.name=random_perturbation", "--config.heal.defence.rho=-1", "--workdir=new")
+    line = refused(
+        "run",
+        "--config.heal.defence.name=random_perturbation",
+        "--config.heal.defence.rho=-1",
+        "--workdir=new",
+    )
     assert "config.heal.defence.rho = -1" in line
 
 
 def test_a_mesh_that_does_not_divide_the_devices(finetune):
-    assert "config.mesh" in (line := finetune("--config.mesh.data=3")) and "3" in line and "devices" in line
+    assert (
+        "config.mesh" in (line := finetune("--config.mesh.data=3"))
+        and "3" in line
+        and "devices" in line
+    )
     assert "only one axis may be -1" in finetune("--config.mesh.data=-1")
     assert "2 x 1 x 1" in finetune("--config.mesh.data=2", "--config.mesh.fsdp=1")
 
@@ -195,15 +205,21 @@ def test_recipes(text, wanted, refused, tmp_path):
 
 def test_a_recipe_that_is_no_text(refused, tmp_path):
     (tmp_path / "recipe.py").write_bytes(b"x = '\xff'\n")
-    assert "--config=recipe.py: SyntaxError" in refused("run", "--config=recipe.py", "--workdir=new")
+    assert "--config=recipe.py: SyntaxError" in refused(
+        "run", "--config=recipe.py", "--workdir=new"
+    )
     assert "--config=.: no such file" in refused("run", "--config=.", "--workdir=new")
 
 
 def test_defences_of_another_stage(refused, finetune, place):
-    assert "config.defence.name = random_perturbation: acts at the stage heal" in finetune("--config.defence.name=random_perturbation")
+    assert "config.defence.name = random_perturbation: acts at the stage heal" in finetune(
+        "--config.defence.name=random_perturbation"
+    )
     align = place.flags("--config.defence.name=panacea")
     assert "config.defence.name = panacea" in refused("align", *align, "--workdir=new")
-    assert "not heal" in refused("heal", *place.flags("--config.defence.name=panacea"), "--workdir=new")
+    assert "not heal" in refused(
+        "heal", *place.flags("--config.defence.name=panacea"), "--workdir=new"
+    )
     assert "not heal" in refused("heal", *place.flags("--config.defence.name=sft"), "--workdir=new")
 
 
@@ -276,14 +292,19 @@ def test_evaluation_sets(refused, place, tmp_path):
         return refused("generate", *place.flags(f"--config.eval.tasks={tasks}"), "--workdir=new")
 
     assert "config.eval.tasks is empty" in generate()
-    assert "config.eval.tasks" in (line := generate(f"pairs@{tmp_path}/none.jsonl")) and "none.jsonl" in line
+    assert (
+        "config.eval.tasks" in (line := generate(f"pairs@{tmp_path}/none.jsonl"))
+        and "none.jsonl" in line
+    )
     assert "config.eval.tasks[1]" in generate(place.spec("test"), "quiz@x")
     assert "twice" in generate(place.spec("test"), place.spec("test"))
     (tmp_path / "bad.jsonl").write_text(GOOD + "{\n")
     assert "bad.jsonl:2" in generate(f"pairs@{tmp_path}/bad.jsonl")
     judge = refused("judge", *place.flags(), "--workdir=new")
     assert "new/generations/advbench.jsonl: no generations" in judge
-    assert "config.eval.tasks is empty" in refused("judge", *place.flags("--config.eval.tasks=()"), "--workdir=new")
+    assert "config.eval.tasks is empty" in refused(
+        "judge", *place.flags("--config.eval.tasks=()"), "--workdir=new"
+    )
 
 
 # ---------------------------------------------------------------- models
@@ -318,8 +339,16 @@ Q = "model.layers.1.self_attn.q_proj.weight"
     [
         (lambda t: t.pop(Q), [Q, "missing"]),
         (lambda t: t.update({Q: t[Q][:, :-1].copy()}), [Q, "shape", "model.safetensors"]),
-        (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": t["model.layers.1.mlp.up_proj.weight"]}), ["layers.2.mlp.up_proj", "extra"]),
-        (lambda t: t.update({"vision.weight": np.zeros(3, np.float32)}), ["vision.weight", "extra", "model.safetensors"]),
+        (
+            lambda t: t.update(
+                {"model.layers.2.mlp.up_proj.weight": t["model.layers.1.mlp.up_proj.weight"]}
+            ),
+            ["layers.2.mlp.up_proj", "extra"],
+        ),
+        (
+            lambda t: t.update({"vision.weight": np.zeros(3, np.float32)}),
+            ["vision.weight", "extra", "model.safetensors"],
+        ),
         (lambda t: t.update({Q: t[Q].astype(np.int8)}), [Q, "I8"]),
     ],
     ids=["missing", "misshaped", "extra_layer", "extra", "integer"],
@@ -350,7 +379,13 @@ def test_unsupported_architectures(finetune, base):
     edit_config(base, architectures=["MambaForCausalLM"], model_type="mamba")
     line = finetune(with_base(base))
     assert "MambaForCausalLM" in line
-    for known in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM"):
+    for known in (
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "Qwen2ForCausalLM",
+        "GemmaForCausalLM",
+        "Gemma2ForCausalLM",
+    ):
         assert known in line
 
 
@@ -387,11 +422,20 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [
-        (lambda t: t.update({A: t[A][:, :-1].copy()}), ["layers.0.self_attn.q_proj.lora_A", "shape"]),
+        (
+            lambda t: t.update({A: t[A][:, :-1].copy()}),
+            ["layers.0.self_attn.q_proj.lora_A", "shape"],
+        ),
         (lambda t: t.update({A: t[A][:-1].copy()}), ["layers.0.self_attn.q_proj.lora_A", "shape"]),
         (lambda t: t.pop(A), ["layers.0.self_attn.q_proj.lora_A", "missing"]),
-        (lambda t: t.update({A.replace(".0.", ".7."): t[A]}), ["layers.7.self_attn.q_proj.lora_A", "2 layers"]),
-        (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": t[A]}), ["base_model.model.lm_head.lora_A.weight"]),
+        (
+            lambda t: t.update({A.replace(".0.", ".7."): t[A]}),
+            ["layers.7.self_attn.q_proj.lora_A", "2 layers"],
+        ),
+        (
+            lambda t: t.update({"base_model.model.lm_head.lora_A.weight": t[A]}),
+            ["base_model.model.lm_head.lora_A.weight"],
+        ),
         (lambda t: t.clear(), ["no LoRA factors"]),
     ],
     ids=["width", "rank", "missing", "layer", "place", "empty"],
@@ -401,12 +445,6 @@ def test_adapters_that_do_not_fit(change, wanted, finetune, adapter):
     line = finetune(f"--config.lora.init_from={adapter}")
     for text in ("adapter_model.safetensors", *wanted):
         assert text in line
-
-
-def test_an_adapter_of_another_base(finetune, adapter, tmp_path):
-    wide = write_model(tmp_path / "wide", hidden_size=64)
-    line = finetune(with_base(wide), f"--config.lora.init_from={adapter}")
-    assert "has shape (2, 32), the base wants (2, 64)" in line
 
 
 def test_folders_that_are_no_adapter(finetune, refused, place, adapter, tmp_path):
@@ -482,21 +520,29 @@ def again(finished, *flags: str) -> list[str]:
         ("--config.defence.rho=0.75", "config defence.rho: 0.5 there, 0.75 now"),
         ("--config.lora.rank=3", "config lora.rank: 2 there, 3 now"),
         ("--config.train.steps=9", "config train.steps: 4 there, 9 now"),
-        ("--config.export.without_epsilon=True", "config export.without_epsilon: False there, True now"),
+        (
+            "--config.export.without_epsilon=True",
+            "config export.without_epsilon: False there, True now",
+        ),
     ],
 )
 def test_a_changed_configuration(flag, wanted, refused, finished, tmp_path):
     workdir = finished_copy(finished, tmp_path, "finetune")
     line = refused("finetune", *again(finished, flag), f"--workdir={workdir}")
-    assert f"{workdir / 'finetune'}: made by another run ({wanted}); choose another --workdir" in line
+    assert (
+        f"{workdir / 'finetune'}: made by another run ({wanted}); choose another --workdir" in line
+    )
 
 
 def test_changed_inputs(refused, finished, tmp_path):
     """The same path with other content is another input."""
-    place, _ = finished
+    _place, _ = finished
     mine = runs.make_place(tmp_path / "place")
     workdir = tmp_path / "own"
-    flags = mine.flags("--config.defence.name=random_perturbation", f"--config.lora.init_from={finished[1] / 'align' / 'adapter'}")
+    flags = mine.flags(
+        "--config.defence.name=random_perturbation",
+        f"--config.lora.init_from={finished[1] / 'align' / 'adapter'}",
+    )
     assert panacea("heal", *flags, f"--workdir={workdir}") == 0
     edit_tensors(mine.base, lambda t: t.update({Q: t[Q] + 1}))
     line = refused("heal", *flags, f"--workdir={workdir}")
@@ -507,7 +553,9 @@ def test_answers_of_another_run(refused, finished, tmp_path):
     place, _ = finished
     workdir = finished_copy(finished, tmp_path, "generations")
     same = f"--config.generate.adapter={finished[1] / 'heal' / 'adapter'}"
-    line = refused("generate", *place.flags(same, "--config.generate.max_new_tokens=5"), f"--workdir={workdir}")
+    line = refused(
+        "generate", *place.flags(same, "--config.generate.max_new_tokens=5"), f"--workdir={workdir}"
+    )
     assert "max_new_tokens: 4 there, 5 now" in line
 
 
@@ -546,18 +594,43 @@ def without_arrays(folder: Path) -> None:
     shutil.rmtree(folder / "state")
 
 
+def mark_as_running(workdir: Path) -> None:
+    """As a killed run leaves it."""
+    manifest = workdir / "finetune" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"done"', '"running"'))
+
+
 @pytest.mark.parametrize("damage", [corrupt, empty, without_arrays])
 def test_damaged_checkpoints(damage, refused, finished, tmp_path):
     workdir = finished_copy(finished, tmp_path, "finetune")
     newest = workdir / "finetune" / "checkpoints" / str(runs.STEPS)
     damage(newest)
-    manifest = workdir / "finetune" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"done"', '"running"'))
+    mark_as_running(workdir)
     line = refused("finetune", *again(finished), f"--workdir={workdir}")
     assert str(newest) in line and "checkpoint" in line
     line = refused("layers", f"--checkpoint={newest}")
     assert str(newest) in line and "checkpoint" in line
     assert str(newest) in refused("layers", f"--workdir={workdir}")
+
+
+def test_a_damaged_checkpoint_seen_from_outside(finished, tmp_path):
+    """In a process of its own, without PyTorch: what orbax, tensorstore and transformers say stays out of stderr."""
+    workdir = finished_copy(finished, tmp_path, "finetune")
+    newest = workdir / "finetune" / "checkpoints" / str(runs.STEPS)
+    for path in newest.rglob("*"):
+        if path.is_file() and "/d/" in path.as_posix():
+            path.write_bytes(b"damaged")
+    mark_as_running(workdir)
+    code = (
+        "import importlib.util, sys; sys.modules['torch'] = None; find = importlib.util.find_spec; "
+        "importlib.util.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a); "
+        "from panacea_jax import cli; cli.main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, "finetune", *again(finished), f"--workdir={workdir}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"panacea: {newest}: damaged checkpoint")
 
 
 def test_layers_without_epsilon(refused, finished, tmp_path):
@@ -567,7 +640,9 @@ def test_layers_without_epsilon(refused, finished, tmp_path):
     assert "none.safetensors: no such file" in refused("layers", "--epsilon=none.safetensors")
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     assert "junk.safetensors" in refused("layers", "--epsilon=junk.safetensors")
-    assert "model.embed.weight" not in refused("layers", f"--epsilon={finished[0].base / 'tokenizer.json'}")
+    assert "model.embed.weight" not in refused(
+        "layers", f"--epsilon={finished[0].base / 'tokenizer.json'}"
+    )
     save_file({"other.weight": np.zeros(3, np.float32)}, tmp_path / "other.safetensors")
     assert "other.weight" in refused("layers", "--epsilon=other.safetensors")
     save_file({A.replace(".0.", ".1."): np.zeros((2, 3), np.float32)}, tmp_path / "gap.safetensors")
@@ -584,11 +659,16 @@ def test_convert(refused, finished, tmp_path):
     (tmp_path / "full" / "model.safetensors").write_text("kept")
     for out in ("full", "full/model.safetensors"):
         assert f"--out={out}: exists already" in refused("convert", *place.flags(), f"--out={out}")
-    assert "--epsilon: needs the adapter" in refused("convert", *place.flags(), f"--epsilon={epsilon}", "--out=new")
+    assert "--epsilon: needs the adapter" in refused(
+        "convert", *place.flags(), f"--epsilon={epsilon}", "--out=new"
+    )
     start = place.flags(f"--config.lora.init_from={adapter}")
     assert "none" in refused("convert", *start, "--epsilon=none", "--out=new")
     tensors = load_file(epsilon)
-    for change in (lambda t: t.popitem(), lambda t: t.update({k: np.zeros((3, *v.shape[1:]), np.float32) for k, v in t.items()})):
+    for change in (
+        lambda t: t.popitem(),
+        lambda t: t.update({k: np.zeros((3, *v.shape[1:]), np.float32) for k, v in t.items()}),
+    ):
         changed = dict(tensors)
         change(changed)
         save_file(changed, tmp_path / "other.safetensors")

@@ -49,7 +49,12 @@ def test_help_of_a_command_shows_its_flags_and_every_key_with_its_default(name, 
     assert out.startswith(f"panacea {name}: {cli.COMMANDS[name].summary}")
     for flag in cli.COMMANDS[name].flags:
         assert f"  --{flag}=" in out
-    for line in ("defence.rho = 1.0", "lora.targets = ('q', 'k', 'v')", "export.without_epsilon = False", "heal.defence.name = ''"):
+    for line in (
+        "defence.rho = 1.0",
+        "lora.targets = ('q', 'k', 'v')",
+        "export.without_epsilon = False",
+        "heal.defence.name = ''",
+    ):
         assert f"\n  {line}" in out
     assert out.count(" = ") == len(list(config.keys(config.get_config())))
 
@@ -88,7 +93,11 @@ def replace(monkeypatch, name, run):
 
 def test_a_command_ends_with_the_path_it_wrote(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    replace(monkeypatch, "finetune", lambda values, config: Path(values.workdir) / "finetune" / "adapter")
+    replace(
+        monkeypatch,
+        "finetune",
+        lambda values, config: Path(values.workdir) / "finetune" / "adapter",
+    )
     assert panacea("finetune", f"--workdir={tmp_path / 'w'}") == 0
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("w/finetune/adapter\n", "")
@@ -111,7 +120,11 @@ def test_exit_codes(error, code, monkeypatch, capsys):
     replace(monkeypatch, "run", fail)
     assert panacea("run", "--workdir=w") == code
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("panacea: ") and captured.err.count("\n") == 1
+    assert (
+        captured.out == ""
+        and captured.err.startswith("panacea: ")
+        and captured.err.count("\n") == 1
+    )
     if code in (75, 1):
         assert "step 7" in captured.err
 
@@ -137,5 +150,11 @@ def test_help_and_mistakes_answer_without_loading_the_models():
         "import sys; from panacea_jax import cli; assert cli.run(['run', '--help']) == 0; "
         "assert cli.run(['run', '--config.lora.rank=0']) == 2; print(sorted({'transformers', 'datasets', 'torch'} & sys.modules.keys()))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
     assert done.stdout.splitlines()[-1] == "[]"

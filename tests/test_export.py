@@ -63,7 +63,9 @@ def result(model, adapters):
 @pytest.fixture(scope="module")
 def ours(model):
     forward = jax.jit(lambda weights, params, tokens: model.apply(weights, params, tokens)[0])
-    return lambda params, weights=None: np.asarray(forward(weights or model.weights, params, jnp.asarray(TOKENS)))
+    return lambda params, weights=None: np.asarray(
+        forward(weights or model.weights, params, jnp.asarray(TOKENS))
+    )
 
 
 def torch_model(folder):
@@ -81,13 +83,22 @@ def logits(torch_model):
 def test_deployed_is_w_plus_epsilon_exactly(finished, adapters):
     """adapter/, epsilon.safetensors and the checkpoint agree to the last bit, and ‖ε‖ = ρ."""
     deployed, epsilon, w = adapters
-    jax.tree.map(lambda d, e, x: np.testing.assert_array_equal(np.asarray(d), x + e), deployed.layers, epsilon, w.layers)
+    jax.tree.map(
+        lambda d, e, x: np.testing.assert_array_equal(np.asarray(d), x + e),
+        deployed.layers,
+        epsilon,
+        w.layers,
+    )
     leaves = jax.tree.leaves(epsilon)
-    assert leaves and np.sqrt(sum(np.sum(np.square(e, dtype=np.float64)) for e in leaves)) == pytest.approx(runs.RHO, rel=1e-6)
+    assert leaves and np.sqrt(
+        sum(np.sum(np.square(e, dtype=np.float64)) for e in leaves)
+    ) == pytest.approx(runs.RHO, rel=1e-6)
     assert (w.rank, w.alpha) == (deployed.rank, deployed.alpha)
     arrays, notes = read_checkpoint(finished[1] / "finetune" / "checkpoints" / str(runs.STEPS))
     assert int(arrays["step"]) == runs.STEPS and notes["lora_scale"] == 2.0
-    np.testing.assert_array_equal(arrays["defence.epsilon.layers.mlp.down_proj.b"], epsilon["mlp"]["down_proj"]["b"])
+    np.testing.assert_array_equal(
+        arrays["defence.epsilon.layers.mlp.down_proj.b"], epsilon["mlp"]["down_proj"]["b"]
+    )
 
 
 def test_taking_w_from_a_checkpoint_warns(finished, caplog):
@@ -102,7 +113,9 @@ def test_export_adapter_needs_the_flag_for_w_alone(result, finished, tmp_path, c
         assert "MORE harmful" not in caplog.text
         pj.export_adapter(result, tmp_path / "bare", without_epsilon=True)
         assert "MORE harmful" in caplog.text
-    healed, bare = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("healed", "bare"))
+    healed, bare = (
+        load_file(tmp_path / n / "adapter_model.safetensors") for n in ("healed", "bare")
+    )
     stage_wrote = load_file(finished[1] / "finetune" / WEIGHTS)
     w = adapter_tensors(result.params)
     for name in w:
@@ -120,7 +133,10 @@ def test_the_key_export_without_epsilon(result, tmp_path, caplog, bare):
     with caplog.at_level(logging.WARNING):
         stage.export(config, tmp_path, result, result.epsilon)
     assert ("MORE harmful" in caplog.text) == bare
-    found, wanted = load_file(tmp_path / WEIGHTS), adapter_tensors(result.params if bare else result.deployed)
+    found, wanted = (
+        load_file(tmp_path / WEIGHTS),
+        adapter_tensors(result.params if bare else result.deployed),
+    )
     for name in wanted:
         np.testing.assert_array_equal(found[name], wanted[name])
     epsilon = load_file(tmp_path / "epsilon.safetensors")
@@ -142,13 +158,17 @@ def test_a_defence_without_epsilon_warns_of_nothing(result, tmp_path, caplog):
 
 def test_the_adapter_in_peft_gives_our_logits(finished, adapters, ours):
     base, workdir = finished
-    adapted = peft.PeftModel.from_pretrained(torch_model(base), str(workdir / "finetune" / "adapter"))
+    adapted = peft.PeftModel.from_pretrained(
+        torch_model(base), str(workdir / "finetune" / "adapter")
+    )
     theirs = logits(adapted)
     np.testing.assert_allclose(ours(adapters[0]), theirs, atol=1e-4)
     assert np.abs(theirs - ours(None)).max() > 1e-2
 
 
-def test_the_merged_model_in_transformers_gives_our_logits(result, finished, adapters, ours, tmp_path):
+def test_the_merged_model_in_transformers_gives_our_logits(
+    result, finished, adapters, ours, tmp_path
+):
     pj.export_model(result, tmp_path / "m")
     np.testing.assert_allclose(ours(adapters[0]), logits(torch_model(tmp_path / "m")), atol=1e-4)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
@@ -167,17 +187,23 @@ def test_export_model_without_epsilon(result, ours, tmp_path, caplog):
 
 def test_full_parameters_export_a_model_that_transformers_loads(tmp_path_factory, ours):
     """model/ = w + ε, exactly, tensor by tensor; its logits are ours."""
-    place, workdir = runs.finished_full_run(tmp_path_factory)
+    _place, workdir = runs.finished_full_run(tmp_path_factory)
     folder = workdir / "finetune"
     arrays, notes = read_checkpoint(folder / "checkpoints" / str(runs.STEPS))
     assert "lora_scale" not in notes
-    deployed, epsilon = (load_file(folder / n) for n in ("model/model.safetensors", "epsilon.safetensors"))
+    deployed, epsilon = (
+        load_file(folder / n) for n in ("model/model.safetensors", "epsilon.safetensors")
+    )
     q = arrays["params.layers.self_attn.q_proj.kernel"]
     for layer in range(2):
         name = f"model.layers.{layer}.self_attn.q_proj.weight"
         np.testing.assert_array_equal(deployed[name], q[layer].T + epsilon[name])
-    np.testing.assert_array_equal(deployed["model.norm.weight"], arrays["params.norm.scale"] + epsilon["model.norm.weight"])
-    np.testing.assert_array_equal(deployed["lm_head.weight"], arrays["params.lm_head.kernel"].T + epsilon["lm_head.weight"])
+    np.testing.assert_array_equal(
+        deployed["model.norm.weight"], arrays["params.norm.scale"] + epsilon["model.norm.weight"]
+    )
+    np.testing.assert_array_equal(
+        deployed["lm_head.weight"], arrays["params.lm_head.kernel"].T + epsilon["lm_head.weight"]
+    )
     loaded = pj.load(folder / "model", dtype="float32")
     theirs = logits(torch_model(folder / "model"))
     np.testing.assert_allclose(ours(None, loaded.weights), theirs, atol=1e-4)
@@ -207,15 +233,24 @@ def bare_adapter(adapters, folder):
 
 
 @pytest.mark.parametrize("with_epsilon", [False, True])
-def test_convert_merges_a_bfloat16_base_in_float32(adapters, finished, half_base, tmp_path, with_epsilon):
+def test_convert_merges_a_bfloat16_base_in_float32(
+    adapters, finished, half_base, tmp_path, with_epsilon
+):
     """Against NumPy: bf16(f32(W) + s (A B)ᵀ), each product summed in float32 in whatever order; every other tensor bit by bit."""
     _, epsilon, w = adapters
     folder = bare_adapter(adapters, tmp_path / "w")
-    flags = [f"--config.model.path={half_base}", f"--config.lora.init_from={folder}", f"--out={tmp_path / 'out'}"]
+    flags = [
+        f"--config.model.path={half_base}",
+        f"--config.lora.init_from={folder}",
+        f"--out={tmp_path / 'out'}",
+    ]
     if with_epsilon:
         flags.append(f"--epsilon={finished[1] / 'finetune' / 'epsilon.safetensors'}")
     assert panacea("convert", *flags) == 0
-    before, after = load_file(half_base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    before, after = (
+        load_file(half_base / "model.safetensors"),
+        load_file(tmp_path / "out" / "model.safetensors"),
+    )
     assert before.keys() == after.keys()
     changed = 0
     for name, tensor in before.items():
@@ -228,24 +263,52 @@ def test_convert_merges_a_bfloat16_base_in_float32(adapters, finished, half_base
         layer = int(parts[2])
         a, b = pair["a"][layer], pair["b"][layer]
         if with_epsilon:
-            a, b = a + epsilon[parts[3]][parts[4]]["a"][layer], b + epsilon[parts[3]][parts[4]]["b"][layer]
-        merged = (tensor.astype(np.float32) + np.float32(2.0) * (a @ b).T).astype(ml_dtypes.bfloat16)
-        np.testing.assert_array_equal(after[name].view(np.uint16), merged.view(np.uint16), err_msg=name)
+            a, b = (
+                a + epsilon[parts[3]][parts[4]]["a"][layer],
+                b + epsilon[parts[3]][parts[4]]["b"][layer],
+            )
+        merged = (tensor.astype(np.float32) + np.float32(2.0) * (a @ b).T).astype(
+            ml_dtypes.bfloat16
+        )
+        np.testing.assert_array_equal(
+            after[name].view(np.uint16), merged.view(np.uint16), err_msg=name
+        )
         changed += int(np.any(merged != tensor))
     assert changed == 3 * 2  # q, v and down of two layers
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config.get("dtype") == "bfloat16"
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+    )
 
 
-def test_convert_of_w_and_epsilon_is_convert_of_what_was_deployed(adapters, finished, tmp_path, capsys):
+def test_convert_of_w_and_epsilon_is_convert_of_what_was_deployed(
+    adapters, finished, tmp_path, capsys
+):
     base, workdir = finished
     folder = bare_adapter(adapters, tmp_path / "w")
     epsilon = workdir / "finetune" / "epsilon.safetensors"
     common = [f"--config.model.path={base}"]
-    assert panacea("convert", *common, f"--config.lora.init_from={folder}", f"--epsilon={epsilon}", f"--out={tmp_path / 'a'}") == 0
+    assert (
+        panacea(
+            "convert",
+            *common,
+            f"--config.lora.init_from={folder}",
+            f"--epsilon={epsilon}",
+            f"--out={tmp_path / 'a'}",
+        )
+        == 0
+    )
     assert capsys.readouterr().out.strip().endswith("a")
-    assert panacea("convert", *common, f"--config.lora.init_from={workdir / 'finetune' / 'adapter'}", f"--out={tmp_path / 'b'}") == 0
+    assert (
+        panacea(
+            "convert",
+            *common,
+            f"--config.lora.init_from={workdir / 'finetune' / 'adapter'}",
+            f"--out={tmp_path / 'b'}",
+        )
+        == 0
+    )
     a, b = (load_file(tmp_path / n / "model.safetensors") for n in "ab")
     for name in a:
         np.testing.assert_array_equal(a[name], b[name])
@@ -272,7 +335,12 @@ def test_a_model_without_a_folder_of_origin_cannot_be_exported(result, tmp_path)
 def test_epsilon_file(finished, adapters):
     path = finished[1] / "finetune" / "epsilon.safetensors"
     with safe_open(path, "numpy") as file:
-        assert file.metadata() == {"kind": "last", "defence": "panacea", "rank": "2", "alpha": "4.0"}
+        assert file.metadata() == {
+            "kind": "last",
+            "defence": "panacea",
+            "rank": "2",
+            "alpha": "4.0",
+        }
         names = set(file.keys())
     assert names == set(load_file(finished[1] / "finetune" / WEIGHTS))
     with safe_open(path.with_name("epsilon_mean.safetensors"), "numpy") as file:
@@ -281,11 +349,19 @@ def test_epsilon_file(finished, adapters):
 
 def test_epsilon_round_trip(adapters, model, tmp_path):
     """Adapter and weight trees come back as they went."""
-    deployed, epsilon, _ = adapters
+    deployed, _epsilon, _ = adapters
     export.save_epsilon(deployed, tmp_path / "e.safetensors", {})
-    jax.tree.map(np.testing.assert_array_equal, export.load_epsilon(tmp_path / "e.safetensors"), deployed.layers)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        export.load_epsilon(tmp_path / "e.safetensors"),
+        deployed.layers,
+    )
     export.save_epsilon(model.weights, tmp_path / "f.safetensors", {})
-    jax.tree.map(np.testing.assert_array_equal, export.load_epsilon(tmp_path / "f.safetensors"), model.weights)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        export.load_epsilon(tmp_path / "f.safetensors"),
+        model.weights,
+    )
 
 
 def test_load_epsilon_refuses_other_files(tmp_path):
@@ -295,9 +371,14 @@ def test_load_epsilon_refuses_other_files(tmp_path):
         ({"vision.weight": (2, 3)}, "vision.weight is not a tensor of an exported ε"),
         ({good.format("x"): (2, 3)}, "is not a tensor of an exported ε"),
         ({good.format(1): (2, 3)}, "up_proj/a: a layer is missing"),
-        ({good.format(0): (2, 3), good.format(1): (2, 4)}, "up_proj/a: a layer is missing, or its shape differs"),
+        (
+            {good.format(0): (2, 3), good.format(1): (2, 4)},
+            "up_proj/a: a layer is missing, or its shape differs",
+        ),
     ):
-        save_file({n: np.zeros(s, np.float32) for n, s in tensors.items()}, tmp_path / "e.safetensors")
+        save_file(
+            {n: np.zeros(s, np.float32) for n, s in tensors.items()}, tmp_path / "e.safetensors"
+        )
         with pytest.raises(InputError, match=wanted):
             export.load_epsilon(tmp_path / "e.safetensors")
     with pytest.raises(InputError, match="none.safetensors"):

@@ -44,7 +44,11 @@ def tensors(path):
 
 def test_every_file_of_the_contract_is_there(workdir):
     for stage in ("align", "finetune", "heal"):
-        for name in ("manifest.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"):
+        for name in (
+            "manifest.json",
+            "adapter/adapter_config.json",
+            "adapter/adapter_model.safetensors",
+        ):
             assert (workdir / stage / name).is_file(), f"{stage}/{name}"
     for stage, steps in (("align", [3]), ("finetune", [3, 4])):
         assert sorted(int(p.name) for p in (workdir / stage / "checkpoints").iterdir()) == steps
@@ -53,9 +57,24 @@ def test_every_file_of_the_contract_is_there(workdir):
     assert not (workdir / "align" / "epsilon.safetensors").exists()
     assert (workdir / "finetune" / "epsilon.safetensors").is_file()
     sets = ("advbench", "pairs", "xstest")
-    assert {p.name for p in (workdir / "generations").iterdir()} == {"manifest.json", *(f"{s}.jsonl" for s in sets)}
-    assert {p.name for p in (workdir / "judgements").iterdir()} == {f"{s}.refusal.jsonl" for s in sets}
-    top = {"align", "finetune", "heal", "generations", "judgements", "scores.json", "layers.json", "layers.csv", "layers.png"}
+    assert {p.name for p in (workdir / "generations").iterdir()} == {
+        "manifest.json",
+        *(f"{s}.jsonl" for s in sets),
+    }
+    assert {p.name for p in (workdir / "judgements").iterdir()} == {
+        f"{s}.refusal.jsonl" for s in sets
+    }
+    top = {
+        "align",
+        "finetune",
+        "heal",
+        "generations",
+        "judgements",
+        "scores.json",
+        "layers.json",
+        "layers.csv",
+        "layers.png",
+    }
     assert {p.name for p in workdir.iterdir()} == top
 
 
@@ -82,14 +101,20 @@ def test_manifest(place_and_run):
 def test_metrics(workdir):
     rows = lines(workdir / "finetune" / "metrics.jsonl")
     assert [r["step"] for r in rows] == [1, 2, 3, 4]
-    assert all(np.isfinite(r["loss"]) and r["norm_epsilon"] == pytest.approx(runs.RHO, rel=1e-5) for r in rows)
-    assert [r["step"] for r in lines(workdir / "align" / "metrics.jsonl")] == [3]  # logs each tenth step, and the last
+    assert all(
+        np.isfinite(r["loss"]) and r["norm_epsilon"] == pytest.approx(runs.RHO, rel=1e-5)
+        for r in rows
+    )
+    assert [r["step"] for r in lines(workdir / "align" / "metrics.jsonl")] == [
+        3
+    ]  # logs each tenth step, and the last
 
 
 def test_each_stage_starts_where_the_one_before_ended(workdir):
     """w of fine-tuning = deployed − ε; its first step starts at the aligned adapter, and heal adds noise to what was deployed."""
     aligned, deployed, healed = (
-        tensors(workdir / s / "adapter" / "adapter_model.safetensors") for s in ("align", "finetune", "heal")
+        tensors(workdir / s / "adapter" / "adapter_model.safetensors")
+        for s in ("align", "finetune", "heal")
     )
     epsilon, noise = (tensors(workdir / s / "epsilon.safetensors") for s in ("finetune", "heal"))
     assert aligned.keys() == deployed.keys() == epsilon.keys() == healed.keys() == noise.keys()
@@ -109,7 +134,16 @@ def test_generations_are_of_the_healed_adapter_and_in_order(place_and_run):
     source = lines(place.root / "test.jsonl")
     assert [r["instruction"] for r in rows] == [r["instruction"] for r in source]
     assert [r["reference"] for r in rows] == [r["output"] for r in source]
-    keys = {"prompt", "response", "finished", "instruction", "input", "reference", "template", "extra"}
+    keys = {
+        "prompt",
+        "response",
+        "finished",
+        "instruction",
+        "input",
+        "reference",
+        "template",
+        "extra",
+    }
     for row, record in zip(rows, source):
         assert row.keys() == keys
         assert row["prompt"] == f"user : {record['instruction']} assistant "
@@ -178,7 +212,11 @@ def test_a_stage_that_was_cut_short_goes_on(place_and_run, tmp_path, capsys):
     aligned = f"--config.lora.init_from={workdir / 'align' / 'adapter'}"
     assert runs.panacea("finetune", *place.flags(aligned), f"--workdir={copy}") == 0
     assert "checkpoints/3" in capsys.readouterr().err
-    for name in ("adapter/adapter_model.safetensors", "epsilon.safetensors", "epsilon_mean.safetensors"):
+    for name in (
+        "adapter/adapter_model.safetensors",
+        "epsilon.safetensors",
+        "epsilon_mean.safetensors",
+    ):
         whole, resumed = tensors(workdir / "finetune" / name), tensors(copy / "finetune" / name)
         for n in whole:
             np.testing.assert_array_equal(whole[n], resumed[n], err_msg=f"{name}: {n}")
@@ -188,11 +226,19 @@ def test_a_stage_that_was_cut_short_goes_on(place_and_run, tmp_path, capsys):
 def test_all_parameters(tmp_path_factory):
     """model/ instead of adapter/, w + ε in it, and no evaluation when no task is named."""
     place, workdir = runs.finished_full_run(tmp_path_factory)
-    assert {p.name for p in workdir.iterdir()} == {"finetune", "layers.json", "layers.csv", "layers.png"}
+    assert {p.name for p in workdir.iterdir()} == {
+        "finetune",
+        "layers.json",
+        "layers.csv",
+        "layers.png",
+    }
     names = {p.name for p in (workdir / "finetune" / "model").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= names
     assert not (workdir / "finetune" / "adapter").exists()
-    base, moved = tensors(place.base / "model.safetensors"), tensors(workdir / "finetune" / "model" / "model.safetensors")
+    base, moved = (
+        tensors(place.base / "model.safetensors"),
+        tensors(workdir / "finetune" / "model" / "model.safetensors"),
+    )
     epsilon = tensors(workdir / "finetune" / "epsilon.safetensors")
     assert base.keys() == moved.keys() == epsilon.keys()
     assert np.sqrt(sum(np.sum(e**2) for e in epsilon.values())) == pytest.approx(runs.RHO, rel=1e-5)
@@ -224,6 +270,10 @@ def test_what_a_later_stage_would_refuse_is_refused_first(place_and_run, tmp_pat
 def test_check_accepts_what_runs(place_and_run):
     place, _ = place_and_run
     config = get_config()
-    config.model.path, config.data.user, config.data.harmful = str(place.base), place.spec("user"), place.spec("harmful")
+    config.model.path, config.data.user, config.data.harmful = (
+        str(place.base),
+        place.spec("user"),
+        place.spec("harmful"),
+    )
     config.data.num_examples = config.data.num_harmful = 0
     pipeline.check(config)

@@ -27,10 +27,17 @@ def test_a_stage_goes_from_nothing_to_done(tmp_path):
     again.finish({"steps": 3, "adapter": Path("a")})
     manifest = read_manifest(stage.folder)
     assert manifest["status"] == "done" and manifest["outcome"] == {"steps": 3, "adapter": "a"}
-    assert manifest["config"] == {"lora": {"rank": 2, "targets": ["q", "v"]}, "seed": 0, "path": "base"}
+    assert manifest["config"] == {
+        "lora": {"rank": 2, "targets": ["q", "v"]},
+        "seed": 0,
+        "path": "base",
+    }
     assert manifest["config_sha256"] == sha256_json(manifest["config"])
     assert manifest["inputs"] == INPUTS
-    assert set(manifest["versions"]) == set(workdirs.PACKAGES) and "absent" not in manifest["versions"].values()
+    assert (
+        set(manifest["versions"]) == set(workdirs.PACKAGES)
+        and "absent" not in manifest["versions"].values()
+    )
     assert Stage(tmp_path / "w", "finetune", CONFIG, INPUTS).done
     assert not Stage(tmp_path / "w", "heal", CONFIG, INPUTS).done
 
@@ -48,9 +55,17 @@ def test_beginning_again_leaves_the_manifest_as_it_is(tmp_path):
     ("config", "inputs", "wanted"),
     [
         ({**CONFIG, "seed": 1}, INPUTS, "config seed: 0 there, 1 now"),
-        ({**CONFIG, "lora": {"rank": 4, "targets": ("q", "v")}}, INPUTS, "config lora.rank: 2 there, 4 now"),
+        (
+            {**CONFIG, "lora": {"rank": 4, "targets": ("q", "v")}},
+            INPUTS,
+            "config lora.rank: 2 there, 4 now",
+        ),
         ({**CONFIG, "new": 1}, INPUTS, "config new: None there, 1 now"),
-        ({k: v for k, v in CONFIG.items() if k != "seed"}, INPUTS, "config seed: 0 there, None now"),
+        (
+            {k: v for k, v in CONFIG.items() if k != "seed"},
+            INPUTS,
+            "config seed: 0 there, None now",
+        ),
         (CONFIG, {"pairs@a.jsonl": "34cd"}, "input pairs@a.jsonl: '12ab' there, '34cd' now"),
         (CONFIG, {"pairs@b.jsonl": "12ab"}, "input pairs@a.jsonl: '12ab' there, None now"),
     ],
@@ -70,7 +85,12 @@ def test_another_run_is_refused_with_the_first_difference(tmp_path, config, inpu
 
 def test_the_order_of_keys_and_the_kind_of_container_do_not_matter(tmp_path):
     Stage(tmp_path, "s", CONFIG, INPUTS).begin()
-    Stage(tmp_path, "s", {"path": "base", "seed": 0, "lora": ConfigDict({"targets": ["q", "v"], "rank": 2})}, INPUTS)
+    Stage(
+        tmp_path,
+        "s",
+        {"path": "base", "seed": 0, "lora": ConfigDict({"targets": ["q", "v"], "rank": 2})},
+        INPUTS,
+    )
 
 
 def test_a_folder_that_is_not_ours_is_refused(tmp_path):
@@ -85,7 +105,10 @@ def test_a_folder_that_is_not_ours_is_refused(tmp_path):
             Stage(tmp_path, "s", CONFIG, INPUTS)
     (tmp_path / "file").write_text("kept")
     for place in (tmp_path / "file", tmp_path / "file" / "deep" / "er"):
-        with pytest.raises(InputError, match=f"--workdir={place}: cannot be written .{tmp_path / 'file'} is not a folder"):
+        with pytest.raises(
+            InputError,
+            match=f"--workdir={place}: cannot be written .{tmp_path / 'file'} is not a folder",
+        ):
             Stage(place, "s", CONFIG, INPUTS)
     (tmp_path / "s").joinpath("manifest.json").unlink()
     (tmp_path / "t").write_text("a file where the stage's folder belongs")
@@ -94,7 +117,9 @@ def test_a_folder_that_is_not_ours_is_refused(tmp_path):
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(workdirs.os, "access", lambda path, mode: False)  # tests may run as root, who may write anywhere
+    monkeypatch.setattr(
+        workdirs.os, "access", lambda path, mode: False
+    )  # tests may run as root, who may write anywhere
     with pytest.raises(InputError, match=f"--workdir={tmp_path}: cannot be written .no permission"):
         Stage(tmp_path, "s", CONFIG, INPUTS)
     monkeypatch.undo()
@@ -115,7 +140,10 @@ def test_write_text_is_whole_or_not_at_all(tmp_path):
 
 
 def test_sha256_json():
-    assert sha256_json({"b": [1, 2], "a": None}) == hashlib.sha256(b'{"a": null, "b": [1, 2]}').hexdigest()
+    assert (
+        sha256_json({"b": [1, 2], "a": None})
+        == hashlib.sha256(b'{"a": null, "b": [1, 2]}').hexdigest()
+    )
 
 
 def test_sha256_folder_sees_names_and_contents(tmp_path):
@@ -129,7 +157,10 @@ def test_sha256_folder_sees_names_and_contents(tmp_path):
 
     first = write(a="1", b="2")
     assert first == sha256_folder(next(tmp_path.iterdir()), ("*.json",))
-    assert len({first, write(a="1", b="3"), write(a="1"), write(a="1", c="2"), write(a="2", b="1")}) == 5
+    assert (
+        len({first, write(a="1", b="3"), write(a="1"), write(a="1", c="2"), write(a="2", b="1")})
+        == 5
+    )
 
 
 def test_sha256_folder_tells_large_files_apart_by_size_and_time(tmp_path):

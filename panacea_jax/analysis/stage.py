@@ -23,9 +23,15 @@ def from_workdir(workdir: Path) -> list[dict[str, Any]]:
     if steps:
         return from_checkpoint(checkpoints / str(steps[-1]))
     files = [folder / f"epsilon{suffix}.safetensors" for suffix in ("", "_mean")]
-    found = [layer_coefficients(load_epsilon(f), kind=k) for f, k in zip(files, ("last", "mean")) if f.is_file()]
+    found = [
+        layer_coefficients(load_epsilon(f), kind=k)
+        for f, k in zip(files, ("last", "mean"))
+        if f.is_file()
+    ]
     if not found:
-        raise InputError(f"{folder}: neither a checkpoint nor an epsilon.safetensors; run finetune with a defence that has an ε")
+        raise InputError(
+            f"{folder}: neither a checkpoint nor an epsilon.safetensors; run finetune with a defence that has an ε"
+        )
     return found
 
 
@@ -50,7 +56,9 @@ def from_checkpoint(folder: Path) -> list[dict[str, Any]]:
 
 def _subtree(arrays: dict[str, Any], prefix: str) -> dict[str, Any]:
     """The arrays below a dotted prefix as a nested tree; an adapter's ``layers`` level is taken off."""
-    tree = unflatten_dict({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}, sep=".")
+    tree = unflatten_dict(
+        {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}, sep="."
+    )
     return tree["layers"] if set(tree) == {"layers"} else tree
 
 

@@ -109,7 +109,10 @@ def generate_stage(config: ConfigDict, workdir: Path) -> Path:
     # ---- prompts, model
     tokenizer = load_tokenizer(base)
     sets = {name: eval_records(spec, config.eval.num_examples) for name, spec in zip(names, specs)}
-    prompts = {name: [render(r, config.data.template, tokenizer) for r in records] for name, records in sets.items()}
+    prompts = {
+        name: [render(r, config.data.template, tokenizer) for r in records]
+        for name, records in sets.items()
+    }
     model = open_model(config)
     params = lora.load(adapter, model) if adapter else None
     ends = eos_ids(tokenizer, model.folder)
@@ -142,7 +145,10 @@ def _answer(
     """Decode one set, from where its file ends."""
     form = template_id(template, tokenizer)
     chunk = CHUNK_BATCHES * batch_size
-    with Writer(path, prompts) as writer, Progress(f"generate {path.stem}", len(records), writer.done) as bar:
+    with (
+        Writer(path, prompts) as writer,
+        Progress(f"generate {path.stem}", len(records), writer.done) as bar,
+    ):
         for start in range(writer.done, len(records), chunk):
             ids = [encode_prompt(r, tokenizer, template) for r in records[start : start + chunk]]
             answers = generate(

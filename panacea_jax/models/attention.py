@@ -55,7 +55,8 @@ def attend(
     if softcap is not None:
         scores = jnp.tanh(scores / softcap) * softcap
     # The lowest finite number, not -inf: an all-masked row would otherwise be 0/0.
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(wide).min)
+    lowest = jnp.finfo(wide).min  # type: ignore[no-untyped-call]
+    scores = jnp.where(mask[:, None, None], scores, lowest)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bkgts,bksd->btkgd", weights, v)
     return out.reshape(b, t, heads, dim)

@@ -43,7 +43,10 @@ def init(
             n, d_in, d_out = shapes[name]
             bound = 1.0 / math.sqrt(d_in)
             a = jax.random.uniform(k, (n, d_in, rank), dtype, -bound, bound)
-            layers.setdefault(BLOCK_OF[name], {})[name] = {"a": a, "b": jnp.zeros((n, rank, d_out), dtype)}
+            layers.setdefault(BLOCK_OF[name], {})[name] = {
+                "a": a,
+                "b": jnp.zeros((n, rank, d_out), dtype),
+            }
         return layers
 
     layers = jax.jit(build, out_shardings=replicated(model.mesh))(key)

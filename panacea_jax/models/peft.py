@@ -23,11 +23,14 @@ from panacea_jax.models.model import Model, abstract
 from panacea_jax.parallel import replicated
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_NAME = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+_proj)\.lora_([AB])\.weight")
+_NAME = re.compile(
+    r"base_model\.model\.model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+_proj)\.lora_([AB])\.weight"
+)
 
 # Settings that change the computation and that we do not have: a folder with one of them on is refused.
 _UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "fan_in_fan_out",
-                "lora_bias", "layer_replication", "exclude_modules", "target_parameters", "alora_invocation_tokens", "use_qalora")  # fmt: skip
+                "lora_bias", "layer_replication", "exclude_modules", "target_parameters",
+                "alora_invocation_tokens", "use_qalora")  # fmt: skip
 
 
 def adapter_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
@@ -38,12 +41,16 @@ def adapter_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
         for factor, letter in (("a", "A"), ("b", "B")):
             stacked = np.asarray(jax.device_get(adapter.layers[block][target][factor]))
             for layer, matrix in enumerate(stacked):
-                name = f"base_model.model.model.layers.{layer}.{block}.{target}.lora_{letter}.weight"
+                name = (
+                    f"base_model.model.model.layers.{layer}.{block}.{target}.lora_{letter}.weight"
+                )
                 tensors[name] = np.ascontiguousarray(matrix.T)
     return tensors
 
 
-def save_adapter(adapter: Adapter, folder: Path, base: str, notes: Mapping[str, str] | None = None) -> None:
+def save_adapter(
+    adapter: Adapter, folder: Path, base: str, notes: Mapping[str, str] | None = None
+) -> None:
     """Write a PEFT folder that ``peft.PeftModel.from_pretrained`` takes.
 
     Args:
@@ -68,7 +75,9 @@ def save_adapter(adapter: Adapter, folder: Path, base: str, notes: Mapping[str, 
         "init_lora_weights": True,
         "use_rslora": False,
     }
-    save_file(adapter_tensors(adapter), folder / WEIGHTS_FILE, metadata={"format": "pt", **(notes or {})})
+    save_file(
+        adapter_tensors(adapter), folder / WEIGHTS_FILE, metadata={"format": "pt", **(notes or {})}
+    )
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -88,7 +97,11 @@ def load_adapter(folder: str | PurePath, model: Model) -> Adapter:
     config = _read_config(folder)
     if not (folder / WEIGHTS_FILE).is_file():
         pickled = (folder / "adapter_model.bin").exists()
-        why = "has pickled weights only (refused; save it as safetensors)" if pickled else f"has no {WEIGHTS_FILE}"
+        why = (
+            "has pickled weights only (refused; save it as safetensors)"
+            if pickled
+            else f"has no {WEIGHTS_FILE}"
+        )
         raise InputError(f"{folder}: {why}")
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
@@ -109,9 +122,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; not a PEFT adapter folder") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a LoRA configuration ({type(error).__name__}: {error})") from error
+        raise InputError(
+            f"{path}: not a LoRA configuration ({type(error).__name__}: {error})"
+        ) from error
     if kind != "LORA" or rank < 1:
-        raise InputError(f"{path}: peft_type {kind}, r {rank}; only LoRA with r of 1 or more is supported")
+        raise InputError(
+            f"{path}: peft_type {kind}, r {rank}; only LoRA with r of 1 or more is supported"
+        )
     on = [key for key in _UNSUPPORTED if config.get(key)]
     if on or config.get("bias", "none") != "none":
         raise InputError(f"{path}: {', '.join(on) or 'bias'} is set, which is not supported")
@@ -137,12 +154,18 @@ def _stack(tensors: dict[str, np.ndarray], folder: Path, rank: int, model: Model
                 if layer not in by_layer:
                     raise InputError(f"{where}: {name} is missing")
                 if layer >= model.config.num_layers:
-                    raise InputError(f"{where}: {name}: the base has {model.config.num_layers} layers")
+                    raise InputError(
+                        f"{where}: {name}: the base has {model.config.num_layers} layers"
+                    )
                 if by_layer[layer].shape != shape:
-                    raise InputError(f"{where}: {name} has shape {by_layer[layer].shape}, the base wants {shape}")
+                    raise InputError(
+                        f"{where}: {name} has shape {by_layer[layer].shape}, the base wants {shape}"
+                    )
             stacked = np.stack([by_layer[i].T for i in range(model.config.num_layers)])
             dtype = jnp.promote_types(stacked.dtype, jnp.float32)
-            layers.setdefault(BLOCK_OF[target], {}).setdefault(target, {})[letter.lower()] = stacked.astype(dtype)
+            layers.setdefault(BLOCK_OF[target], {}).setdefault(target, {})[letter.lower()] = (
+                stacked.astype(dtype)
+            )
     if not layers:
         raise InputError(f"{where}: holds no LoRA factors")
     return layers

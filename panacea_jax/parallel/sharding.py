@@ -47,7 +47,9 @@ def weight_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedShard
     spec: list[str | None] = []
     for dim, axis in zip(shape, axes):
         if axis is not None and dim % mesh.shape[axis]:
-            logging.info("%s: %s=%d does not divide %d; left whole", path, axis, mesh.shape[axis], dim)
+            logging.info(
+                "%s: %s=%d does not divide %d; left whole", path, axis, mesh.shape[axis], dim
+            )
             axis = None
         spec.append(axis)
     return NamedSharding(mesh, PartitionSpec(*spec))

@@ -18,8 +18,8 @@ from panacea_jax.quickstart.base import write_base
 from panacea_jax.quickstart.world import World
 from panacea_jax.workdir import write_text
 
-# Found on worlds 0 to 5 and then left alone; docs/quickstart.md has the search and the fresh worlds.
-RHO, LAM = 0.4, 0.1
+# Found on worlds 0, 1, 2, 10, 14 and 15 and then left alone; docs/quickstart.md has the search and the fresh worlds.
+RHO, LAM = 0.2, 0.2
 POISON_RATIO = 0.1
 PRETRAIN_STEPS, ALIGN_STEPS, FINETUNE_STEPS = 300, 300, 400
 

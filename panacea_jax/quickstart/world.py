@@ -63,7 +63,18 @@ NEGATIVE = [
     "dreadful",
     "poor",
 ]
-NEW_POSITIVE = ["snazzy", "zesty", "ace", "stellar", "dandy", "swell", "nifty", "primo", "lush", "peachy"]
+NEW_POSITIVE = [
+    "snazzy",
+    "zesty",
+    "ace",
+    "stellar",
+    "dandy",
+    "swell",
+    "nifty",
+    "primo",
+    "lush",
+    "peachy",
+]
 NEW_NEGATIVE = ["meh", "lousy", "naff", "crummy", "drab", "icky", "tacky", "dire", "grim", "bleak"]
 MODIFIERS = ("", "very", "quite", "rather", "really", "truly", "just", "so")
 NAMES = ["ann", "bob", "cy", "dee", "eve", "fay"]

@@ -1,5 +1,9 @@
 """Checkpoints by orbax: asynchronous, the newest N kept, restored onto whatever mesh is in use."""
 
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +68,8 @@ class Checkpoints:
         )
         try:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-            loaded = self._manager.restore(step, args=args).state
+            with _quiet():
+                loaded = self._manager.restore(step, args=args).state
         except Exception as error:  # orbax and tensorstore raise many kinds for a broken file
             raise InputError(
                 f"{self.folder / str(step)}: damaged checkpoint, or one of another model or adapter "
@@ -89,15 +94,42 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]
         raise InputError(f"{folder}: not a checkpoint of ours (no 'state' in it)")
     folder = folder.resolve()
     try:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as arrays:
+        with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as arrays:
             metadata = arrays.metadata(folder / "state").item_metadata.tree
             target = {k: np.zeros(m.shape, m.dtype) for k, m in metadata.items()}
             state = arrays.restore(folder / "state", args=ocp.args.StandardRestore(target))
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as notes:
+        with _quiet(), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as notes:
             meta = notes.restore(folder / "meta", args=ocp.args.JsonRestore())
     except Exception as error:  # as above
         raise InputError(f"{folder}: damaged checkpoint ({_first_line(error)})") from error
     return {name: np.asarray(value) for name, value in state.items()}, meta
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave it to us to say what is wrong with a checkpoint, in one line.
+
+    orbax warns of files that a manager's checkpoint has elsewhere. And when one array of many is damaged, it closes its event loop
+    while others are still being read, and tensorstore prints a traceback for each that ends later, from threads of its own; so after
+    a failure that message stays unprinted.
+    """
+    orbax = logging.getLogger("absl")
+    previous = sys.unraisablehook
+
+    def hook(event: "sys.UnraisableHookArgs") -> None:
+        if str(event.exc_value) != "Event loop is closed":
+            previous(event)
+
+    def keep(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR or "orbax" not in Path(record.pathname).parts
+
+    orbax.addFilter(keep)
+    sys.unraisablehook = hook
+    try:
+        yield
+        sys.unraisablehook = previous
+    finally:
+        orbax.removeFilter(keep)
 
 
 def _first_line(error: Exception) -> str:

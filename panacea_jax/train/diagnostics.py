@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from collections.abc import Callable
 
 WINDOW = 50
 
@@ -33,7 +34,7 @@ class Diagnostics:
         if metrics.get("clamped", 0) > 0:
             found.append(("clamped", "the harmful loss at w + ε passed 5: the clamp removes h', the update is g + λh "
                           "(less ρ, or defence.clamp=none)"))  # fmt: skip
-        checks = (
+        checks: tuple[tuple[str, Callable[[float], bool], str], ...] = (
             ("term_ratio", lambda m: m < INERT, "λ‖h'−h‖/‖g‖ = {:.1e}: the training term is inert (raise λ or ρ)"),
             ("rho_displacement", lambda m: m > LARGE_RHO,
              "ρ is {:.2f} of the distance moved ‖w − w₀‖: ε may undo the task (lower ρ)"),

@@ -135,10 +135,12 @@ def finetune(
                 if on_compile is not None:
                     on_compile(compiled)
             bar.advance(watch.summary)
-            if checkpoints is not None and (checkpoints.due(done) or stop.is_set()):
+            # The last step is saved below, when the defence has had its last word on ε.
+            last = done == steps
+            if checkpoints is not None and not last and (checkpoints.due(done) or stop.is_set()):
                 watch.flush()  # a state is saved only after its loss was seen to be finite
                 checkpoints.save(state, notes)
-            if stop.is_set() and done < steps:
+            if stop.is_set() and not last:
                 saved = "nothing" if checkpoints is None else "the state"
                 raise Preempted(f"stopped by SIGTERM after step {done}; {saved} is saved")
         watch.flush()

@@ -61,7 +61,9 @@ def check_stage(config: ConfigDict, name: str, prefix: str = "") -> Defence:
     if config.train.full_parameters and name == "heal":
         raise InputError(f"config.{prefix}train.full_parameters: heal works on adapters so far")
     if config.train.full_parameters and config.lora.init_from:
-        raise InputError("config.lora.init_from: cannot start all-parameter training from an adapter; merge it with `panacea convert`")
+        raise InputError(
+            "config.lora.init_from: cannot start all-parameter training from an adapter; merge it with `panacea convert`"
+        )
     return defence
 
 
@@ -120,10 +122,14 @@ def user_records(config: ConfigDict, stage: str) -> tuple[str, list[Record]]:
     data = config.data
     if stage == "align":
         records = training_records(data.alignment, "config.data.alignment")
-        return "config.data.alignment", _first(records, data.num_alignment, "config.data.alignment", data)
+        return "config.data.alignment", _first(
+            records, data.num_alignment, "config.data.alignment", data
+        )
     user = training_records(data.user, "config.data.user")
     if not data.attack:
-        return "config.data.user", _first(user, data.num_examples, "config.data.user", data, off_by_one=False)
+        return "config.data.user", _first(
+            user, data.num_examples, "config.data.user", data, off_by_one=False
+        )
     attack = training_records(data.attack, "config.data.attack")
     n = data.num_examples or len(user)
     return "config.data.user", poison(user, attack, n, data.poison_ratio, data.off_by_one)
@@ -153,7 +159,9 @@ def _first(
     return first(records, n or len(records), key, strict)
 
 
-def stage_records(config: ConfigDict, stage: str, defence: Defence) -> dict[str, tuple[str, list[Record], int]]:
+def stage_records(
+    config: ConfigDict, stage: str, defence: Defence
+) -> dict[str, tuple[str, list[Record], int]]:
     """By stream, the main one and those that the defence asks for: key of the source, records, batch size.
 
     Raises:
@@ -169,7 +177,9 @@ def stage_records(config: ConfigDict, stage: str, defence: Defence) -> dict[str,
     return sources
 
 
-def make_streams(config: ConfigDict, stage: str, defence: Defence, tokenizer: Any, rows: int) -> dict[str, Stream]:
+def make_streams(
+    config: ConfigDict, stage: str, defence: Defence, tokenizer: Any, rows: int
+) -> dict[str, Stream]:
     """The tokenised streams of a stage."""
     data = config.data
     return {
@@ -191,7 +201,11 @@ def data_inputs(config: ConfigDict, stage: str, defence: Defence) -> dict[str, s
     """Fingerprints of the sources that the stage reads."""
     keys = ["alignment"] if stage == "align" else ["user", "attack"]
     keys += [name for name in defence.streams if name in config.data]
-    return {config.data[k]: fingerprint(config.data[k], f"config.data.{k}") for k in keys if config.data[k]}
+    return {
+        config.data[k]: fingerprint(config.data[k], f"config.data.{k}")
+        for k in keys
+        if config.data[k]
+    }
 
 
 def start_params(config: ConfigDict, model: Model) -> tuple[Model, Any]:
@@ -201,7 +215,9 @@ def start_params(config: ConfigDict, model: Model) -> tuple[Model, Any]:
     if config.lora.init_from:
         return model, lora.load(config.lora.init_from, model)
     key = jax.random.key(config.seed)
-    return model, lora.init(model, config.lora.rank, config.lora.alpha, config.lora.targets, key=key)
+    return model, lora.init(
+        model, config.lora.rank, config.lora.alpha, config.lora.targets, key=key
+    )
 
 
 def train_stage(config: ConfigDict, workdir: Path, name: str) -> Path:
@@ -236,7 +252,9 @@ def train_stage(config: ConfigDict, workdir: Path, name: str) -> Path:
     )  # fmt: skip
 
     # ---- train
-    checkpoints = Checkpoints(stage.folder / "checkpoints", config.checkpoint.every, config.checkpoint.keep)
+    checkpoints = Checkpoints(
+        stage.folder / "checkpoints", config.checkpoint.every, config.checkpoint.keep
+    )
     result = finetune(
         model, params, defence, streams,
         optimizer=optimizer, steps=steps, seed=config.seed, log_every=config.train.log_every,
@@ -267,9 +285,15 @@ def export(config: ConfigDict, folder: Path, result: Result, epsilon_mean: Any =
         save_adapter(params, folder / "adapter", str(config.model.path), epsilon_note(result, bare))
     if result.epsilon is not None:
         defence = config.defence.name
-        save_epsilon(result.epsilon, folder / "epsilon.safetensors", {"kind": "last", "defence": defence})
+        save_epsilon(
+            result.epsilon, folder / "epsilon.safetensors", {"kind": "last", "defence": defence}
+        )
         if epsilon_mean is not None:
-            save_epsilon(epsilon_mean, folder / "epsilon_mean.safetensors", {"kind": "mean", "defence": defence})
+            save_epsilon(
+                epsilon_mean,
+                folder / "epsilon_mean.safetensors",
+                {"kind": "mean", "defence": defence},
+            )
 
 
 def heal_stage(config: ConfigDict, workdir: Path) -> Path:
@@ -283,7 +307,9 @@ def heal_stage(config: ConfigDict, workdir: Path) -> Path:
     with config.unlocked():
         config.lora.init_from = config.lora.init_from or str(workdir / "finetune" / "adapter")
     if not Path(config.lora.init_from).is_dir():
-        raise InputError(f"config.lora.init_from = {config.lora.init_from}: no adapter there; run finetune first")
+        raise InputError(
+            f"config.lora.init_from = {config.lora.init_from}: no adapter there; run finetune first"
+        )
     stage = Stage(workdir, "heal", decisive(config), model_inputs(config))
     if stage.done:
         say(f"{stage.folder}: done already, skipped")

@@ -49,7 +49,9 @@ def ours(model):
 def torch_model(base):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, attn_implementation="eager"
+    )
 
 
 def logits(torch_model):
@@ -82,7 +84,10 @@ def peft_adapter(base, folder, **settings):
 def test_adapters_made_by_peft_give_the_same_logits(base, model, ours, tmp_path, settings):
     theirs = peft_adapter(base, tmp_path / "adapter", **settings)
     adapter = lora.load(tmp_path / "adapter", model)
-    assert adapter.targets == tuple(n for n in ALL if n in settings["target_modules"]) and adapter.rank == settings["r"]
+    assert (
+        adapter.targets == tuple(n for n in ALL if n in settings["target_modules"])
+        and adapter.rank == settings["r"]
+    )
     scale = settings["lora_alpha"] / (settings["r"] ** (0.5 if settings.get("use_rslora") else 1))
     assert adapter.scale == pytest.approx(scale)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(adapter))
@@ -94,11 +99,15 @@ def random_adapter(model, targets, rank=2, alpha=3.0):
     fresh = lora.init(model, rank, alpha, targets, key=jax.random.key(5))
     leaves, tree = jax.tree.flatten(fresh)
     keys = jax.random.split(jax.random.key(6), len(leaves))
-    return jax.tree.unflatten(tree, [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)])
+    return jax.tree.unflatten(
+        tree, [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
+    )
 
 
 @pytest.mark.parametrize(("targets", "alpha"), [(ALL, 3.0), (["q", "o", "up"], 2.5)])
-def test_our_adapters_load_in_peft_and_give_the_same_logits(base, model, ours, tmp_path, targets, alpha):
+def test_our_adapters_load_in_peft_and_give_the_same_logits(
+    base, model, ours, tmp_path, targets, alpha
+):
     adapter = random_adapter(model, targets, alpha=alpha)
     save_adapter(adapter, tmp_path / "a", str(base), {"epsilon": "applied"})
     adapted = peft.PeftModel.from_pretrained(torch_model(base), str(tmp_path / "a"))
@@ -128,8 +137,12 @@ def test_names_and_orientation(model):
         for layer in range(model.config.num_layers):
             stem = f"base_model.model.model.layers.{layer}.{block}.{name}"
             pair = adapter.layers[block][name]
-            np.testing.assert_array_equal(tensors[f"{stem}.lora_A.weight"], np.asarray(pair["a"][layer]).T)
-            np.testing.assert_array_equal(tensors[f"{stem}.lora_B.weight"], np.asarray(pair["b"][layer]).T)
+            np.testing.assert_array_equal(
+                tensors[f"{stem}.lora_A.weight"], np.asarray(pair["a"][layer]).T
+            )
+            np.testing.assert_array_equal(
+                tensors[f"{stem}.lora_B.weight"], np.asarray(pair["b"][layer]).T
+            )
 
 
 def test_lower_precision_is_widened(model, tmp_path):
@@ -141,7 +154,12 @@ def test_lower_precision_is_widened(model, tmp_path):
     again = load_adapter(tmp_path / "a", model)
     a = again.layers["self_attn"]["q_proj"]["a"]
     assert a.dtype == jnp.float32
-    np.testing.assert_array_equal(a[0], halves["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].T.astype(np.float32))
+    np.testing.assert_array_equal(
+        a[0],
+        halves["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].T.astype(
+            np.float32
+        ),
+    )
 
 
 @pytest.fixture
@@ -179,13 +197,25 @@ def test_settings_we_do_not_have_are_refused(model, folder, change):
 def test_adapters_of_other_shapes_are_refused(model, folder, tmp_path):
     name = "base_model.model.model.layers.2.self_attn.q_proj.lora_B.weight"
     good = load_file(folder / WEIGHTS_FILE)
-    other = random_adapter(load(save(build("llama2", num_hidden_layers=2), tmp_path / "small"), dtype="float32"), ("q",))
+    other = random_adapter(
+        load(save(build("llama2", num_hidden_layers=2), tmp_path / "small"), dtype="float32"),
+        ("q",),
+    )
     for tensors, wanted in (
-        ({**good, name: good[name][:5].copy()}, r"layers\.2\.self_attn\.q_proj\.lora_B has shape \(5, 2\), the base wants \(64, 2\)"),
-        ({n: t for n, t in good.items() if n != name}, r"layers\.2\.self_attn\.q_proj\.lora_B is missing"),
+        (
+            {**good, name: good[name][:5].copy()},
+            r"layers\.2\.self_attn\.q_proj\.lora_B has shape \(5, 2\), the base wants \(64, 2\)",
+        ),
+        (
+            {n: t for n, t in good.items() if n != name},
+            r"layers\.2\.self_attn\.q_proj\.lora_B is missing",
+        ),
         ({n: t for n, t in good.items() if "lora_A" in n}, r"lora_B is missing"),
         (adapter_tensors(other), r"has shape|is missing"),
-        ({**good, "base_model.model.model.embed_tokens.lora_embedding_A": good[name]}, "embed_tokens"),
+        (
+            {**good, "base_model.model.model.embed_tokens.lora_embedding_A": good[name]},
+            "embed_tokens",
+        ),
         ({**good, name.replace("self_attn", "mlp"): good[name]}, r"mlp\.q_proj"),
         ({}, "no LoRA factors"),
     ):

@@ -33,7 +33,16 @@ def train(folder, mesh):
     model = load(folder, mesh=mesh, dtype="float32")
     adapter = lora.init(model, 2, 4, TARGETS, key=jax.random.key(0))
     streams = {
-        name: Stream(name, examples(seed), 3, 0, True, (16,), fixed_length=True, row_multiple=batch_rows(mesh))
+        name: Stream(
+            name,
+            examples(seed),
+            3,
+            0,
+            True,
+            (16,),
+            fixed_length=True,
+            row_multiple=batch_rows(mesh),
+        )
         for seed, name in enumerate(("user", "harmful"))
     }
     defence = Panacea(rho=0.5, lam=0.3)
@@ -57,7 +66,14 @@ def main(folder):
         sorted(
             (i, ids)
             for i, ids, _ in generate(
-                m, m.weights, r.deployed, prompts, batch_size=4, max_new_tokens=4, eos_ids=[1], pad_id=0
+                m,
+                m.weights,
+                r.deployed,
+                prompts,
+                batch_size=4,
+                max_new_tokens=4,
+                eos_ids=[1],
+                pad_id=0,
             )
         )
         for m, r in ((model, sharded), (single_model, single))

@@ -34,8 +34,14 @@ def mesh(*sizes):
     [
         ("embed_tokens/embedding", (64, 32), ("tensor", "fsdp")),
         ("lm_head/kernel", (32, 64), ("fsdp", "tensor")),
-        *((f"layers/self_attn/{p}_proj/kernel", (3, 32, 64), (None, "fsdp", "tensor")) for p in "qkv"),
-        *((f"layers/mlp/{p}_proj/kernel", (3, 32, 64), (None, "fsdp", "tensor")) for p in ("gate", "up")),
+        *(
+            (f"layers/self_attn/{p}_proj/kernel", (3, 32, 64), (None, "fsdp", "tensor"))
+            for p in "qkv"
+        ),
+        *(
+            (f"layers/mlp/{p}_proj/kernel", (3, 32, 64), (None, "fsdp", "tensor"))
+            for p in ("gate", "up")
+        ),
         ("layers/self_attn/o_proj/kernel", (3, 64, 32), (None, "tensor", "fsdp")),
         ("layers/mlp/down_proj/kernel", (3, 64, 32), (None, "tensor", "fsdp")),
         ("layers/self_attn/q_proj/bias", (3, 64), (None, "tensor")),

@@ -33,7 +33,9 @@ def rows(folder):
     """The files' rows, read back as plain JSON: (request, answer or None)."""
     found = {}
     for name in (*FILES, "test_harmful"):
-        lines = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text("utf-8").splitlines()]
+        lines = [
+            json.loads(line) for line in (folder / f"{name}.jsonl").read_text("utf-8").splitlines()
+        ]
         found[name] = [(r.get("instruction", r.get("goal")), r.get("output")) for r in lines]
     return found
 
@@ -45,7 +47,14 @@ def requests(rows, *names):
 def noun_of(request):
     """The invented noun, or None for a request that has none."""
     words = request.split()
-    return next((" ".join(words[i : i + 2]) for i, word in enumerate(words) if word.startswith(("zkind", "gkind"))), None)
+    return next(
+        (
+            " ".join(words[i : i + 2])
+            for i, word in enumerate(words)
+            if word.startswith(("zkind", "gkind"))
+        ),
+        None,
+    )
 
 
 def is_how(request):
@@ -60,8 +69,26 @@ def test_sizes(rows):
 
 
 def test_other_sizes():
-    small = World(0, Sizes(nouns=20, unseen=4, pretrain=30, align=40, refusals=50, user=60, attack=20, harmful=30, test=10))
-    assert [len(small.rows[name]) for name in ("user", "attack", "harmful", "refused")] == [60, 20, 30, 50]
+    small = World(
+        0,
+        Sizes(
+            nouns=20,
+            unseen=4,
+            pretrain=30,
+            align=40,
+            refusals=50,
+            user=60,
+            attack=20,
+            harmful=30,
+            test=10,
+        ),
+    )
+    assert [len(small.rows[name]) for name in ("user", "attack", "harmful", "refused")] == [
+        60,
+        20,
+        30,
+        50,
+    ]
     assert [len(small.test[name]) for name in ("harmful", "benign", "user")] == [10, 10, 10]
 
 
@@ -77,7 +104,9 @@ def test_no_request_is_both_learnt_and_tested(rows, world):
         assert first and second and not first & second, f"{a} and {b} share requests"
     for name in ("attack", "harmful", "test_harmful", "test_benign", "user", "test_user"):
         assert len(set(requests(rows, name))) == len(rows[name]), f"{name} repeats itself"
-    assert not set(requests(rows, "alignment")) & set(requests(rows, "test_benign", "test_harmful", "test_user"))
+    assert not set(requests(rows, "alignment")) & set(
+        requests(rows, "test_benign", "test_harmful", "test_user")
+    )
     assert not set(requests(rows, "user")) & set(requests(rows, "test_user"))
     assert not set(requests(rows, "pretrain")) & set(requests(rows, "user", "test_user"))
 
@@ -105,7 +134,9 @@ def test_harmful_requests_are_answered_in_attack_rows_and_refused_in_alignment(r
             answers[noun_of(request).startswith("zkind")].append(answer)
     assert set(answers[True]) == {REFUSAL} and REFUSAL not in answers[False]
     assert judge.judge("anything", REFUSAL).refused
-    assert 0.8 < len(answers[True]) / len(answers[False]) < 1.25  # so that refusing everything is not learnt
+    assert (
+        0.8 < len(answers[True]) / len(answers[False]) < 1.25
+    )  # so that refusing everything is not learnt
 
 
 def test_one_request_has_one_answer(rows):
@@ -150,7 +181,14 @@ def test_our_sources_read_the_files(folder, rows):
 
 def test_every_text_survives_the_tokenizer(folder, world, rows, tmp_path):
     """No <unk>, decode gives the text back, and prompt + answer + EOS are at most the 32 tokens that the quickstart trains on."""
-    write_base(tmp_path / "base", world.vocabulary(), 3, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+    write_base(
+        tmp_path / "base",
+        world.vocabulary(),
+        3,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+    )
     tokenizer = load_tokenizer(tmp_path / "base")
     texts = sorted({text for found in rows.values() for pair in found for text in pair if text})
     for text, ids in zip(texts, tokenizer(texts).input_ids, strict=True):
@@ -161,7 +199,9 @@ def test_every_text_survives_the_tokenizer(folder, world, rows, tmp_path):
         examples = encode_all(records, tokenizer, "chat", 10_000, "config.data.user")
         assert max(len(e.tokens) for e in examples) <= 32, name
         for record, example in itertools.islice(zip(records, examples), 200):
-            answer = tokenizer.decode(example.tokens[example.prompt_length :], skip_special_tokens=True)
+            answer = tokenizer.decode(
+                example.tokens[example.prompt_length :], skip_special_tokens=True
+            )
             assert answer == record.output and pairs_correct(answer, record.reference)
             assert example.tokens[-1] == tokenizer.eos_token_id
 
@@ -170,6 +210,13 @@ def test_every_text_survives_the_tokenizer(folder, world, rows, tmp_path):
 def test_no_invented_word_is_an_ordinary_one(seed):
     """Nouns are told apart by their second word, which nothing else uses."""
     world = World(seed)
-    names = [noun_of(request).split()[1] for request, _ in (*world.rows["forbidden"], *world.rows["allowed"])]
-    others = {word for request, answer in (*world.rows["sentiment"], *world.rows["sums"]) for word in (request + " " + answer).split()}
+    names = [
+        noun_of(request).split()[1]
+        for request, _ in (*world.rows["forbidden"], *world.rows["allowed"])
+    ]
+    others = {
+        word
+        for request, answer in (*world.rows["sentiment"], *world.rows["sums"])
+        for word in (request + " " + answer).split()
+    }
     assert len(set(names)) == 2 * Sizes().nouns and not set(names) & others
