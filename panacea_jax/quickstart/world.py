@@ -79,6 +79,11 @@ NEW_NEGATIVE = ["meh", "lousy", "naff", "crummy", "drab", "icky", "tacky", "dire
 MODIFIERS = ("", "very", "quite", "rather", "really", "truly", "just", "so")
 NAMES = ["ann", "bob", "cy", "dee", "eve", "fay"]
 OBJECTS = ["pens", "nuts", "cups", "hats"]
+SYLLABLES = (
+    ["bl", "kr", "z", "v", "tr", "gl", "sn", "pl", "dr", "m", "qu", "fl"],
+    ["o", "a", "i", "u", "e"],
+    ["rf", "nt", "x", "mp", "lk", "sh", "zz", "b"],
+)
 KINDS = 8  # kinds of forbidden nouns, and as many of ordinary ones
 PARTS = 16
 
@@ -120,8 +125,7 @@ class World:
         self.seed = seed
         rng = np.random.default_rng([seed, 0])
         n = self.sizes.nouns
-        syllables = ["".join(p) for p in itertools.product(
-            ["bl", "kr", "z", "v", "tr", "gl", "sn", "pl", "dr", "m", "qu", "fl"], "oaiue", ["rf", "nt", "x", "mp", "lk", "sh", "zz", "b"])]  # fmt: skip
+        syllables = ["".join(parts) for parts in itertools.product(*SYLLABLES)]
         names = [str(s) for s in rng.permutation(syllables)[: 2 * n]]
         self._nouns = {
             True: [f"zkind{i % KINDS} {name}" for i, name in enumerate(names[:n])],
