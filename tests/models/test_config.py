@@ -11,6 +11,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from panacea_jax.errors import InputError
 from panacea_jax.models.config import ModelConfig
 
+# The published config files, where the shared data stand beside the repository.
+HF_CONFIGS = Path(__file__).parents[3] / "shared" / "data" / "hf_configs"
+
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -244,10 +247,8 @@ def test_bad_files(tmp_path):
         assert str(path) in str(error.value)
 
 
-@pytest.mark.skipif(
-    not Path("/work/shared/data/hf_configs").is_dir(), reason="published config files not here"
-)
+@pytest.mark.skipif(not HF_CONFIGS.is_dir(), reason="published config files not here")
 def test_published_files_are_read():
-    for path in sorted(Path("/work/shared/data/hf_configs").glob("*.json")):
+    for path in sorted(HF_CONFIGS.glob("*.json")):
         config = ModelConfig.from_dict(json.loads(path.read_text()), str(path))
         assert config.num_parameters() > 6e9
