@@ -4,18 +4,19 @@ A recipe in ``configs/`` starts from :func:`get_config` and changes what differs
 ``--config.a.b=value``. Defaults are those of Panacea's published scripts where these say something (arXiv 2501.18100; its repository).
 """
 
+import dataclasses
 import difflib
 import math
 import re
 import runpy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference, placeholder
 
-from panacea_jax.defences import DEFENCES, Defence, Panacea, RandomPerturbation
+from panacea_jax.defences import DEFENCES, Defence
 from panacea_jax.errors import InputError
 from panacea_jax.models.adapter import target_names
 from panacea_jax.train.optimizer import SCHEDULES
@@ -42,17 +43,48 @@ def _optimizer() -> ConfigDict:
     })  # fmt: skip
 
 
+class _Lookup(NamedTuple):
+    """An operation of a ``FieldReference``: ``fn(value, *args)``, with references among ``args`` resolved."""
+
+    fn: Callable[..., Any]
+    args: tuple[FieldReference, ...]
+
+
 def _defence(name: str) -> ConfigDict:
-    return ConfigDict({
-        "name": name,
-        "rho": Panacea.rho,
-        "lam": Panacea.lam,
-        "every": Panacea.every,
-        "clamp": Panacea.clamp,
-        "final_epsilon": Panacea.final_epsilon,
-        "sigma": placeholder(float),  # random_perturbation: noise by σ instead of by ρ
-        "seed": RandomPerturbation.seed,  # random_perturbation
-    })  # fmt: skip
+    """Every hyper-parameter of every method. One that is not set is the named method's own default, or None where it has no such key."""
+    chosen = FieldReference(name)
+    section = ConfigDict({"name": chosen})
+    for key, kind in hyper_parameters().items():
+
+        def default(_: Any, name: str, key: str = key) -> Any:
+            return method_defaults(name).get(key)
+
+        # The value only gives the type: what is read is what the lookup returns, until the key is set.
+        section[key] = FieldReference(kind(), op=_Lookup(default, (chosen,)))
+    return section
+
+
+def hyper_parameters() -> dict[str, type]:
+    """Keys of ``config.defence`` beside ``name``, over all methods, with the type that ml_collections checks."""
+    found: dict[str, type] = {}
+    for defence in DEFENCES.values():
+        for field in dataclasses.fields(defence):
+            hints = {get_origin(h) or h for h in get_args(field.type) or (field.type,)}
+            literal = get_origin(field.type) is Literal
+            kind = (
+                str
+                if literal or str in hints
+                else next(t for t in (float, int, bool, tuple) if t in hints)
+            )
+            if found.setdefault(field.name, kind) is not kind:
+                raise TypeError(f"defence.{field.name}: two methods disagree about its type")
+    return found
+
+
+def method_defaults(name: str) -> dict[str, Any]:
+    """The hyper-parameters of one method; empty for a name that is none."""
+    fields = dataclasses.fields(DEFENCES[name]) if name in DEFENCES else ()
+    return {field.name: field.default for field in fields}
 
 
 def _train() -> ConfigDict:
@@ -219,7 +251,9 @@ def validate(config: ConfigDict) -> None:
     _one_of(judge.template, "judge.template", GUARD_TEMPLATES)
     _at_least(judge.batch_size, "judge.batch_size", 1)
     named = judge.name == "refusal" or bool(judge.path)
-    _require(named, "judge.path", judge.path, f"judge {judge.name} needs its model's folder or hub id")
+    _require(
+        named, "judge.path", judge.path, f"judge {judge.name} needs its model's folder or hub id"
+    )
     _require(0 <= config.seed < 2**31, "seed", config.seed, "a whole number from 0 to 2147483647")
     target_names(config.lora.targets)
     _at_least(config.lora.rank, "lora.rank", 1)
@@ -335,11 +369,11 @@ def make_defence(section: ConfigDict, prefix: str = "") -> Defence:
             f"config.{prefix}defence.name = {section.name!r}: unknown; known are {', '.join(DEFENCES)}"
         )
     kind: Any = DEFENCES[section.name]
-    chosen = {k: section[k] for k in kind.__dataclass_fields__ if k in section}
-    for key, value in chosen.items():
-        hint = kind.__dataclass_fields__[key].type
+    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    chosen = {key: section[key] for key in fields}
+    for key, hint in fields.items():
         if get_origin(hint) is Literal:
-            _one_of(value, f"{prefix}defence.{key}", get_args(hint))
+            _one_of(chosen[key], f"{prefix}defence.{key}", get_args(hint))
     try:
         return kind(**chosen)
     except InputError as error:  # the method does not know where its section stands

@@ -1,14 +1,31 @@
 """Every defence behind one protocol, by name."""
 
+from typing import Any
+
+from panacea_jax.defences.loss import Loss
 from panacea_jax.defences.panacea import Panacea
 from panacea_jax.defences.protocol import Defence, LossFn
 from panacea_jax.defences.random_perturbation import RandomPerturbation
+from panacea_jax.defences.random_vaccine import RandomVaccine
 from panacea_jax.defences.sft import Sft
+from panacea_jax.defences.vaccine import Vaccine
 
-DEFENCES: dict[str, type[Sft] | type[Panacea] | type[RandomPerturbation]] = {
+DEFENCES: dict[str, type[Any]] = {
     "sft": Sft,
+    "vaccine": Vaccine,
+    "random_vaccine": RandomVaccine,
     "panacea": Panacea,
     "random_perturbation": RandomPerturbation,
 }
 
-__all__ = ["DEFENCES", "Defence", "LossFn", "Panacea", "RandomPerturbation", "Sft"]
+__all__ = [
+    "DEFENCES",
+    "Defence",
+    "Loss",
+    "LossFn",
+    "Panacea",
+    "RandomPerturbation",
+    "RandomVaccine",
+    "Sft",
+    "Vaccine",
+]

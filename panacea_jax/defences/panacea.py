@@ -10,7 +10,7 @@ training makes room for ε to undo the harm. To first order the inner maximum is
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from panacea_jax.defences.protocol import Gradient, LossFn, Metrics, Params
+from panacea_jax.defences.loss import Loss, sum_gradient
+from panacea_jax.defences.protocol import Facts, Gradient, LossFn, Metrics, Params, Sets, Stage
 from panacea_jax.errors import InputError
 from panacea_jax.perturbation import to_sphere
 
@@ -82,8 +83,15 @@ class Panacea:
     clamp: Literal["reference", "none"] = "reference"
     final_epsilon: Literal["last", "mean"] = "last"
 
-    stage: ClassVar[Literal["finetune"]] = "finetune"
+    stage: ClassVar[Stage] = "finetune"
     streams: ClassVar[tuple[str, ...]] = ("harmful",)
+    facts: ClassVar[Facts] = Facts(
+        title="Panacea",
+        paper="arXiv 2501.18100",
+        passes={"user": 1, "harmful": 2},
+        memory="ε, its running mean, two transient gradients",
+        code="update rule, clamp and ε of the last step reproduced; ε has a buffer of its own",
+    )
 
     def __post_init__(self) -> None:
         radii = self.rho if isinstance(self.rho, tuple) else (self.rho,)
@@ -191,25 +199,14 @@ class Panacea:
         return grads, state, metrics
 
     def last_pass(
-        self,
-        sum_gradient: Callable[[Params, Any], tuple[Params, Float[Array, ""]]],
-        params: Params,
-        batches: Iterable[Any],
-        state: PanaceaState,
+        self, loss: Loss, params: Params, sets: Sets, state: PanaceaState
     ) -> PanaceaState:
-        """With ``final_epsilon="mean"``: ε from the gradient over the whole harmful set at the final w.
-
-        Args:
-            sum_gradient: gradient of the *summed* response loss of a batch, and its number of response tokens.
-            params: final w.
-            batches: every harmful record once.
-            state: state after the last step.
-        """
+        """With ``final_epsilon="mean"``: ε from the gradient over the whole harmful set at the final w."""
         if self.final_epsilon == "last":
             return state
         total, tokens = None, jnp.zeros(())
-        for batch in batches:
-            gradient, count = sum_gradient(params, batch)
+        for batch in sets["harmful"]:
+            gradient, count = sum_gradient(loss, params, batch)
             total = gradient if total is None else jax.tree.map(jnp.add, total, gradient)
             tokens = tokens + count
         h = jax.tree.map(lambda x: x / jnp.maximum(tokens, 1), total)

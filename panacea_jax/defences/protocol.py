@@ -1,17 +1,37 @@
-"""What a defence is: a gradient rule, the data streams that it draws on, and what is added to the weights at the end."""
+"""What a defence is: a gradient rule, the data streams that it draws on, and what is done to the weights at the end."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Key
+
+from panacea_jax.defences.loss import Loss
 
 Params = Any  # a pytree: an Adapter, or all weights
 State = Any  # a pytree of the defence's own
 Metrics = dict[str, Float[Array, ""]]
-LossFn = Callable[
-    [Params, Any], Float[Array, ""]
-]  # (params, batch) -> mean loss over response tokens
+# (params, batch) -> mean loss over response tokens: all that most methods need of a Loss
+LossFn = Callable[[Params, Any], Float[Array, ""]]
 Gradient = tuple[Params, State, Metrics]
+Stage = Literal["align", "finetune", "heal"]
+
+
+class Facts(NamedTuple):
+    """What is known of a method without running it; ``panacea defences`` prints them.
+
+    Attributes:
+        title: the method's name as its paper writes it.
+        paper: arXiv number or where it comes from.
+        passes: by stream, forward + backward passes a step; ``{"user": 1}`` is SFT. A forward pass alone counts 1/3.
+        memory: what it holds beyond SFT.
+        code: what of the public code it reproduces and what it mends; "" where there is nothing to say.
+    """
+
+    title: str
+    paper: str
+    passes: Mapping[str, float | int]
+    memory: str
+    code: str = ""
 
 
 @runtime_checkable
@@ -20,20 +40,23 @@ class Defence(Protocol):
 
     The shared tail of every method is ``clip global norm → AdamW → update`` and is not the defence's business.
 
+    A method may also have
+
+    * ``first_pass(loss, params, sets, state) -> state``: a look at whole data sets before step 0 (EWC's Fisher information). ``sets``
+      maps each of ``streams`` to its records once, in batches. Its outcome is part of the state, so a resumed run does not repeat it.
+    * ``last_pass(loss, params, sets, state) -> state``: the same after the last step (Panacea's ε of the whole harmful set).
+
+    Both are run outside jit; what they jit themselves takes ``loss`` as an argument, so that no weight becomes a constant.
+
     Attributes:
         stage: where in align → finetune → heal it acts.
         streams: extra data streams beside ``"user"``, e.g. ``("harmful",)``.
+        facts: costs and origin.
     """
 
-    @property
-    def stage(self) -> Literal["align", "finetune", "heal"]:
-        """Where it acts."""
-        ...
-
-    @property
-    def streams(self) -> tuple[str, ...]:
-        """Data that it needs beside the user's."""
-        ...
+    stage: ClassVar[Stage]
+    streams: ClassVar[tuple[str, ...]]
+    facts: ClassVar[Facts]
 
     def init(self, params: Params) -> State:
         """The state before the first step."""
@@ -41,15 +64,18 @@ class Defence(Protocol):
 
     def gradient(
         self,
-        loss_fn: LossFn,
+        loss_fn: Loss,
         params: Params,
         batches: Mapping[str, Any],
         state: State,
         key: Key[Array, ""],
     ) -> Gradient:
-        """The gradient that goes to the optimizer, the next state, and scalars to log."""
+        """The gradient that goes to the optimizer, the next state, and scalars to log ("loss" among them)."""
         ...
 
     def finish(self, params: Params, state: State) -> Params:
         """What is deployed, e.g. Panacea's ``w + ε``."""
         ...
+
+
+Sets = Mapping[str, Iterable[Any]]

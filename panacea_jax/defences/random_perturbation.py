@@ -8,14 +8,14 @@ With ``rho`` the noise is ``ρ z/‖z‖``, z ~ N(0, 1) jointly over all tensors
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Key
 
-from panacea_jax.defences.protocol import Gradient, LossFn, Params
+from panacea_jax.defences.protocol import Facts, Gradient, LossFn, Params, Stage
 from panacea_jax.errors import InputError
 
 
@@ -39,8 +39,15 @@ class RandomPerturbation:
     sigma: float | int | None = None
     seed: int = 0
 
-    stage: ClassVar[Literal["heal"]] = "heal"
+    stage: ClassVar[Stage] = "heal"
     streams: ClassVar[tuple[str, ...]] = ()
+    facts: ClassVar[Facts] = Facts(
+        title="random perturbation",
+        paper="arXiv 2501.18100",
+        passes={},
+        memory="the noise",
+        code="added once; the public code adds it anew at every evaluation",
+    )
 
     def __post_init__(self) -> None:
         for name, value in (("rho", self.rho), ("sigma", self.sigma)):

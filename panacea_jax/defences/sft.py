@@ -5,20 +5,21 @@ Stage: any. Passes per step: 1 (forward + backward). Extra memory: none. Extra d
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import jax
 from jaxtyping import Array, Key
 
-from panacea_jax.defences.protocol import Gradient, LossFn, Params, State
+from panacea_jax.defences.protocol import Facts, Gradient, LossFn, Params, Stage, State
 
 
 @dataclasses.dataclass(frozen=True)
 class Sft:
     """Minimise ``L_task(w)``."""
 
-    stage: ClassVar[Literal["finetune"]] = "finetune"
+    stage: ClassVar[Stage] = "finetune"
     streams: ClassVar[tuple[str, ...]] = ()
+    facts: ClassVar[Facts] = Facts("SFT", "none", {"user": 1}, "none", "also at the stage align")
 
     def init(self, params: Params) -> State:
         """Nothing to remember."""

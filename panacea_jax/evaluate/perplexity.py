@@ -4,21 +4,21 @@ A figure without a judge and without decoding: a defence that ruins the model sh
 its answers still pass for refusals or labels.
 """
 
-import functools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from panacea_jax.data.batches import Batch, Stream, lengths
+from panacea_jax.data.batches import Stream, lengths
 from panacea_jax.data.encode import Example, encode_all
 from panacea_jax.data.sources import fingerprint, parse
 from panacea_jax.data.template import template_id
 from panacea_jax.data.tokenizer import load_tokenizer
+from panacea_jax.defences import Loss
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.tasks import find_task, set_names
 from panacea_jax.generate.stage import eval_records, find_params
@@ -27,7 +27,6 @@ from panacea_jax.models.model import Model
 from panacea_jax.parallel import batch_sharding
 from panacea_jax.parallel.sharding import batch_rows
 from panacea_jax.progress import Progress, say
-from panacea_jax.train.loss import summed_loss
 from panacea_jax.train.stage import model_inputs, open_model
 from panacea_jax.workdir import Stage, sha256_folder, write_text
 
@@ -36,7 +35,7 @@ KEY = "config.eval.tasks"
 # exp of more does not fit a float; such a perplexity, and NaN, are null in the file.
 LARGEST = 700.0
 
-Loss = Callable[[Any, Any, Batch], tuple[Any, Any]]
+_summed = jax.jit(Loss.summed)
 
 
 def has_answers(spec: str) -> bool:
@@ -46,7 +45,7 @@ def has_answers(spec: str) -> bool:
 
 
 def sum_nll(
-    model: Model, params: Any, examples: Sequence[Example], loss: Loss, batch_size: int, title: str
+    model: Model, params: Any, examples: Sequence[Example], batch_size: int, title: str
 ) -> tuple[float, int]:
     """Negative log-likelihood in nats, summed over all response tokens (EOS included), and their
     number.
@@ -55,7 +54,6 @@ def sum_nll(
         model: base.
         params: adapter, complete weights, or None.
         examples: tokenised as for training.
-        loss: ``summed_loss`` of the model, jitted once for all sets.
         batch_size: rows a batch, rounded up to what the mesh divides.
         title: of the progress bar.
     """
@@ -64,11 +62,11 @@ def sum_nll(
         name="perplexity", examples=by_length, batch_size=batch_size, seed=0, shuffle=False,
         ladder=lengths(len(by_length[-1].tokens)), row_multiple=batch_rows(model.mesh),
     )  # fmt: skip
-    total, tokens = 0.0, 0
+    loss, total, tokens = Loss.of(model), 0.0, 0
     with Progress(title, stream.steps_per_epoch) as bar:
         for batch in stream.once():
             placed = jax.device_put(batch, batch_sharding(model.mesh))
-            found, count = jax.device_get(loss(model.weights, params, placed))
+            found, count = jax.device_get(_summed(loss, params, placed))
             total, tokens = total + float(found), tokens + int(count)
             bar.advance()
     return total, tokens
@@ -125,11 +123,10 @@ def perplexity_stage(config: ConfigDict, workdir: Path) -> Path:
     stage.begin()
 
     # ---- figures
-    loss = jax.jit(functools.partial(summed_loss, model))
     size = config.train.batch_size  # fits, as training held the same logits
     sets = {}
     for name, examples in encoded.items():
-        total, tokens = sum_nll(model, params, examples, loss, size, f"perplexity {name}")
+        total, tokens = sum_nll(model, params, examples, size, f"perplexity {name}")
         nll = total / tokens
         sets[name] = {
             "perplexity": math.exp(nll) if nll < LARGEST else None,

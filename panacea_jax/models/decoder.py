@@ -22,6 +22,9 @@ from panacea_jax.models.cache import KVCache, Slots
 from panacea_jax.models.config import ModelConfig
 from panacea_jax.models.layers import Context, DecoderLayer, Linear, RMSNorm, wide
 
+# Activations that a defence may ask for, [L, B, T, D]: outputs of the attention module (before the residual), of the MLP, of the layer.
+READINGS = ("attn_out", "mlp_out", "block_out")
+
 REMAT = ("none", "dots", "full")
 Layers = tuple[tuple[Slots, Slots], ...]
 
@@ -108,12 +111,10 @@ class Decoder(nnx.Module):
             keep: return the tokens' own keys and values as a cache of T slots; padding must come last.
             apart: with a cache, what :meth:`apart` gave; by default it is made here.
         """
-        x = self.embed_tokens.embedding[...][tokens].astype(self.dtype)
-        if self.config.scale_embeddings:
-            x = x * jnp.asarray(math.sqrt(self.config.hidden_size), self.dtype)
+        x = self.embed(tokens)
         if cache is None:
             context, windows = self._context(positions, positions, valid, None, scale)
-            x, kv = self._scan_layers(x, context, windows, adapter or {}, keep)
+            x, kv, _ = self._scan_layers(x, context, windows, adapter or {}, keep)
             length = jnp.zeros((tokens.shape[0],), jnp.int32)
         else:
             slots = jnp.arange(cache.slots, dtype=jnp.int32)[None]
@@ -125,6 +126,40 @@ class Decoder(nnx.Module):
             cache = KVCache(kv, length + jnp.sum(valid, axis=1, dtype=jnp.int32))
         with jax.named_scope("norm"):
             return self.norm(x), cache
+
+    def inspect(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        valid: Bool[Array, "B T"],
+        adapter: Mapping[str, Any] | None = None,
+        scale: Any = 1.0,
+        offsets: Float[Array, "L B T D"] | None = None,
+        readings: tuple[str, ...] = (),
+    ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
+        """Final hidden states with activations perturbed and read on the way.
+
+        Args:
+            tokens, positions, valid, adapter, scale: as of :meth:`hidden`.
+            offsets: added to the output of each attention module, before the residual.
+            readings: which of ``READINGS`` to return.
+
+        Returns:
+            The hidden states, and by name what was asked for, stacked over layers.
+        """
+        x = self.embed(tokens)
+        context, windows = self._context(positions, positions, valid, None, scale)
+        context = context._replace(readings=readings)
+        x, _, read = self._scan_layers(x, context, windows, adapter or {}, False, offsets)
+        with jax.named_scope("norm"):
+            return self.norm(x), read
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What enters the first layer."""
+        x = self.embed_tokens.embedding[...][tokens].astype(self.dtype)
+        if self.config.scale_embeddings:
+            x = x * jnp.asarray(math.sqrt(self.config.hidden_size), self.dtype)
+        return x
 
     def logits(self, x: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """Logits of (a slice of) the final hidden states, in at least float32: over the vocabulary,
@@ -172,14 +207,16 @@ class Decoder(nnx.Module):
         windows: Int[Array, "L"] | None,
         adapter: Mapping[str, Any],
         keep: bool,
-    ) -> tuple[Float[Array, "B T D"], Layers | None]:
-        """Scan one layer's program over the stacked weights, adapters and windows."""
+        offsets: Float[Array, "L B T D"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Layers | None, dict[str, Any]]:
+        """Scan one layer's program over the stacked weights, adapters, windows and offsets."""
         graph, stacked = nnx.split(self.layers)
 
         def body(x: Any, per_layer: Any) -> tuple[Any, Any]:
-            weights, factors, window = per_layer
-            x, kv = nnx.merge(graph, weights)(x, context, window, factors, None)
-            return x, kv if keep else None
+            weights, factors, window, offset = per_layer
+            layer = nnx.merge(graph, weights)
+            x, kv = layer(x, context._replace(offset=offset), window, factors, None)
+            return x, (kv if keep else None, _collect(layer))
 
         if self.remat == "full":
             body = jax.checkpoint(body, prevent_cse=False)
@@ -187,8 +224,9 @@ class Decoder(nnx.Module):
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         with jax.named_scope("layers"):
-            x, kv = jax.lax.scan(body, x, (stacked, dict(adapter), windows))
-        return x, tuple(_of_layer(kv, i) for i in range(self.config.num_layers)) if keep else None
+            x, (kv, read) = jax.lax.scan(body, x, (stacked, dict(adapter), windows, offsets))
+        n = self.config.num_layers
+        return x, tuple(_of_layer(kv, i) for i in range(n)) if keep else None, read
 
     def apart(self, adapter: Mapping[str, Any] | None) -> tuple[Any, ...]:
         """Weights and factors of each layer, cut out of their stacks. A loop over tokens does so once, before it begins: inside, every
@@ -219,3 +257,9 @@ class Decoder(nnx.Module):
 def _of_layer(stacked: Any, i: int) -> Any:
     """Layer ``i`` of a tree of stacks."""
     return jax.tree.map(lambda x: x[i], stacked)
+
+
+def _collect(layer: nnx.Module) -> dict[str, Any]:
+    """What the modules of a layer handed out, by name."""
+    found = nnx.to_flat_state(nnx.pop(layer, nnx.Intermediate))
+    return {str(path[-1]): variable[...] for path, variable in found}

@@ -18,7 +18,12 @@ from panacea_jax.models.config import ModelConfig
 
 
 class Context(NamedTuple):
-    """What every layer needs and none changes."""
+    """What every layer needs and none changes; ``offset`` alone differs from layer to layer.
+
+    Attributes:
+        offset: added to the output of the attention module, before the residual (Vaccine).
+        readings: names of the activations to hand out, see :func:`read`.
+    """
 
     cos: Float[Array, "B T half"]
     sin: Float[Array, "B T half"]
@@ -26,6 +31,14 @@ class Context(NamedTuple):
     distance: Int[Array, "B T S"] | None
     slot: Int[Array, "B"] | None
     scale: Any
+    offset: Float[Array, "B T D"] | None = None
+    readings: tuple[str, ...] = ()
+
+
+def read(module: nnx.Module, context: Context, name: str, value: Array) -> None:
+    """Hand out an activation if it is asked for; the decoder collects it from the module after the call."""
+    if name in context.readings:
+        setattr(module, name, nnx.Intermediate(value))
 
 
 def wide(dtype: Any) -> Any:
@@ -141,8 +154,11 @@ class Attention(nnx.Module):
         out = attend(
             q, keys.x, values.x, mask, c.query_scale, c.attention_softcap, keys.scale, values.scale
         )
-        out = out.reshape(*x.shape[:2], -1)
-        return self.o_proj(out, adapter.get("o_proj"), context.scale), (keys, values)
+        out = self.o_proj(out.reshape(*x.shape[:2], -1), adapter.get("o_proj"), context.scale)
+        if context.offset is not None:
+            out = out + context.offset.astype(out.dtype)
+        read(self, context, "attn_out", out)
+        return out, (keys, values)
 
 
 class MLP(nnx.Module):
@@ -156,12 +172,15 @@ class MLP(nnx.Module):
         self.activation = config.activation
 
     def __call__(
-        self, x: Float[Array, "B T D"], adapter: Mapping[str, Any], scale: Any
+        self, x: Float[Array, "B T D"], context: Context, adapter: Mapping[str, Any]
     ) -> Float[Array, "B T D"]:
         """Apply to ``x``."""
+        scale = context.scale
         gate = activate(self.activation, self.gate_proj(x, adapter.get("gate_proj"), scale))
         up = self.up_proj(x, adapter.get("up_proj"), scale)
-        return self.down_proj(gate * up, adapter.get("down_proj"), scale)
+        out = self.down_proj(gate * up, adapter.get("down_proj"), scale)
+        read(self, context, "mlp_out", out)
+        return out
 
 
 class DecoderLayer(nnx.Module):
@@ -195,8 +214,10 @@ class DecoderLayer(nnx.Module):
             mlp_adapter = adapter.get("mlp", {})
             if self.post_norms:
                 x = x + self.post_attention_layernorm(out)
-                out = self.mlp(self.pre_feedforward_layernorm(x), mlp_adapter, context.scale)
-                return x + self.post_feedforward_layernorm(out), kv
-            x = x + out
-            out = self.mlp(self.post_attention_layernorm(x), mlp_adapter, context.scale)
-            return x + out, kv
+                out = self.mlp(self.pre_feedforward_layernorm(x), context, mlp_adapter)
+                x = x + self.post_feedforward_layernorm(out)
+            else:
+                x = x + out
+                x = x + self.mlp(self.post_attention_layernorm(x), context, mlp_adapter)
+        read(self, context, "block_out", x)
+        return x, kv

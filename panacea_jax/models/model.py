@@ -88,6 +88,19 @@ class Model:
         decoder, inputs = self._bind(weights, params, tokens, positions, valid, cache)
         return decoder.hidden(**inputs, cache=cache, keep=keep, apart=apart)
 
+    def inspect(
+        self,
+        weights: Any,
+        params: Any,
+        tokens: Int[Array, "B T"],
+        valid: Bool[Array, "B T"] | None = None,
+        offsets: Float[Array, "L B T D"] | None = None,
+        readings: tuple[str, ...] = (),
+    ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
+        """Final hidden states with activations perturbed and read on the way, see :meth:`Decoder.inspect`."""
+        decoder, inputs = self._bind(weights, params, tokens, None, valid, None)
+        return decoder.inspect(**inputs, offsets=offsets, readings=readings)
+
     def apart(self, weights: Any, params: Any) -> tuple[Any, ...]:
         """Weights and adapter factors of each layer by itself, see :meth:`Decoder.apart`."""
         full, adapter, _ = split_params(weights, params)

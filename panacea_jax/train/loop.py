@@ -16,7 +16,7 @@ import optax
 from absl import logging
 
 from panacea_jax.data.batches import Batch, Stream, prefetch
-from panacea_jax.defences import Defence
+from panacea_jax.defences import Defence, Loss
 from panacea_jax.models.adapter import Adapter
 from panacea_jax.models.model import Model
 from panacea_jax.parallel import batch_sharding
@@ -25,7 +25,7 @@ from panacea_jax.train import throughput
 from panacea_jax.train.checkpoints import Checkpoints
 from panacea_jax.train.diagnostics import Diagnostics
 from panacea_jax.train.metrics import MetricsWriter
-from panacea_jax.train.step import TrainState, init_state, make_step, make_sum_gradient
+from panacea_jax.train.step import TrainState, init_state, make_step
 
 
 class Preempted(Exception):
@@ -105,12 +105,14 @@ def finetune(
     step_fn = make_step(model, defence, optimizer, shardings)
     if checkpoints is not None and checkpoints.latest() is not None:
         state = checkpoints.restore(state)
+    else:
+        state = _look("first_pass", model, defence, streams, state)
     start = int(state.step)
     key = jax.device_put(jax.random.key(seed), jax.tree.leaves(shardings)[-1])
 
     # ---- loop
     writer = MetricsWriter(folder, start) if folder is not None else None
-    watch = _Watch(model, params, writer, log_every, steps)
+    watch = _Watch(model, params, defence.facts.passes, writer, log_every, steps)
     needed = {name: streams[name] for name in ("user", *defence.streams)}
     notes: dict[str, Any] = {"seed": seed}
     if isinstance(params, Adapter):
@@ -144,7 +146,7 @@ def finetune(
                 saved = "nothing" if checkpoints is None else "the state"
                 raise Preempted(f"stopped by SIGTERM after step {done}; {saved} is saved")
         watch.flush()
-        state = _last_pass(model, defence, streams, state)
+        state = _look("last_pass", model, defence, streams, state)
         if checkpoints is not None:
             checkpoints.save(state, notes)
 
@@ -174,22 +176,26 @@ def _put(
     return batches, {name: Batch(*(place(x) for x in batch)) for name, batch in batches.items()}
 
 
-def _last_pass(
-    model: Model, defence: Defence, streams: Mapping[str, Stream], state: TrainState
+def _whole_sets(
+    model: Model, defence: Defence, streams: Mapping[str, Stream]
+) -> dict[str, Iterator[Batch]]:
+    """Of each extra stream of the defence every record once, on the devices."""
+
+    def once(stream: Stream) -> Iterator[Batch]:
+        return (_put(model, {"": batch})[1][""] for batch in stream.once())
+
+    return {name: once(streams[name]) for name in defence.streams}
+
+
+def _look(
+    which: str, model: Model, defence: Defence, streams: Mapping[str, Stream], state: TrainState
 ) -> TrainState:
-    """Let a defence look at its whole set once more at the final w (Panacea's ``final_epsilon="mean"``)."""
-    last_pass = getattr(defence, "last_pass", None)
-    if last_pass is None:
+    """Let a defence look at its whole sets, in its ``first_pass`` or ``last_pass``, if it has that."""
+    look = getattr(defence, which, None)
+    if look is None:
         return state
-    gradient = make_sum_gradient(model)
-    batches = (_put(model, {"x": batch})[1]["x"] for batch in streams[defence.streams[0]].once())
-    inner = last_pass(
-        lambda params, batch: gradient(params, model.weights, batch),
-        state.params,
-        batches,
-        state.defence,
-    )
-    return state._replace(defence=inner)
+    sets = _whole_sets(model, defence, streams)
+    return state._replace(defence=look(Loss.of(model), state.params, sets, state.defence))
 
 
 class _Stop:
@@ -222,15 +228,21 @@ class _Watch:
     """Reads each step's metrics one step late, so that the device never waits for the host."""
 
     def __init__(
-        self, model: Model, params: Any, writer: MetricsWriter | None, log_every: int, steps: int
+        self,
+        model: Model,
+        params: Any,
+        passes: Mapping[str, float | int],
+        writer: MetricsWriter | None,
+        log_every: int,
+        steps: int,
     ) -> None:
         self._model, self._writer, self._log_every, self._steps = model, writer, log_every, steps
-        self._full = not isinstance(params, Adapter)
+        self._full, self._passes = not isinstance(params, Adapter), passes
         # The start is kept to measure the displacement; with all parameters a second copy would be too dear.
         self._start = None if self._full else jax.tree.map(jnp.copy, params)
         self._pending: tuple[int, dict[str, Any]] | None = None
         self._diagnostics = Diagnostics(steps)
-        self._tokens, self._all_tokens, self._since = 0, 0, time.perf_counter()
+        self._tokens, self._all_tokens, self._since = 0, 0.0, time.perf_counter()
         self.warnings: list[str] = []
         self.summary = ""
 
@@ -242,9 +254,8 @@ class _Watch:
             metrics["displacement"] = _distance(params, self._start)
         self._pending = (step, metrics)
         self._tokens += int(host["user"].valid.sum())
-        # Panacea passes the harmful batch twice.
         self._all_tokens += sum(
-            int(b.valid.sum()) * (1 if n == "user" else 2) for n, b in host.items()
+            self._passes.get(n, 0) * int(b.valid.sum()) for n, b in host.items()
         )
 
     def flush(self) -> None:
@@ -276,7 +287,7 @@ class _Watch:
                 self._model.config.matmul_parameters(), self._full
             )
             scalars["mfu"] = per_token * self._all_tokens / seconds / peak / self._model.mesh.size
-        self._tokens, self._all_tokens, self._since = 0, 0, time.perf_counter()
+        self._tokens, self._all_tokens, self._since = 0, 0.0, time.perf_counter()
         if self._writer is not None:
             self._writer.write(step, scalars)
 

@@ -170,10 +170,14 @@ def stage_records(
     data, train = config.data, config.train
     key, records = user_records(config, stage)
     sources = {"user": (key, records, train.batch_size)}
-    if "harmful" in defence.streams:
-        harmful = training_records(data.harmful, "config.data.harmful")
-        chosen = _first(harmful, data.num_harmful, "config.data.harmful", data)
-        sources["harmful"] = ("config.data.harmful", chosen, train.harmful_batch_size)
+    extra = {
+        "harmful": (data.num_harmful, train.harmful_batch_size),
+        "alignment": (data.num_alignment, train.alignment_batch_size),
+        "benign": (0, train.batch_size),
+    }
+    for name in defence.streams:
+        key, (n, size) = f"config.data.{name}", extra[name]
+        sources[name] = (key, _first(training_records(data[name], key), n, key, data), size)
     return sources
 
 

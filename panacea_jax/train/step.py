@@ -1,6 +1,6 @@
 """The train step: ``(state, weights, batches, key) -> (state, metrics)``, jitted, sharded, its state donated."""
 
-import functools
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,9 +10,8 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from panacea_jax.data.batches import Batch
-from panacea_jax.defences import Defence
+from panacea_jax.defences import Defence, Loss
 from panacea_jax.models.model import Model
-from panacea_jax.train.loss import mean_loss, summed_loss
 
 
 class TrainState(NamedTuple):
@@ -77,10 +76,12 @@ def make_step(
         shardings: of the state, see ``state_shardings``.
     """
 
+    static = dataclasses.replace(model, weights=None)
+
     def step(
         state: TrainState, weights: Any, batches: Mapping[str, Batch], key: Key[Array, ""]
     ) -> tuple[TrainState, Metrics]:
-        loss_fn = functools.partial(mean_loss, model, weights)
+        loss_fn = Loss(static, weights)
         key = jax.random.fold_in(key, state.step)
         grads, inner, metrics = defence.gradient(loss_fn, state.params, batches, state.defence, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -90,12 +91,3 @@ def make_step(
         return TrainState(params, opt_state, inner, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-
-
-def make_sum_gradient(model: Model) -> Callable[[Any, Any, Batch], tuple[Any, Float[Array, ""]]]:
-    """``(params, weights, batch) -> (gradient of the summed response loss, response tokens)``, for passes over a whole set."""
-
-    def total(params: Any, weights: Any, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        return summed_loss(model, weights, params, batch)
-
-    return jax.jit(jax.grad(total, has_aux=True))

@@ -140,25 +140,6 @@ def test_the_mean_epsilon_is_the_mean_of_those_computed():
     np.testing.assert_allclose(flat(state.epsilon_mean), np.mean(seen, axis=0), rtol=1e-5)
 
 
-def test_the_last_pass_averages_over_tokens_not_batches():
-    """Two batches of 1 and 3 tokens: the mean gradient weighs them 1 : 3."""
-    defence = Panacea(rho=0.3, final_epsilon="mean")
-    sums = {
-        1: {"x": jnp.asarray([1.0, 0, 0]), "y": jnp.zeros((1, 2))},
-        3: {"x": jnp.asarray([0, 3.0, 0]), "y": jnp.zeros((1, 2))},
-    }
-    state = defence.last_pass(
-        lambda w, n: (sums[n], jnp.asarray(float(n))), W, [1, 3], defence.init(W)
-    )
-    np.testing.assert_allclose(
-        state.epsilon["x"], 0.3 * np.asarray([1, 3, 0]) / np.sqrt(10), rtol=1e-5
-    )
-    kept = Panacea(rho=0.3).last_pass(
-        lambda w, n: (sums[n], jnp.asarray(float(n))), W, [1, 3], defence.init(W)
-    )
-    assert not flat(kept.epsilon).any()
-
-
 def test_finish_adds_epsilon():
     defence = Panacea(rho=0.3)
     _, state, _ = run(defence)

@@ -98,5 +98,9 @@ def test_eight_devices_train_what_one_does(tmp_path):
     assert found["error"] < 1e-5
     assert found["error_epsilon"] < 1e-4
     [whole, shard] = found["cache"]
-    assert shard == [whole[0] // 4, whole[1] // 2, *whole[2:]]  # rows over data and fsdp, heads over tensor
+    assert shard == [
+        whole[0] // 4,
+        whole[1] // 2,
+        *whole[2:],
+    ]  # rows over data and fsdp, heads over tensor
     assert found["answers"][0] == found["answers"][1]

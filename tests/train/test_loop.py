@@ -12,13 +12,12 @@ import pytest
 
 from panacea_jax.data.batches import Batch, Stream
 from panacea_jax.data.encode import Example
-from panacea_jax.defences import Panacea, Sft
+from panacea_jax.defences import Loss, Panacea, Sft
 from panacea_jax.models import lora
 from panacea_jax.models.full import full_parameters
 from panacea_jax.models.model import load
 from panacea_jax.train.checkpoints import Checkpoints
 from panacea_jax.train.loop import Diverged, Preempted, finetune
-from panacea_jax.train.loss import mean_loss
 from panacea_jax.train.optimizer import make_optimizer
 from tests.tiny import write_model
 
@@ -93,7 +92,7 @@ def test_the_mean_epsilon_is_the_gradient_of_the_whole_set(model):
     result = run(model, defence=Panacea(rho=0.5, lam=0.3, final_epsilon="mean"))
     everything = Stream("harmful", examples(2), 24, 0, False, LADDER, fixed_length=True).batch(0)
     everything = Batch(*map(jnp.asarray, everything))
-    h = jax.grad(lambda p: mean_loss(model, model.weights, p, everything))(result.params)
+    h = jax.grad(Loss.of(model))(result.params, everything)
     expected = Panacea(rho=0.5).epsilon(h)
     for a, b in zip(jax.tree.leaves(result.epsilon), jax.tree.leaves(expected)):
         np.testing.assert_allclose(a, b, atol=1e-5)

@@ -1,0 +1,94 @@
+"""The training loss, mean next-token cross-entropy over response tokens, with handles on the activations that lead to it."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from panacea_jax.data.batches import Batch
+from panacea_jax.models.model import Model
+
+
+class Forward(NamedTuple):
+    """Outcome of a forward pass.
+
+    Attributes:
+        hidden: final hidden states, after the last norm.
+        readings: by name the activations asked for, ``[L, B, T, D]``.
+    """
+
+    hidden: Float[Array, "B T D"]
+    readings: dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """``loss(params, batch)``: mean cross-entropy over the response tokens of the whole batch.
+
+    A pytree, so that a jitted function can take it as an argument.
+
+    Attributes:
+        model: the static part; its ``weights`` are None.
+        weights: the frozen base, or None where ``params`` holds all weights.
+    """
+
+    model: Model = dataclasses.field(metadata={"static": True})
+    weights: Any
+
+    @classmethod
+    def of(cls, model: Model) -> "Loss":
+        """The loss of a loaded model."""
+        return cls(dataclasses.replace(model, weights=None), model.weights)
+
+    def __call__(
+        self, params: Any, batch: Batch, offsets: Float[Array, "L B T D"] | None = None
+    ) -> Float[Array, ""]:
+        """The mean loss; 0 for a batch without response tokens.
+
+        Args:
+            params: trainable tree.
+            batch: tokens ``[B, T]``.
+            offsets: added to the output of each attention module, before the residual. Their gradient is that of the modules' outputs.
+        """
+        return self.mean(params, self.forward(params, batch, offsets).hidden, batch)
+
+    def forward(
+        self,
+        params: Any,
+        batch: Batch,
+        offsets: Float[Array, "L B T D"] | None = None,
+        readings: tuple[str, ...] = (),
+    ) -> Forward:
+        """Hidden states and, of ``decoder.READINGS``, the activations asked for."""
+        return Forward(
+            *self.model.inspect(self.weights, params, batch.tokens, batch.valid, offsets, readings)
+        )
+
+    def mean(self, params: Any, hidden: Float[Array, "B T D"], batch: Batch) -> Float[Array, ""]:
+        """Mean loss of final hidden states; 0 for a batch without response tokens."""
+        total, tokens = self._sum(params, hidden, batch)
+        return total / jnp.maximum(tokens, 1)
+
+    def summed(self, params: Any, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Cross-entropy summed over response tokens, and their number: what a mean over several batches is made of."""
+        return self._sum(params, self.forward(params, batch).hidden, batch)
+
+    def _sum(
+        self, params: Any, hidden: Float[Array, "B T D"], batch: Batch
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        # Position t predicts token t + 1, so the mask is shifted by one; the logits of the last position predict nothing.
+        logits = self.model.logits(self.weights, params, hidden)
+        logits, targets, mask = logits[:, :-1], batch.tokens[:, 1:], batch.loss_mask[:, 1:]
+        with jax.named_scope("cross_entropy"):
+            picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+            losses = jax.nn.logsumexp(logits, axis=-1) - picked
+            return jnp.where(mask, losses, 0).sum(), mask.sum().astype(losses.dtype)
+
+
+@jax.jit
+def sum_gradient(loss: Loss, params: Any, batch: Batch) -> tuple[Any, Float[Array, ""]]:
+    """Gradient of the *summed* loss of a batch, and its number of response tokens."""
+    return jax.grad(loss.summed, has_aux=True)(params, batch)

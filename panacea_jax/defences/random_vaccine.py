@@ -1,0 +1,70 @@
+"""Random Vaccine: noise on the activations in alignment, the control of Vaccine (a baseline in its repository, arXiv 2402.01109).
+
+    min_w  E_z L_align(w; o_l + √ρ z_l),  z ~ N(0, 1)
+
+Stage: alignment. Passes per step: 1. Extra memory: the noise, one ``[B, T, D]`` tensor a layer. Extra data: none.
+
+o_l is the output of layer l's attention module, before the residual. ρ is a variance here, as in the public code, not a norm.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from panacea_jax.defences.loss import Loss
+from panacea_jax.defences.protocol import Facts, Gradient, Params, Stage, State
+from panacea_jax.defences.vaccine import no_offsets
+from panacea_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomVaccine:
+    """The gradient at noisy activations.
+
+    Attributes:
+        rho: ρ, variance of the noise on each entry of each attention output.
+    """
+
+    rho: float | int = 2.0
+
+    stage: ClassVar[Stage] = "align"
+    streams: ClassVar[tuple[str, ...]] = ()
+    facts: ClassVar[Facts] = Facts(
+        title="random Vaccine",
+        paper="arXiv 2402.01109",
+        passes={"user": 1},
+        memory="the noise, one B×T×D tensor a layer",
+        code="ρ is the variance, as its code",
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rho < float("inf"):
+            raise InputError(f"config.defence.rho = {self.rho}: a finite number, 0 or more")
+
+    def init(self, params: Params) -> State:
+        """Nothing to remember."""
+        return ()
+
+    def gradient(
+        self,
+        loss_fn: Loss,
+        params: Params,
+        batches: Mapping[str, Any],
+        state: State,
+        key: Key[Array, ""],
+    ) -> Gradient:
+        """The gradient with fresh noise at each step."""
+        still = no_offsets(loss_fn, batches["user"])
+        noise = jnp.sqrt(jnp.asarray(self.rho, still.dtype)) * jax.random.normal(
+            key, still.shape, still.dtype
+        )
+        value, grads = jax.value_and_grad(loss_fn)(params, batches["user"], noise)
+        return grads, state, {"loss": value}
+
+    def finish(self, params: Params, state: State) -> Params:
+        """``w`` as trained."""
+        return params

@@ -1,0 +1,90 @@
+"""Vaccine: alignment that withstands drifting activations (arXiv 2402.01109, NeurIPS 2024).
+
+    min_w  max_{‖e‖≤ρ} L_align(w; o_l + e_l)          e_l = ρ ∇_{o_l} L / (N + 1e-7),  N² = Σ_l ‖∇_{o_l} L‖²
+
+Stage: alignment. Passes per step: 2 on the same batch. Extra memory: one ``[B, T, D]`` tensor a layer. Extra data: none.
+
+o_l is the output of layer l's attention module, before the residual; ρ is one budget for all layers, tokens and records together.
+Differs from SFT in the gradient, which is taken at the perturbed activations. The paper speaks of the hidden embeddings of every
+layer; the public code, followed here, perturbs attention outputs only.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Key
+
+from panacea_jax.defences.loss import Loss
+from panacea_jax.defences.protocol import Facts, Gradient, Metrics, Params, Stage, State
+from panacea_jax.errors import InputError
+from panacea_jax.perturbation import to_sphere
+
+
+def no_offsets(loss: Loss, batch: Any) -> Float[Array, "L B T D"]:
+    """Zero offsets for a batch, in the compute dtype."""
+    config = loss.model.config
+    shape = (config.num_layers, *batch.tokens.shape, config.hidden_size)
+    return jnp.zeros(shape, loss.model.dtype)
+
+
+def perturbed_gradient(
+    loss: Loss, params: Params, batch: Any, rho: float | int
+) -> tuple[Params, Metrics]:
+    """The gradient by ``params`` at activations moved ρ up the loss, and what to log."""
+    value, at_outputs = jax.value_and_grad(loss, argnums=2)(params, batch, no_offsets(loss, batch))
+    # Norms in float32: a sum over B·T·D·L squares is more than bfloat16 can count.
+    wide = at_outputs.astype(jnp.promote_types(at_outputs.dtype, jnp.float32))
+    offsets, _ = to_sphere(rho).update(wide, optax.EmptyState())
+    moved, grads = jax.value_and_grad(loss)(params, batch, offsets.astype(at_outputs.dtype))
+    metrics = {"loss": value, "loss_perturbed": moved, "norm_outputs": optax.tree.norm(wide)}
+    return grads, metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Vaccine:
+    """Vaccine's second gradient.
+
+    Attributes:
+        rho: ρ, L2 norm of the perturbation over all attention outputs together. 2 is the repository's; copies of it in other
+            repositories use 3, 5 and 20.
+    """
+
+    rho: float | int = 2.0
+
+    stage: ClassVar[Stage] = "align"
+    streams: ClassVar[tuple[str, ...]] = ()
+    facts: ClassVar[Facts] = Facts(
+        title="Vaccine",
+        paper="arXiv 2402.01109",
+        passes={"user": 2},
+        memory="one B×T×D tensor a layer",
+        code="attention outputs only, as its code; without LoRA dropout both passes see one function",
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rho < float("inf"):
+            raise InputError(f"config.defence.rho = {self.rho}: a finite number, 0 or more")
+
+    def init(self, params: Params) -> State:
+        """Nothing to remember."""
+        return ()
+
+    def gradient(
+        self,
+        loss_fn: Loss,
+        params: Params,
+        batches: Mapping[str, Any],
+        state: State,
+        key: Key[Array, ""],
+    ) -> Gradient:
+        """The gradient at the perturbed activations; the first pass only finds the perturbation."""
+        grads, metrics = perturbed_gradient(loss_fn, params, batches["user"], self.rho)
+        return grads, state, metrics
+
+    def finish(self, params: Params, state: State) -> Params:
+        """``w`` as trained."""
+        return params
