@@ -49,6 +49,7 @@ class Result:
         steps: steps done.
         warnings: diagnostics given during the run.
         compilations: number of shapes for which the step was compiled.
+        step_bytes: memory of one device that the compiled step needs, weights and state included, at the longest batch so far.
     """
 
     model: Model
@@ -59,6 +60,7 @@ class Result:
     steps: int
     warnings: tuple[str, ...]
     compilations: int
+    step_bytes: int = 0
 
 
 def finetune(
@@ -117,7 +119,7 @@ def finetune(
     notes: dict[str, Any] = {"seed": seed}
     if isinstance(params, Adapter):
         notes["lora_scale"] = params.scale
-    done, compiled = start, 0
+    done, compiled, step_bytes = start, 0, 0
     with contextlib.ExitStack() as stack:
         if writer is not None:
             stack.callback(writer.close)
@@ -134,6 +136,7 @@ def finetune(
             watch.step(done, host, metrics, state.params)
             if compiled != (size := step_fn._cache_size()):  # type: ignore[attr-defined]
                 compiled = size
+                step_bytes = max(step_bytes, _memory(step_fn, state, model.weights, device, key))
                 if on_compile is not None:
                     on_compile(compiled)
             bar.advance(watch.summary)
@@ -153,8 +156,18 @@ def finetune(
     deployed = defence.finish(state.params, state.defence)
     epsilon = getattr(state.defence, "epsilon", None)
     return Result(
-        model, state.params, epsilon, deployed, state.defence, done, tuple(watch.warnings), compiled
-    )
+        model, state.params, epsilon, deployed, state.defence, done, tuple(watch.warnings), compiled,
+        step_bytes,
+    )  # fmt: skip
+
+
+def _memory(step_fn: Any, *arguments: Any) -> int:
+    """Bytes on one device of a step that was compiled already; 0 where the back-end does not say."""
+    found = step_fn.lower(*arguments).compile().memory_analysis()
+    if found is None:
+        return 0
+    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return int(held + found.temp_size_in_bytes)
 
 
 def _host_batches(
@@ -243,6 +256,7 @@ class _Watch:
         self._pending: tuple[int, dict[str, Any]] | None = None
         self._diagnostics = Diagnostics(steps)
         self._tokens, self._all_tokens, self._since = 0, 0.0, time.perf_counter()
+        self._steps_since = 0
         self.warnings: list[str] = []
         self.summary = ""
 
@@ -253,6 +267,7 @@ class _Watch:
         if self._start is not None and "norm_epsilon" in metrics:
             metrics["displacement"] = _distance(params, self._start)
         self._pending = (step, metrics)
+        self._steps_since += 1
         self._tokens += int(host["user"].valid.sum())
         self._all_tokens += sum(
             self._passes.get(n, 0) * int(b.valid.sum()) for n, b in host.items()
@@ -281,6 +296,7 @@ class _Watch:
     def _log(self, step: int, scalars: dict[str, float]) -> None:
         seconds = max(time.perf_counter() - self._since, 1e-9)
         scalars["tokens_per_second"] = self._tokens / seconds
+        scalars["step_seconds"] = seconds / max(self._steps_since, 1)
         peak = throughput.peak_flops(self._model.mesh.devices.flat[0])
         if peak is not None:
             per_token = throughput.train_flops_per_token(
@@ -288,6 +304,7 @@ class _Watch:
             )
             scalars["mfu"] = per_token * self._all_tokens / seconds / peak / self._model.mesh.size
         self._tokens, self._all_tokens, self._since = 0, 0.0, time.perf_counter()
+        self._steps_since = 0
         if self._writer is not None:
             self._writer.write(step, scalars)
 

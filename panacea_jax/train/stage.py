@@ -269,7 +269,7 @@ def train_stage(config: ConfigDict, workdir: Path, name: str) -> Path:
     epsilon_mean = getattr(result.state, "epsilon_mean", None)
     export(config, stage.folder, result, epsilon_mean)
     stage.finish({
-        "steps": result.steps, "compilations": result.compilations, "warnings": list(result.warnings),
+        "steps": result.steps, "compilations": result.compilations, "step_bytes": result.step_bytes, "warnings": list(result.warnings),
         "template": template_id(config.data.template, tokenizer),
         "records": {k: len(s.examples) for k, s in streams.items()},
     })  # fmt: skip

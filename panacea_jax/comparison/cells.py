@@ -1,0 +1,190 @@
+"""The cells of a comparison: method × seed × poison ratio, each align → finetune → heal → generate → judge.
+
+A stage that several cells have in common (an alignment, the SFT fine-tune that heal methods start from) lies in a folder of its own and
+is run once. A cell's own folder holds what is its alone: heal, answers, scores, and ``cell.json``, which says that it is done.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from panacea_jax.config import defence_section, stage_config
+from panacea_jax.convert import convert
+from panacea_jax.defences.spec import Method, Part
+from panacea_jax.errors import InputError
+from panacea_jax.evaluate.stage import judge_stage
+from panacea_jax.generate.stage import BARE_BASE, generate_stage
+from panacea_jax.pipeline import check, go_on_from
+from panacea_jax.progress import say
+from panacea_jax.quickstart.miniature import Commands, eval_tasks, make_world, settings, sources
+from panacea_jax.train.stage import decisive, heal_stage, train_stage
+from panacea_jax.workdir import sha256_json, write_text
+
+SFT = Part("sft")
+
+
+class Cell(NamedTuple):
+    """One run of a comparison.
+
+    Attributes:
+        method: what defends.
+        seed: in a miniature world, the world too.
+        ratio: poison ratio; None for the aligned model, before any fine-tuning.
+    """
+
+    method: Method
+    seed: int
+    ratio: float | None
+
+    def __str__(self) -> str:
+        if self.ratio is None:
+            return f"aligned, seed {self.seed}"
+        return f"{self.method}, seed {self.seed}, poison ratio {self.ratio:g}"
+
+
+def slug(part: object) -> str:
+    """A folder's name for a method or a part of one."""
+    return re.sub(r"[^\w.=+-]+", "_", str(part))
+
+
+class Cells:
+    """Runs cells into one folder; whatever is there already is not run again."""
+
+    def __init__(self, config: ConfigDict, root: Path, aligns: bool) -> None:
+        """
+        Args:
+            config: of the whole comparison.
+            root: where everything goes.
+            aligns: whether there is an alignment stage.
+        """
+        self.root, self._aligns = root, aligns
+        self._config = config.copy_and_resolve_references()
+        self._seeds: dict[int, ConfigDict] = {}
+
+    def folder(self, cell: Cell) -> Path:
+        """Where a cell's answers and scores lie."""
+        if cell.ratio is None:
+            return self.root / "aligned" / f"seed{cell.seed}"
+        return self.root / "cells" / slug(cell.method) / f"seed{cell.seed}-p{cell.ratio:g}"
+
+    def check(self, methods: Iterable[Method], seed: int, ratio: float) -> None:
+        """Find now what a later cell would stumble over: sources that are not set or cannot be read.
+
+        Raises:
+            InputError: the first such thing.
+        """
+        seen = set()
+        for method in methods:
+            kinds = (method.streams(), method.heal is None)
+            if kinds not in seen:
+                seen.add(kinds)
+                check(self._of_cell(Cell(method, seed, ratio)))
+
+    def run(self, cell: Cell) -> Path:
+        """Run one cell unless it is done; returns its folder.
+
+        Raises:
+            InputError, Preempted, Diverged: as the stages do; InputError also where another configuration made the cell.
+        """
+        config, folder = self._of_cell(cell), self.folder(cell)
+        note = folder / "cell.json"
+        made = sha256_json(_decisive(config))
+        if note.is_file():
+            if json.loads(note.read_text())["config_sha256"] != made:
+                raise InputError(f"{folder}: made by another configuration; choose another --workdir")
+            return folder
+        stages, main = {}, stage_config(config, "finetune")
+        if self._aligns:
+            stages["align"] = self._align_folder(cell)
+            aligned = train_stage(stage_config(config, "align"), stages["align"].parent, "align")
+            self._start_from(aligned, main, config, stages["align"].parent)
+        if cell.ratio is not None:
+            stages["finetune"] = self._finetune_folder(cell)
+            tuned = train_stage(main, stages["finetune"].parent, "finetune")
+        else:
+            tuned = Path(main.model.path if main.train.full_parameters else main.lora.init_from or BARE_BASE)
+        if cell.method.heal:
+            heal = stage_config(config, "heal")
+            with heal.unlocked():
+                heal.model.path, heal.lora.init_from = main.model.path, str(tuned)
+            tuned, stages["heal"] = heal_stage(heal, folder), folder / "heal"
+        with main.unlocked():
+            whole = main.train.full_parameters
+            main.model.path = str(tuned) if whole else main.model.path
+            main.generate.adapter = BARE_BASE if whole else str(tuned)
+        generate_stage(main, folder)
+        judge_stage(main, folder)
+        found = {stage: str(path.relative_to(self.root)) for stage, path in stages.items()}
+        write_text(note, json.dumps({"method": str(cell.method), "seed": cell.seed, "ratio": cell.ratio, "stages": found,
+                                     "config_sha256": made}, indent=1) + "\n")  # fmt: skip
+        return folder
+
+    def _start_from(self, aligned: Path, main: ConfigDict, config: ConfigDict, near: Path) -> None:
+        """Let fine-tuning go on from the alignment, or from a fresh adapter on the base that the alignment was merged into."""
+        if config.compare.adapter == "single" or config.align.train.full_parameters:
+            go_on_from(main, aligned, config.align.train.full_parameters)
+            return
+        merged = near / "merged"
+        with main.unlocked():
+            if not merged.is_dir():  # written beside and moved: a torn copy never has this name
+                say(f"{merged}: the alignment adapter is merged into the base")
+                main.lora.init_from = str(aligned)
+                half = near / "merged.part"
+                shutil.rmtree(half, ignore_errors=True)
+                convert(main, half, None)
+                half.replace(merged)
+            main.model.path, main.lora.init_from = str(merged), ""
+
+    def _align_folder(self, cell: Cell) -> Path:
+        return self.root / "shared" / f"seed{cell.seed}" / slug(cell.method.align or SFT) / "align"
+
+    def _finetune_folder(self, cell: Cell) -> Path:
+        start = slug(cell.method.align or SFT) if self._aligns else "unaligned"
+        near = self.root / "shared" / f"seed{cell.seed}" / start
+        return near / f"p{cell.ratio:g}" / slug(cell.method.finetune or SFT) / "finetune"
+
+    def _of_cell(self, cell: Cell) -> ConfigDict:
+        """The ordinary configuration of one cell."""
+        config = self._of_seed(cell.seed).copy_and_resolve_references()
+        with config.unlocked():
+            if cell.ratio is not None:
+                config.data.poison_ratio = float(cell.ratio)
+            parts = {"align": cell.method.align or SFT if self._aligns else None, "heal": cell.method.heal}
+            for stage, part in parts.items():
+                config[stage].defence = defence_section(part or Part(""))
+            config.defence = defence_section(cell.method.finetune or SFT)
+        return config
+
+    def _of_seed(self, seed: int) -> ConfigDict:
+        """The configuration for one seed; makes its world first, if seeds are worlds."""
+        if seed not in self._seeds:
+            config = self._config.copy_and_resolve_references()
+            scale = config.compare.world
+            values: dict[str, Any] = {"seed": seed}
+            if scale:
+                root = self.root / "worlds" / str(seed)
+                make_world(root, seed, scale)
+                world = Commands(root, seed, scale)
+                if not (root / "base" / "done").is_file():
+                    world.pretrain()
+                    write_text(root / "base" / "done", "")
+                values = settings(seed) | sources(world.data) | {
+                    "model.path": str(world.base), "eval.tasks": eval_tasks(world.data),
+                }  # fmt: skip
+            with config.unlocked():
+                config.update_from_flattened_dict(values)
+            self._seeds[seed] = config
+        return self._seeds[seed]
+
+
+def _decisive(config: ConfigDict) -> dict[str, Any]:
+    """What a cell that is done is compared by."""
+    stages = {stage: decisive(stage_config(config, stage)) for stage in ("align", "finetune", "heal")}
+    rest = {key: config[key].to_dict() for key in ("eval", "generate", "judge")}
+    text = json.dumps(stages | rest | {"adapter": config.compare.adapter}, default=str)
+    return dict(json.loads(text))
