@@ -97,9 +97,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     stepping = [name for name, kind in DEFENCES.items() if stated(kind)]
-    parser.add_argument("names", nargs="*", default=stepping, help="defences; by default all with steps")
+    parser.add_argument(
+        "names", nargs="*", default=stepping, help="defences; by default all with steps"
+    )
     names = parser.parse_args().names
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {ROWS} x {LENGTH} tokens, LoRA rank {RANK} on q, k, v")
+    print(
+        f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {ROWS} x {LENGTH} tokens, LoRA rank {RANK} on q, k, v"
+    )
     print("| method | passes stated | FLOPs / SFT's |\n|---|---|---|")
     for name, ratio in ratios(names).items():
         print(f"| `{name}` | {stated(DEFENCES[name]):.3g} | {ratio:.3f} |")

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference, placeholder
 
 from panacea_jax.defences import DEFENCES, Defence
-from panacea_jax.defences.spec import Method, Part, candidates, parse_method
+from panacea_jax.defences.spec import Part, Stack, candidates, parse_stack
 from panacea_jax.errors import InputError
 from panacea_jax.models.adapter import target_names
 from panacea_jax.train.optimizer import SCHEDULES
@@ -28,7 +28,6 @@ ATTENTION = ("auto", "xla", "cudnn", "splash")
 TEMPLATES = ("alpaca", "chat")
 CACHE_DTYPES = ("auto", "int8")
 JUDGES = ("refusal", "beaver_dam", "beaver_dam_full", "guard")
-ADAPTERS = ("single", "merged")
 WORLDS = ("", "miniature", "tiny")
 GUARD_TEMPLATES = ("llama_guard", "wildguard")
 
@@ -173,7 +172,6 @@ def get_config(variant: str = "") -> ConfigDict:
             "grid": (),  # the same with alternatives, "panacea:rho=0.1|0.25"; one is chosen of each
             "seeds": (0,),
             "ratios": (0.1,),  # poison ratios
-            "adapter": "single",  # the alignment adapter is trained on; or merged: into the base, under a fresh one
             "world": "",  # miniature: every seed is a world of its own; "": the base and data of config.model and config.data
             "development": (),  # seeds on which the grid is chosen
             "validation": (),  # evaluation sets that the grid is chosen by, on a base of one's own
@@ -345,9 +343,8 @@ def _validate_generate(generate: ConfigDict) -> None:
 
 def _validate_compare(compare: ConfigDict) -> None:
     _one_of(compare.world, "compare.world", WORLDS)
-    _one_of(compare.adapter, "compare.adapter", ADAPTERS)
     for text in compare.methods:
-        _fits(parse_method(str(text), "config.compare.methods"), "config.compare.methods")
+        _fits(parse_stack(str(text), "config.compare.methods"), "config.compare.methods")
     sizes = {}
     for text in compare.grid:
         found = candidates(str(text), "config.compare.grid")
@@ -377,7 +374,7 @@ def _validate_compare(compare: ConfigDict) -> None:
         _require(len(compare.validation) > 0, "compare.validation", compare.validation, "name sets to choose the grid by")  # fmt: skip
 
 
-def _fits(method: Method, key: str) -> None:
+def _fits(method: Stack, key: str) -> None:
     """Check the hyper-parameters of a method by making its defences."""
     for part in (method.align, method.finetune, method.heal):
         if part:

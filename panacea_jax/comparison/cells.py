@@ -6,7 +6,6 @@ is run once. A cell's own folder holds what is its alone: heal, answers, scores,
 
 import json
 import re
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +13,11 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from panacea_jax.config import defence_section, stage_config
-from panacea_jax.convert import convert
-from panacea_jax.defences.spec import Method, Part
+from panacea_jax.defences.spec import Part, Stack
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.stage import judge_stage
 from panacea_jax.generate.stage import BARE_BASE, generate_stage
 from panacea_jax.pipeline import check, go_on_from
-from panacea_jax.progress import say
 from panacea_jax.quickstart.miniature import Commands, eval_tasks, make_world, settings, sources
 from panacea_jax.train.stage import decisive, heal_stage, train_stage
 from panacea_jax.workdir import sha256_json, write_text
@@ -37,7 +34,7 @@ class Cell(NamedTuple):
         ratio: poison ratio; None for the aligned model, before any fine-tuning.
     """
 
-    method: Method
+    method: Stack
     seed: int
     ratio: float | None
 
@@ -72,7 +69,7 @@ class Cells:
             return self.root / "aligned" / f"seed{cell.seed}"
         return self.root / "cells" / slug(cell.method) / f"seed{cell.seed}-p{cell.ratio:g}"
 
-    def check(self, methods: Iterable[Method], seed: int, ratio: float) -> None:
+    def check(self, methods: Iterable[Stack], seed: int, ratio: float) -> None:
         """Find now what a later cell would stumble over: sources that are not set or cannot be read.
 
         Raises:
@@ -96,18 +93,22 @@ class Cells:
         made = sha256_json(_decisive(config))
         if note.is_file():
             if json.loads(note.read_text())["config_sha256"] != made:
-                raise InputError(f"{folder}: made by another configuration; choose another --workdir")
+                raise InputError(
+                    f"{folder}: made by another configuration; choose another --workdir"
+                )
             return folder
         stages, main = {}, stage_config(config, "finetune")
         if self._aligns:
             stages["align"] = self._align_folder(cell)
             aligned = train_stage(stage_config(config, "align"), stages["align"].parent, "align")
-            self._start_from(aligned, main, config, stages["align"].parent)
+            go_on_from(main, aligned, config.align.train.full_parameters)
         if cell.ratio is not None:
             stages["finetune"] = self._finetune_folder(cell)
             tuned = train_stage(main, stages["finetune"].parent, "finetune")
         else:
-            tuned = Path(main.model.path if main.train.full_parameters else main.lora.init_from or BARE_BASE)
+            tuned = Path(
+                main.model.path if main.train.full_parameters else main.lora.init_from or BARE_BASE
+            )
         if cell.method.heal:
             heal = stage_config(config, "heal")
             with heal.unlocked():
@@ -124,22 +125,6 @@ class Cells:
                                      "config_sha256": made}, indent=1) + "\n")  # fmt: skip
         return folder
 
-    def _start_from(self, aligned: Path, main: ConfigDict, config: ConfigDict, near: Path) -> None:
-        """Let fine-tuning go on from the alignment, or from a fresh adapter on the base that the alignment was merged into."""
-        if config.compare.adapter == "single" or config.align.train.full_parameters:
-            go_on_from(main, aligned, config.align.train.full_parameters)
-            return
-        merged = near / "merged"
-        with main.unlocked():
-            if not merged.is_dir():  # written beside and moved: a torn copy never has this name
-                say(f"{merged}: the alignment adapter is merged into the base")
-                main.lora.init_from = str(aligned)
-                half = near / "merged.part"
-                shutil.rmtree(half, ignore_errors=True)
-                convert(main, half, None)
-                half.replace(merged)
-            main.model.path, main.lora.init_from = str(merged), ""
-
     def _align_folder(self, cell: Cell) -> Path:
         return self.root / "shared" / f"seed{cell.seed}" / slug(cell.method.align or SFT) / "align"
 
@@ -154,7 +139,10 @@ class Cells:
         with config.unlocked():
             if cell.ratio is not None:
                 config.data.poison_ratio = float(cell.ratio)
-            parts = {"align": cell.method.align or SFT if self._aligns else None, "heal": cell.method.heal}
+            parts = {
+                "align": cell.method.align or SFT if self._aligns else None,
+                "heal": cell.method.heal,
+            }
             for stage, part in parts.items():
                 config[stage].defence = defence_section(part or Part(""))
             config.defence = defence_section(cell.method.finetune or SFT)
@@ -184,7 +172,9 @@ class Cells:
 
 def _decisive(config: ConfigDict) -> dict[str, Any]:
     """What a cell that is done is compared by."""
-    stages = {stage: decisive(stage_config(config, stage)) for stage in ("align", "finetune", "heal")}
+    stages = {
+        stage: decisive(stage_config(config, stage)) for stage in ("align", "finetune", "heal")
+    }
     rest = {key: config[key].to_dict() for key in ("eval", "generate", "judge")}
-    text = json.dumps(stages | rest | {"adapter": config.compare.adapter}, default=str)
+    text = json.dumps(stages | rest, default=str)
     return dict(json.loads(text))

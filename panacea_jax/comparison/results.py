@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from panacea_jax.defences import DEFENCES
-from panacea_jax.defences.spec import Method
+from panacea_jax.defences.spec import Stack
 from panacea_jax.evaluate.intervals import bootstrap_mean, wilson
 from panacea_jax.evaluate.judged import load_judged
 from panacea_jax.evaluate.pairing import paired
@@ -80,7 +80,9 @@ def events(folder: Path, judge: str) -> dict[str, list[bool]]:
     judged = load_judged(folder)[judge]
     found: dict[str, list[bool]] = {}
     for s in judged.sets:
-        happened = outcomes(find_task(s.task), checked_pairs(s, judged.judge, judged.template), judged.template)
+        happened = outcomes(
+            find_task(s.task), checked_pairs(s, judged.judge, judged.template), judged.template
+        )
         for figure in ("hs", "hs_plus"):
             if figure in happened:
                 found.setdefault(figure, happened[figure])
@@ -102,14 +104,18 @@ def over_seeds(cells: Mapping[int, Measured]) -> Json:
         by_seed = {seed: cell.figures()[figure] for seed, cell in cells.items()}
         values = list(by_seed.values())
         hits = next(iter(cells.values())).events[figure]
-        low, high = bootstrap_mean(values) if len(values) > 1 else (100 * x for x in wilson(sum(hits), len(hits)))
+        low, high = (
+            bootstrap_mean(values)
+            if len(values) > 1
+            else (100 * x for x in wilson(sum(hits), len(hits)))
+        )
         worst = max if figure in ("hs", "hs_plus") else min
         found[figure] = {"mean": statistics.fmean(values), "ci95": [low, high], "worst": worst(values),
                          "by_seed": {str(seed): value for seed, value in by_seed.items()}}  # fmt: skip
     return found
 
 
-def row(method: Method, ratio: float | None, cells: Mapping[int, Measured], sft: Mapping[int, Measured] | None) -> Json:  # fmt: skip
+def row(method: Stack, ratio: float | None, cells: Mapping[int, Measured], sft: Mapping[int, Measured] | None) -> Json:  # fmt: skip
     """One line of the table.
 
     Args:

@@ -13,16 +13,18 @@ from ml_collections import ConfigDict
 from panacea_jax.comparison import choice, table
 from panacea_jax.comparison.cells import Cell, Cells
 from panacea_jax.comparison.results import Measured, measure, row
-from panacea_jax.defences.spec import Method, candidates, parse_method
+from panacea_jax.defences.spec import Stack, candidates, parse_stack
 from panacea_jax.errors import InputError
 from panacea_jax.progress import say
 from panacea_jax.quickstart.miniature import guard
+from panacea_jax.train.step import shared_steps
 from panacea_jax.workdir import write_text
 
-SFT = Method()
+SFT = Stack()
 MEMORY = "one device's share of the largest compiled step, as its compiler counts it (cells share a process, whose own peak never falls)"
 
 
+@shared_steps()
 def compare_methods(config: ConfigDict, workdir: Path) -> Path:
     """Run the comparison and print its table; returns ``WORKDIR/compare.json``, beside which lie compare.csv and compare.md.
 
@@ -33,9 +35,11 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
     """
     # ---- what is asked for
     compare = config.compare
-    methods = [parse_method(str(text), "config.compare.methods") for text in compare.methods]
+    methods = [parse_stack(str(text), "config.compare.methods") for text in compare.methods]
     grid = {str(text): candidates(str(text), "config.compare.grid") for text in compare.grid}
-    everything = list(dict.fromkeys([SFT, *methods, *(m for found in grid.values() for m in found)]))
+    everything = list(
+        dict.fromkeys([SFT, *methods, *(m for found in grid.values() for m in found)])
+    )
     aligns = _check(config, everything)
 
     # ---- the grid, on seeds and prompts of its own
@@ -49,7 +53,9 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
         found = _run(cells, _candidates(grid), compare.development, [config.data.poison_ratio], config.judge.name)  # fmt: skip
         means = {method: _means(found[method, config.data.poison_ratio]) for method in _candidates(grid)}  # fmt: skip
         for entry, each in grid.items():
-            said = choice.described(entry, list(map(str, each)), [means[m] for m in each], means[SFT])
+            said = choice.described(
+                entry, list(map(str, each)), [means[m] for m in each], means[SFT]
+            )
             choices.append(said | {"sft": means[SFT]})
             chosen.append(next(m for m in each if str(m) == said["chosen"]))
 
@@ -63,11 +69,15 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
 
     # ---- table
     rows = [row(SFT, None, aligned, None)] if aligned else []
-    rows += [row(m, p, found[m, p], found[SFT, p]) for p in map(float, compare.ratios) for m in reported]
-    guarded = {seed: measured.figures() for seed, measured in aligned.items()} if compare.world else {}
+    rows += [
+        row(m, p, found[m, p], found[SFT, p]) for p in map(float, compare.ratios) for m in reported
+    ]
+    guarded = (
+        {seed: measured.figures() for seed, measured in aligned.items()} if compare.world else {}
+    )
     result = {
         "methods": list(map(str, reported)), "seeds": list(compare.seeds), "ratios": list(map(float, compare.ratios)),
-        "world": compare.world, "adapter": compare.adapter, "judge": judge, "memory": MEMORY,
+        "world": compare.world, "judge": judge, "memory": MEMORY,
         "development": list(compare.development) if grid else [], "rule": choice.RULE if grid else "", "grid": choices,
         "guard": {str(seed): guard(f["hs"], f["benign"]) for seed, f in guarded.items()}, "rows": rows,
     }  # fmt: skip
@@ -78,12 +88,12 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
     return workdir / "compare.json"
 
 
-def _candidates(grid: Mapping[str, Sequence[Method]]) -> list[Method]:
+def _candidates(grid: Mapping[str, Sequence[Stack]]) -> list[Stack]:
     """SFT and all candidates, each once."""
     return list(dict.fromkeys([SFT, *(m for found in grid.values() for m in found)]))
 
 
-def _check(config: ConfigDict, methods: Sequence[Method]) -> bool:
+def _check(config: ConfigDict, methods: Sequence[Stack]) -> bool:
     """Whether there is an alignment stage, after a look at settings that a comparison cannot follow.
 
     Raises:
@@ -92,23 +102,27 @@ def _check(config: ConfigDict, methods: Sequence[Method]) -> bool:
     for stage, allowed in (("align", ("", "sft")), ("heal", ("",))):
         name = config[stage].defence.name
         if name not in allowed:
-            raise InputError(f"config.{stage}.defence.name = {name!r}: in a comparison config.compare.methods says what defends")
+            raise InputError(
+                f"config.{stage}.defence.name = {name!r}: in a comparison config.compare.methods says what defends"
+            )
     if not config.compare.world and not config.eval.tasks:
         raise InputError("config.eval.tasks is empty: a comparison needs sets to compare on")
     if config.train.full_parameters and any(m.heal for m in methods):
-        raise InputError("config.compare.methods: heal works on adapters so far, and config.train.full_parameters makes none")
+        raise InputError(
+            "config.compare.methods: heal works on adapters so far, and config.train.full_parameters makes none"
+        )
     return bool(config.align.defence.name) or any(m.align for m in methods)
 
 
 def _run(
     cells: Cells,
-    methods: Sequence[Method],
+    methods: Sequence[Stack],
     seeds: Sequence[int],
     ratios: Sequence[float],
     judge: str,
-) -> dict[tuple[Method, float], dict[int, Measured]]:
+) -> dict[tuple[Stack, float], dict[int, Measured]]:
     """Every cell, a world after the other; by method and ratio, then by seed."""
-    found: dict[tuple[Method, float], dict[int, Measured]] = {}
+    found: dict[tuple[Stack, float], dict[int, Measured]] = {}
     total, number = len(seeds) * len(ratios) * len(methods), 0
     for seed in seeds:
         for method in methods:

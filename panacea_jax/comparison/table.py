@@ -11,7 +11,8 @@ from rich.table import Table
 
 Json = dict[str, Any]
 TITLES = {"hs": "HS", "hs_plus": "HS+", "fa": "FA", "benign": "benign answered"}
-HEADS = ("method", "p", *TITLES.values(), "HS to SFT", "passes (align, finetune, heal)", "passes / SFT", "time / SFT", "step MiB", "extra data")  # fmt: skip
+HEADS = ("method", "p", *TITLES.values(), "HS to SFT", "passes (align, finetune, heal)", "passes / SFT", "time / SFT", "step MiB",
+         "extra data")  # fmt: skip
 
 
 def cells_of(row: Json) -> list[str]:
@@ -53,7 +54,7 @@ def notes(result: Json) -> list[str]:
         "HS to SFT: difference on the same prompts of all seeds, with exact McNemar. Passes: forward + backward a step, as the methods' "
         "facts say; a one-shot method has no steps. Time: of the steps, compilation left out. "
         f"Memory: {result['memory']}.",
-        f"Every method starts fine-tuning from its alignment adapter ({result['adapter']}) with the same records; extra data is what it "
+        "Every method starts fine-tuning from what its own alignment left, with the same records; extra data is what it "
         "was given besides the user's and the alignment records.",
     ]  # fmt: skip
     if result["grid"]:

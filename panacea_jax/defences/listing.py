@@ -27,7 +27,7 @@ def passes(kind: type[Any]) -> str:
 
 def rows() -> list[tuple[str, ...]]:
     """A row a method, in the order of the pipeline."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for name, kind in sorted(DEFENCES.items(), key=lambda item: STAGES.index(stages(item[1])[0])):
         facts = kind.facts
         extra = ", ".join(kind.streams) or "none"

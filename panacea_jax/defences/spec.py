@@ -1,4 +1,4 @@
-"""Methods written in a line, as a comparison lists them: ``"vaccine:rho=2+panacea:rho=0.25,lam=0.2"``.
+"""Stacks of defences written in a line, as a comparison lists its methods: ``"vaccine:rho=2+panacea:rho=0.25,lam=0.2"``.
 
 Parts are joined by ``+``; each is a name of ``DEFENCES`` with hyper-parameters and goes to its own stage. ``sft`` stands for the stages
 that are not named. In a grid a value may have alternatives, ``"panacea:rho=0.1|0.25,lam=0.2"``.
@@ -26,7 +26,7 @@ class Part(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Stack:
     """A defence for each stage that has one of its own; None: plain SFT, or for ``heal`` nothing."""
 
     align: Part | None = None
@@ -44,8 +44,8 @@ class Method:
         return tuple(dict.fromkeys(s for part in named for s in DEFENCES[part.name].streams))
 
 
-def parse_method(text: str, key: str) -> Method:
-    """One method without alternatives.
+def parse_stack(text: str, key: str) -> Stack:
+    """One stack without alternatives.
 
     Args:
         text: as in the module's docstring.
@@ -60,14 +60,14 @@ def parse_method(text: str, key: str) -> Method:
     return found[0]
 
 
-def candidates(text: str, key: str) -> list[Method]:
+def candidates(text: str, key: str) -> list[Stack]:
     """Every combination of the alternatives of a grid's entry.
 
     Raises:
-        InputError: as :func:`parse_method`.
+        InputError: as :func:`parse_stack`.
     """
     parts = [_parts(part, text, key) for part in re.split(r"\+(?=\s*[a-z])", text)]
-    found = [_method(chosen, text, key) for chosen in itertools.product(*parts)]
+    found = [_stack(chosen, text, key) for chosen in itertools.product(*parts)]
     return list(dict.fromkeys(found))
 
 
@@ -89,19 +89,25 @@ def _parts(part: str, text: str, key: str) -> list[Part]:
             raise _error(key, text, f"{word} is there twice")
         values[word] = [_value(alternative) for alternative in written.split("|")]
     named = [word for word in known if word in values]
-    return [Part(name, tuple(zip(named, v))) for v in itertools.product(*(values[w] for w in named))]
+    return [
+        Part(name, tuple(zip(named, v))) for v in itertools.product(*(values[w] for w in named))
+    ]
 
 
-def _method(parts: tuple[Part, ...], text: str, key: str) -> Method:
+def _stack(parts: tuple[Part, ...], text: str, key: str) -> Stack:
     stages: dict[str, Part] = {}
     for part in parts:
         kind = DEFENCES[part.name]
         if kind is Sft:
             continue
         if kind.stage in stages:
-            raise _error(key, text, f"{stages[kind.stage].name} and {part.name} both act at the stage {kind.stage}")
+            raise _error(
+                key,
+                text,
+                f"{stages[kind.stage].name} and {part.name} both act at the stage {kind.stage}",
+            )
         stages[kind.stage] = part
-    return Method(**stages)
+    return Stack(**stages)
 
 
 def _value(written: str) -> Any:

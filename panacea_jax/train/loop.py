@@ -25,7 +25,7 @@ from panacea_jax.train import throughput
 from panacea_jax.train.checkpoints import Checkpoints
 from panacea_jax.train.diagnostics import Diagnostics
 from panacea_jax.train.metrics import MetricsWriter
-from panacea_jax.train.step import TrainState, init_state, make_step
+from panacea_jax.train.step import TrainState, find_step, init_state
 
 
 class Preempted(Exception):
@@ -104,7 +104,7 @@ def finetune(
     # ---- state, resume
     state = init_state(params, defence, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    step_fn = make_step(model, defence, optimizer, shardings)
+    step_fn = find_step(model, defence, optimizer, shardings)
     if checkpoints is not None and checkpoints.latest() is not None:
         state = checkpoints.restore(state)
     else:
@@ -119,7 +119,9 @@ def finetune(
     notes: dict[str, Any] = {"seed": seed}
     if isinstance(params, Adapter):
         notes["lora_scale"] = params.scale
-    done, compiled, step_bytes = start, 0, 0
+    done, step_bytes = start, 0
+    compiled = before = step_fn._cache_size()  # type: ignore[attr-defined]
+    shapes = set()
     with contextlib.ExitStack() as stack:
         if writer is not None:
             stack.callback(writer.close)
@@ -136,9 +138,11 @@ def finetune(
             watch.step(done, host, metrics, state.params)
             if compiled != (size := step_fn._cache_size()):  # type: ignore[attr-defined]
                 compiled = size
-                step_bytes = max(step_bytes, _memory(step_fn, state, model.weights, device, key))
                 if on_compile is not None:
-                    on_compile(compiled)
+                    on_compile(compiled - before)
+            if (shape := tuple(b.tokens.shape for b in device.values())) not in shapes:
+                shapes.add(shape)
+                step_bytes = max(step_bytes, _memory(step_fn, state, model.weights, device, key))
             bar.advance(watch.summary)
             # The last step is saved below, when the defence has had its last word on ε.
             last = done == steps
@@ -156,8 +160,8 @@ def finetune(
     deployed = defence.finish(state.params, state.defence)
     epsilon = getattr(state.defence, "epsilon", None)
     return Result(
-        model, state.params, epsilon, deployed, state.defence, done, tuple(watch.warnings), compiled,
-        step_bytes,
+        model, state.params, epsilon, deployed, state.defence, done, tuple(watch.warnings),
+        compiled - before, step_bytes,
     )  # fmt: skip
 
 
