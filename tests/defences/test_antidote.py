@@ -65,19 +65,15 @@ def world(request, tmp_path, monkeypatch):
 
 def torch_squares(model, modules, found):
     """By module name the running mean over records of Σ_t x², as the inputs come along."""
-    mean = {name: 0.0 for name in modules}
+    mean = dict.fromkeys(modules, 0.0)
+    inputs = {}
+    for name, module in modules.items():
+        module.register_forward_hook(
+            lambda m, x, y, name=name: inputs.update({name: x[0].detach()})
+        )
     for n, example in enumerate(found):
-        inputs = {}
-        hooks = [
-            module.register_forward_hook(
-                lambda m, x, y, name=name: inputs.update({name: x[0].detach()})
-            )
-            for name, module in modules.items()
-        ]
         with torch.no_grad():
             model(input_ids=torch.tensor(example.tokens, dtype=torch.long)[None])
-        for hook in hooks:
-            hook.remove()
         for name, x in inputs.items():
             total = x[0].pow(2).sum(0).numpy()
             mean[name] = mean[name] * n / (n + 1) + total / (n + 1)
@@ -137,7 +133,9 @@ def test_adapter(world, safety):
 def test_all_parameters(world):
     model, _, (base, _) = world
     theirs = oracle.load_full(base, getattr(torch, str(model.dtype)))
-    modules = {n: m for n, m in theirs.named_modules() if n.endswith(("q_proj", "k_proj", "v_proj"))}
+    modules = {
+        n: m for n, m in theirs.named_modules() if n.endswith(("q_proj", "k_proj", "v_proj"))
+    }
     want, _ = expected(theirs, modules, False)
     bare, params = full_parameters(model)
     result = apply_once(bare, params, Antidote(dense_ratio=RATIO), streams())
@@ -174,7 +172,10 @@ def test_statistics_are_float32_in_a_bfloat16_model(tmp_path):
 
 def test_equal_scores_are_cut_from_the_end():
     scores = jnp.asarray([[[1.0, 3.0], [1.0, 2.0], [1.0, 2.0], [1.0, 2.0]]])
-    assert top_of_rows(scores, 0.5)[0].T.tolist() == [[False, False, True, True], [True, False, False, True]]
+    assert top_of_rows(scores, 0.5)[0].T.tolist() == [
+        [False, False, True, True],
+        [True, False, False, True],
+    ]
     assert not top_of_rows(scores, 0.0).any() and top_of_rows(scores, 1.0).all()
 
 
