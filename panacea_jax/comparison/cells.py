@@ -19,7 +19,7 @@ from panacea_jax.evaluate.stage import judge_stage
 from panacea_jax.generate.stage import BARE_BASE, generate_stage
 from panacea_jax.pipeline import check, go_on_from
 from panacea_jax.quickstart.miniature import Commands, eval_tasks, make_world, settings, sources
-from panacea_jax.train.stage import decisive, heal_stage, train_stage
+from panacea_jax.train.stage import decisive, heal_stage, on_its_base, train_stage
 from panacea_jax.workdir import sha256_json, write_text
 
 SFT = Part("sft")
@@ -97,11 +97,14 @@ class Cells:
                     f"{folder}: made by another configuration; choose another --workdir"
                 )
             return folder
-        stages, main = {}, stage_config(config, "finetune")
+        stages: dict[str, Path] = {}
+        main, aligned = stage_config(config, "finetune"), Path()
         if self._aligns:
             stages["align"] = self._align_folder(cell)
             aligned = train_stage(stage_config(config, "align"), stages["align"].parent, "align")
             go_on_from(main, aligned, config.align.train.full_parameters)
+            # With lora.policy "merged" the merged base lies beside the alignment, once for all that start from it.
+            main = on_its_base(main, stages["align"].parent)
         if cell.ratio is not None:
             stages["finetune"] = self._finetune_folder(cell)
             tuned = train_stage(main, stages["finetune"].parent, "finetune")
@@ -110,9 +113,7 @@ class Cells:
                 main.model.path if main.train.full_parameters else main.lora.init_from or BARE_BASE
             )
         if cell.method.heal:
-            heal = stage_config(config, "heal")
-            with heal.unlocked():
-                heal.model.path, heal.lora.init_from = main.model.path, str(tuned)
+            heal = self._heal_config(config, main, tuned, aligned)
             tuned, stages["heal"] = heal_stage(heal, folder), folder / "heal"
         with main.unlocked():
             whole = main.train.full_parameters
@@ -124,6 +125,21 @@ class Cells:
         write_text(note, json.dumps({"method": str(cell.method), "seed": cell.seed, "ratio": cell.ratio, "stages": found,
                                      "config_sha256": made}, indent=1) + "\n")  # fmt: skip
         return folder
+
+    def _heal_config(
+        self, config: ConfigDict, main: ConfigDict, tuned: Path, aligned: Path
+    ) -> ConfigDict:
+        """What the healing stage sees: the fine-tuned weights, and for Safe LoRA the models around the alignment."""
+        heal, whole = stage_config(config, "heal"), main.train.full_parameters
+        with heal.unlocked():
+            heal.train.full_parameters = whole
+            heal.model.path = str(tuned) if whole else main.model.path
+            heal.lora.init_from = "" if whole else str(tuned)
+            if heal.defence.name == "safelora" and not heal.defence.base:
+                heal.defence.base = config.model.path
+                if self._aligns and main.model.path == config.model.path:
+                    heal.defence.aligned = str(aligned)
+        return heal
 
     def _align_folder(self, cell: Cell) -> Path:
         return self.root / "shared" / f"seed{cell.seed}" / slug(cell.method.align or SFT) / "align"

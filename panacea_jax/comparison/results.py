@@ -18,7 +18,7 @@ from panacea_jax.workdir import read_manifest
 
 Json = dict[str, Any]
 FIGURES = ("hs", "hs_plus", "fa", "benign")
-STAGES = ("align", "finetune", "heal")
+EXTRA = ("harmful", "alignment", "benign")
 
 
 class Measured(NamedTuple):
@@ -30,6 +30,7 @@ class Measured(NamedTuple):
         passes: by stage, forward + backward passes over the whole stage.
         seconds: of the stages' steps, compilation left out; None where that was not to be told apart.
         step_bytes: memory of one device that the largest compiled step needs.
+        extra_data: sources that the stages read besides the user's records, the attack's and the alignment stage's own.
     """
 
     events: Mapping[str, Sequence[bool]]
@@ -37,6 +38,7 @@ class Measured(NamedTuple):
     passes: Mapping[str, float]
     seconds: float | None
     step_bytes: int
+    extra_data: tuple[str, ...]
 
     def figures(self) -> dict[str, float]:
         """Percentages."""
@@ -49,7 +51,7 @@ def measure(root: Path, folder: Path, judge: str) -> Measured:
     steps: dict[str, int] = {}
     passes: dict[str, float] = {}
     seconds: list[float | None] = []
-    step_bytes = 0
+    step_bytes, extra = 0, set()
     for stage, where in note["stages"].items():
         manifest = read_manifest(root / where)
         outcome = manifest["outcome"]
@@ -57,11 +59,14 @@ def measure(root: Path, folder: Path, judge: str) -> Measured:
         name = manifest["config"]["defence"]["name"]
         passes[stage] = steps[stage] * float(sum(DEFENCES[name].facts.passes.values()))
         step_bytes = max(step_bytes, int(outcome.get("step_bytes", 0)))
+        own = "alignment" if stage == "align" else ""
+        sources = {name: manifest["config"]["data"][name] for name in EXTRA if name != own}
+        extra |= {name for name, source in sources.items() if source in manifest["inputs"]}
         if steps[stage]:
             seconds.append(_seconds(root / where, steps[stage]))
     known = [s for s in seconds if s is not None]
     total = sum(known) if len(known) == len(seconds) else None
-    return Measured(events(folder, judge), steps, passes, total, step_bytes)
+    return Measured(events(folder, judge), steps, passes, total, step_bytes, tuple(n for n in EXTRA if n in extra))
 
 
 def _seconds(stage: Path, steps: int) -> float | None:
@@ -135,7 +140,7 @@ def row(method: Stack, ratio: float | None, cells: Mapping[int, Measured], sft: 
         "passes_to_sft": None,
         "time_to_sft": None,
         "step_bytes": max(cell.step_bytes for cell in cells.values()) or None,
-        "extra_data": list(method.streams()),
+        "extra_data": list(any_cell.extra_data),
         "against_sft": None,
     }
     if sft is not None:

@@ -30,7 +30,7 @@ def rows() -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     for name, kind in sorted(DEFENCES.items(), key=lambda item: STAGES.index(stages(item[1])[0])):
         facts = kind.facts
-        extra = ", ".join(kind.streams) or "none"
+        extra = ", ".join(kind().streams) or "none"
         found.append((name, facts.title, ", ".join(stages(kind)), extra, passes(kind), facts.memory, facts.paper,
                       facts.code))  # fmt: skip
     return found

@@ -41,7 +41,8 @@ class Stack:
     def streams(self) -> tuple[str, ...]:
         """Data beyond the alignment set and the user's records that SFT gets too."""
         named = (part for part in (self.align, self.finetune, self.heal) if part)
-        return tuple(dict.fromkeys(s for part in named for s in DEFENCES[part.name].streams))
+        made = (DEFENCES[part.name](**dict(part.settings)) for part in named)
+        return tuple(dict.fromkeys(stream for defence in made for stream in defence.streams))
 
 
 def parse_stack(text: str, key: str) -> Stack:
