@@ -3,6 +3,7 @@
 from typing import Any
 
 from panacea_jax.defences.antidote import Antidote
+from panacea_jax.defences.booster import Booster, BoosterVaccine
 from panacea_jax.defences.loss import Loss
 from panacea_jax.defences.magnitude_prune import MagnitudePrune
 from panacea_jax.defences.panacea import Panacea
@@ -12,13 +13,19 @@ from panacea_jax.defences.random_prune import RandomPrune
 from panacea_jax.defences.random_vaccine import RandomVaccine
 from panacea_jax.defences.realign import Realign
 from panacea_jax.defences.safelora import SafeLora
+from panacea_jax.defences.repnoise import RepNoise
 from panacea_jax.defences.sft import Sft
+from panacea_jax.defences.tar import Tar
 from panacea_jax.defences.vaccine import Vaccine
 
 DEFENCES: dict[str, type[Any]] = {
     "sft": Sft,
     "vaccine": Vaccine,
     "random_vaccine": RandomVaccine,
+    "booster": Booster,
+    "booster_vaccine": BoosterVaccine,
+    "repnoise": RepNoise,
+    "tar": Tar,
     "panacea": Panacea,
     "random_perturbation": RandomPerturbation,
     "antidote": Antidote,
@@ -29,6 +36,8 @@ DEFENCES: dict[str, type[Any]] = {
 }
 
 __all__ = [
+    "Booster",
+    "BoosterVaccine",
     "DEFENCES",
     "Antidote",
     "Defence",
@@ -42,6 +51,8 @@ __all__ = [
     "RandomVaccine",
     "Realign",
     "SafeLora",
+    "RepNoise",
     "Sft",
+    "Tar",
     "Vaccine",
 ]

@@ -49,6 +49,12 @@ class Method(Protocol):
 
     Both are run outside jit; what they jit themselves takes ``loss`` as an argument, so that no weight becomes a constant.
 
+    and, of its streams,
+
+    * ``repeats``, a mapping: how many batches of a stream a step receives, woven into one (see ``data.batches.unweave``); 1 where unnamed.
+    * ``paired_streams``, names: those that go with the main stream record by record.
+    * ``passes``, as ``facts.passes`` but for these hyper-parameters, where they change it.
+
     Attributes:
         stage: where in align → finetune → heal it acts.
         streams: extra data streams beside ``"user"``, e.g. ``("harmful",)``.

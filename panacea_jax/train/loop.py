@@ -114,8 +114,10 @@ def finetune(
 
     # ---- loop
     writer = MetricsWriter(folder, start) if folder is not None else None
-    watch = _Watch(model, params, defence.facts.passes, writer, log_every, steps)
     needed = {name: streams[name] for name in ("user", *defence.streams)}
+    passes = getattr(defence, "passes", defence.facts.passes)
+    passes = {name: n / needed[name].repeats for name, n in passes.items()}
+    watch = _Watch(model, params, passes, writer, log_every, steps)
     notes: dict[str, Any] = {"seed": seed}
     if isinstance(params, Adapter):
         notes["lora_scale"] = params.scale
