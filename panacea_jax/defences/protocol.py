@@ -48,6 +48,9 @@ class Defence(Protocol):
 
     Both are run outside jit; what they jit themselves takes ``loss`` as an argument, so that no weight becomes a constant.
 
+    * ``for_steps(steps) -> Defence``: itself, told the total number of steps before training begins (Lisa's warm-up).
+    * ``mixed``: names of sets whose records join the user's, where ``streams`` names those that stay apart (VLGuard).
+
     Attributes:
         stage: where in align → finetune → heal it acts.
         streams: extra data streams beside ``"user"``, e.g. ``("harmful",)``.
@@ -55,8 +58,12 @@ class Defence(Protocol):
     """
 
     stage: ClassVar[Stage]
-    streams: ClassVar[tuple[str, ...]]
     facts: ClassVar[Facts]
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Extra data streams beside ``"user"``; most methods have a class variable here."""
+        ...
 
     def init(self, params: Params) -> State:
         """The state before the first step."""

@@ -175,10 +175,18 @@ def stage_records(
         "alignment": (data.num_alignment, train.alignment_batch_size),
         "benign": (0, train.batch_size),
     }
-    for name in defence.streams:
+    for name in (*defence.streams, *mixed(defence)):
         key, (n, size) = f"config.data.{name}", extra[name]
         sources[name] = (key, _first(training_records(data[name], key), n, key, data), size)
+    for name in mixed(defence):
+        key, records, size = sources["user"]
+        sources["user"] = (key, records + sources.pop(name)[1], size)
     return sources
+
+
+def mixed(defence: Defence) -> tuple[str, ...]:
+    """The sets whose records a defence appends to the user's."""
+    return getattr(defence, "mixed", ())
 
 
 def make_streams(
@@ -204,7 +212,7 @@ def make_streams(
 def data_inputs(config: ConfigDict, stage: str, defence: Defence) -> dict[str, str]:
     """Fingerprints of the sources that the stage reads."""
     keys = ["alignment"] if stage == "align" else ["user", "attack"]
-    keys += [name for name in defence.streams if name in config.data]
+    keys += [name for name in (*defence.streams, *mixed(defence)) if name in config.data]
     return {
         config.data[k]: fingerprint(config.data[k], f"config.data.{k}")
         for k in keys
