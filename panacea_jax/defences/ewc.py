@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Key
 
-from panacea_jax.defences.loss import Loss
 from panacea_jax.defences.protocol import Facts, Gradient, LossFn, Params, Sets, Stage
 from panacea_jax.errors import InputError
 
@@ -39,7 +38,7 @@ class EwcState(NamedTuple):
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _add_square(fisher: Params, loss: Loss, params: Params, batch: Any) -> Params:
+def _add_square(fisher: Params, loss: LossFn, params: Params, batch: Any) -> Params:
     """``F + (∇ L)²`` of one batch."""
     g = jax.grad(loss)(params, batch)
     return jax.tree.map(lambda f, g: f + jnp.square(g), fisher, g)
@@ -73,7 +72,7 @@ class Ewc:
         """w₀ = w, F = 0."""
         return EwcState(jax.tree.map(jnp.copy, params), jax.tree.map(jnp.zeros_like, params))
 
-    def first_pass(self, loss: Loss, params: Params, sets: Sets, state: EwcState) -> EwcState:
+    def first_pass(self, loss: LossFn, params: Params, sets: Sets, state: EwcState) -> EwcState:
         """F over the alignment set."""
         fisher = state.fisher
         for batch in sets["alignment"]:

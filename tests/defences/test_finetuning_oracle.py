@@ -18,7 +18,9 @@ from tests.train import test_oracle
 STEPS = 5
 LR = 1e-3
 
-setting = test_oracle.setting  # a model, its adapter, their folders, a tolerance; in float32 and in float64
+setting = (
+    test_oracle.setting
+)  # a model, its adapter, their folders, a tolerance; in float32 and in float64
 
 
 def streams():
@@ -83,12 +85,10 @@ both = pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 
 
 @both
-@pytest.mark.parametrize(("k1", "k2", "warmup"), [(1, 2, 2), (2, 1, 0), (0, 3, 1), (3, 0, 1)])
-def test_lisa(setting, full, k1, k2, warmup):
-    if full and k1 != 1:
-        pytest.skip("one all-parameter run of each method is enough")
-    defence = Lisa(rho=20.0, alignment_steps=k1, finetune_steps=k2, warmup_steps=warmup)
-    compare(setting, full, defence, lisa.gradients, rho=20.0, k1=k1, k2=k2, warmup=warmup)
+def test_lisa(setting, full):
+    """Alignment, user, user, alignment, user; the term begins in the middle of a turn."""
+    defence = Lisa(rho=20.0, alignment_steps=1, finetune_steps=2, warmup_steps=2)
+    compare(setting, full, defence, lisa.gradients, rho=20.0, k1=1, k2=2, warmup=2)
 
 
 @both
@@ -100,9 +100,8 @@ def test_ldifs_as_in_the_public_code(setting, full):
     assert counted[0] == 3 and 0 < min(counted[1:]) < 3, counted
 
 
-@both
-def test_ldifs_without_a_gate(setting, full):
-    compare(setting, full, Ldifs(rho=500.0, gate=0), ldifs.gradients, rho=500.0)
+def test_ldifs_without_a_gate(setting):
+    compare(setting, False, Ldifs(rho=500.0, gate=0), ldifs.gradients, rho=500.0)
 
 
 @both
