@@ -4,6 +4,10 @@ from typing import Any
 
 from panacea_jax.defences.antidote import Antidote
 from panacea_jax.defences.booster import Booster, BoosterVaccine
+from panacea_jax.defences.ewc import Ewc
+from panacea_jax.defences.kl import Kl
+from panacea_jax.defences.ldifs import Ldifs
+from panacea_jax.defences.lisa import Lisa
 from panacea_jax.defences.loss import Loss
 from panacea_jax.defences.magnitude_prune import MagnitudePrune
 from panacea_jax.defences.panacea import Panacea
@@ -17,6 +21,7 @@ from panacea_jax.defences.repnoise import RepNoise
 from panacea_jax.defences.sft import Sft
 from panacea_jax.defences.tar import Tar
 from panacea_jax.defences.vaccine import Vaccine
+from panacea_jax.defences.vlguard import Vlguard
 
 DEFENCES: dict[str, type[Any]] = {
     "sft": Sft,
@@ -27,6 +32,11 @@ DEFENCES: dict[str, type[Any]] = {
     "repnoise": RepNoise,
     "tar": Tar,
     "panacea": Panacea,
+    "lisa": Lisa,
+    "ldifs": Ldifs,
+    "ewc": Ewc,
+    "kl": Kl,
+    "vlguard": Vlguard,
     "random_perturbation": RandomPerturbation,
     "antidote": Antidote,
     "random_prune": RandomPrune,
@@ -41,6 +51,10 @@ __all__ = [
     "DEFENCES",
     "Antidote",
     "Defence",
+    "Ewc",
+    "Kl",
+    "Ldifs",
+    "Lisa",
     "Loss",
     "LossFn",
     "MagnitudePrune",
@@ -55,4 +69,5 @@ __all__ = [
     "Sft",
     "Tar",
     "Vaccine",
+    "Vlguard",
 ]

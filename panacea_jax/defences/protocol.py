@@ -47,7 +47,10 @@ class Method(Protocol):
     * ``last_pass(loss, params, sets, state) -> state``: the same after the last step (Panacea's ε of the whole harmful set).
     * ``report(params, state) -> dict``: figures for the manifest, of a method in one shot.
 
-    Both are run outside jit; what they jit themselves takes ``loss`` as an argument, so that no weight becomes a constant.
+    Both are run outside jit; what they jit themselves takes ``loss`` as an argument, so that no weight becomes a constant. Further,
+
+    * ``for_steps(steps) -> Defence``: itself, told the total number of steps before training begins (Lisa's warm-up).
+    * ``mixed``: names of sets whose records join the user's, where ``streams`` names those that stay apart (VLGuard).
 
     and, of its streams,
 

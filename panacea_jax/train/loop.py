@@ -97,6 +97,8 @@ def finetune(
         Diverged: the loss is NaN or infinite; the step is named, the last good checkpoint stays.
         Preempted: SIGTERM; the state was saved.
     """
+    if hasattr(defence, "for_steps"):
+        defence = defence.for_steps(steps)
     missing = [name for name in ("user", *defence.streams) if name not in streams]
     if missing:
         raise KeyError(f"{type(defence).__name__} needs the data streams {missing}")
@@ -214,7 +216,10 @@ def _look(
     if look is None:
         return state
     sets = whole_sets(model, defence, streams)
-    return state._replace(defence=look(Loss.of(model), state.params, sets, state.defence))
+    where = jax.tree.map(lambda x: x.sharding, state.defence)
+    seen = look(Loss.of(model), state.params, sets, state.defence)
+    # Back to where the step expects it, or its first call would be compiled for itself.
+    return state._replace(defence=jax.device_put(seen, where))
 
 
 class _Stop:

@@ -208,12 +208,20 @@ def stage_records(
         "alignment": (data.num_alignment, train.alignment_batch_size),
         "benign": (0, train.batch_size),
     }
-    for name in defence.streams:
+    for name in (*defence.streams, *mixed(defence)):
         key, (n, size) = f"config.data.{name}", extra[name]
         sources[name] = (key, _first(training_records(data[name], key), n, key, data), size)
     for name in getattr(defence, "paired_streams", ()):
         _check_pairs(name, *sources["user"], *sources[name])
+    for name in mixed(defence):
+        key, records, size = sources["user"]
+        sources["user"] = (key, records + sources.pop(name)[1], size)
     return sources
+
+
+def mixed(defence: Method) -> tuple[str, ...]:
+    """The sets whose records a defence appends to the user's."""
+    return getattr(defence, "mixed", ())
 
 
 def _check_pairs(
@@ -277,7 +285,7 @@ def data_inputs(config: ConfigDict, stage: str, defence: Method) -> dict[str, st
     keys = {"align": ["alignment"], "finetune": ["user", "attack"], "heal": []}[stage]
     if isinstance(defence, Realign):
         keys = ["alignment", "benign"]
-    keys += [name for name in defence.streams if name in config.data]
+    keys += [name for name in (*defence.streams, *mixed(defence)) if name in config.data]
     found = {
         config.data[k]: fingerprint(config.data[k], f"config.data.{k}")
         for k in keys
