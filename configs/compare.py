@@ -41,7 +41,7 @@ GRID = (
     "t_vaccine:rho=0.5|3|5|20,layers=2",
     "booster:lam=5|100,alpha=0.01|0.1",
     "booster_vaccine:lam=5|100,alpha=0.01|0.1,rho=5",
-    "repnoise:alpha=0.1|1,beta=0.001|0.1",
+    "repnoise:alpha=0.1|1,beta=0.001|0.1,paired=False",
     "tar:inner_steps=8,inner_every=4,inner_learning_rate=0.0007|0.002,tamper_weight=1|4",
     "panacea:rho=0.1|0.25|0.5|1,lam=0.2,final_epsilon=mean",
     "lisa:rho=0.01|0.1|1|10,alignment_steps=24,finetune_steps=216",
@@ -59,8 +59,8 @@ GRID = (
 
 # At the papers' and repositories' settings.
 PUBLISHED = (
-    "vaccine:rho=5", "t_vaccine", "booster", "repnoise:alpha=0.1", "panacea", "lisa:rho=0.01", "ldifs", "ewc", "kl", "vlguard:mode=sum",
-    "antidote:dense_ratio=0.05", "random_prune:dense_ratio=0.05", "random_perturbation", "realign",
+    "vaccine:rho=5", "t_vaccine", "booster", "repnoise:alpha=0.1,paired=False", "panacea", "lisa:rho=0.01", "ldifs", "ewc", "kl",
+    "vlguard:mode=sum", "antidote:dense_ratio=0.05", "random_prune:dense_ratio=0.05", "random_perturbation", "realign",
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def sft(model):
-    return BENCHMARK["step_flops"](model, DEFENCES["sft"]())
+    return BENCHMARK["step_flops"](model, BENCHMARK["defence_of"]("sft"))
 
 
 def test_the_count_is_of_all_layers(model, sft):
@@ -41,6 +41,7 @@ def test_the_count_is_of_all_layers(model, sft):
 
 @pytest.mark.parametrize("name", [name for name in STEPPING if name != "sft"])
 def test_a_step_costs_what_the_method_states(name, model, sft):
-    ratio = BENCHMARK["step_flops"](model, DEFENCES[name]()) / sft
-    assert ratio == pytest.approx(BENCHMARK["stated"](DEFENCES[name]), rel=0.05)
+    defence = BENCHMARK["defence_of"](name)
+    ratio = BENCHMARK["step_flops"](model, defence) / sft
+    assert ratio == pytest.approx(BENCHMARK["stated"](defence), rel=0.05)
     assert ratio <= CEILINGS.get(name, float("inf"))

@@ -77,9 +77,11 @@ class Cells:
         """
         seen = set()
         for method in methods:
-            kinds = (method.streams(), method.heal is None)
-            if kinds not in seen:
-                seen.add(kinds)
+            names = tuple(
+                part and part.name for part in (method.align, method.finetune, method.heal)
+            )
+            if names not in seen:
+                seen.add(names)
                 check(self._of_cell(Cell(method, seed, ratio)))
 
     def run(self, cell: Cell) -> Path:
@@ -101,7 +103,10 @@ class Cells:
         main, aligned = stage_config(config, "finetune"), Path()
         if self._aligns:
             stages["align"] = self._align_folder(cell)
-            aligned = train_stage(stage_config(config, "align"), stages["align"].parent, "align")
+            alone = stage_config(config, "align")
+            with alone.unlocked():  # the ratio is none of alignment's business: all ratios share it
+                alone.data.poison_ratio = self._config.data.poison_ratio
+            aligned = train_stage(alone, stages["align"].parent, "align")
             go_on_from(main, aligned, config.align.train.full_parameters)
             # With lora.policy "merged" the merged base lies beside the alignment, once for all that start from it.
             main = on_its_base(main, stages["align"].parent)
@@ -129,16 +134,15 @@ class Cells:
     def _heal_config(
         self, config: ConfigDict, main: ConfigDict, tuned: Path, aligned: Path
     ) -> ConfigDict:
-        """What the healing stage sees: the fine-tuned weights, and for Safe LoRA the models around the alignment."""
+        """What the healing stage sees: the fine-tuned weights, and for Safe LoRA the adapter that aligned them."""
         heal, whole = stage_config(config, "heal"), main.train.full_parameters
         with heal.unlocked():
             heal.train.full_parameters = whole
             heal.model.path = str(tuned) if whole else main.model.path
             heal.lora.init_from = "" if whole else str(tuned)
-            if heal.defence.name == "safelora" and not heal.defence.base:
-                heal.defence.base = config.model.path
-                if self._aligns and main.model.path == config.model.path:
-                    heal.defence.aligned = str(aligned)
+            adapter = self._aligns and main.model.path == config.model.path
+            if heal.defence.name == "safelora" and not heal.defence.aligned and adapter:
+                heal.defence.aligned = str(aligned)
         return heal
 
     def _align_folder(self, cell: Cell) -> Path:
@@ -162,6 +166,12 @@ class Cells:
             for stage, part in parts.items():
                 config[stage].defence = defence_section(part or Part(""))
             config.defence = defence_section(cell.method.finetune or SFT)
+            heal = config.heal.defence
+            if heal.name == "safelora" and not heal.base:
+                with heal.unlocked():
+                    heal.base = (
+                        config.model.path
+                    )  # what the alignment of the comparison starts from
         return config
 
     def _of_seed(self, seed: int) -> ConfigDict:

@@ -1,9 +1,9 @@
 """What finished cells say: outcomes on each prompt, passes, time, memory; and their means over seeds, paired with SFT."""
 
+import dataclasses
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,8 +56,7 @@ def measure(root: Path, folder: Path, judge: str) -> Measured:
         manifest = read_manifest(root / where)
         outcome = manifest["outcome"]
         steps[stage] = int(outcome.get("steps", 0))
-        name = manifest["config"]["defence"]["name"]
-        passes[stage] = steps[stage] * float(sum(DEFENCES[name].facts.passes.values()))
+        passes[stage] = steps[stage] * passes_per_step(manifest["config"]["defence"])
         step_bytes = max(step_bytes, int(outcome.get("step_bytes", 0)))
         own = "alignment" if stage == "align" else ""
         sources = {name: manifest["config"]["data"][name] for name in EXTRA if name != own}
@@ -66,7 +65,22 @@ def measure(root: Path, folder: Path, judge: str) -> Measured:
             seconds.append(_seconds(root / where, steps[stage]))
     known = [s for s in seconds if s is not None]
     total = sum(known) if len(known) == len(seconds) else None
-    return Measured(events(folder, judge), steps, passes, total, step_bytes, tuple(n for n in EXTRA if n in extra))
+    return Measured(
+        events(folder, judge),
+        steps,
+        passes,
+        total,
+        step_bytes,
+        tuple(n for n in EXTRA if n in extra),
+    )
+
+
+def passes_per_step(section: Mapping[str, Any]) -> float:
+    """Of a defence as a manifest describes it."""
+    kind = DEFENCES[section["name"]]
+    lists = {field.name: section[field.name] for field in dataclasses.fields(kind)}
+    defence = kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in lists.items()})
+    return float(sum(getattr(defence, "passes", kind.facts.passes).values()))
 
 
 def _seconds(stage: Path, steps: int) -> float | None:
@@ -151,7 +165,7 @@ def row(method: Stack, ratio: float | None, cells: Mapping[int, Measured], sft: 
             found["time_to_sft"] = sum(filter(None, ours)) / sum(filter(None, theirs))
         if cells is not sft:
             found["against_sft"] = {
-                figure: asdict(paired([hit for s in cells for hit in cells[s].events[figure]],
+                figure: dataclasses.asdict(paired([hit for s in cells for hit in cells[s].events[figure]],
                                       [hit for s in cells for hit in sft[s].events[figure]]))
                 for figure in any_cell.events
             }  # fmt: skip

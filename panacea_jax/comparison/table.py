@@ -60,7 +60,10 @@ def notes(result: Json) -> list[str]:
     if result["grid"]:
         count = len(result["grid"][0]["candidates"])
         chosen = ", ".join(found["chosen"] for found in result["grid"])
-        lines.append(f"Chosen among {count} candidates each on development seeds {_list(result['development'])}: {chosen}. Rule: {result['rule']}")  # fmt: skip
+        seeds_of_choice = _list(result["development"])
+        lines.append(
+            f"Chosen among {count} candidates each on development seeds {seeds_of_choice}: {chosen}. Rule: {result['rule']}"
+        )
         given = [m for m in result["methods"] if m != "sft" and m not in {f["chosen"] for f in result["grid"]}]  # fmt: skip
         if given:
             lines.append(f"As given, not chosen: {', '.join(given)}.")
@@ -104,7 +107,8 @@ def as_csv(result: Json) -> str:
     heads = [f"{name}_{part}" for name in TITLES for part in parts]
     tests = [f"{name}_{part}" for name in TITLES for part in ("to_sft", "p")]
     stages = [f"{what}_{stage}" for what in ("steps", "passes") for stage in ("align", "finetune", "heal")]  # fmt: skip
-    writer.writerow(["method", "ratio", "seeds", *heads, *tests, *stages, "passes_to_sft", "time_to_sft", "step_bytes", "extra_data"])  # fmt: skip
+    last = ["passes_to_sft", "time_to_sft", "step_bytes", "extra_data"]
+    writer.writerow(["method", "ratio", "seeds", *heads, *tests, *stages, *last])
     for row in result["rows"]:
         figures: list[Any] = []
         for name in TITLES:
