@@ -8,12 +8,14 @@ from panacea_jax.defences.protocol import Defence, LossFn
 from panacea_jax.defences.random_perturbation import RandomPerturbation
 from panacea_jax.defences.random_vaccine import RandomVaccine
 from panacea_jax.defences.sft import Sft
+from panacea_jax.defences.t_vaccine import TVaccine
 from panacea_jax.defences.vaccine import Vaccine
 
 DEFENCES: dict[str, type[Any]] = {
     "sft": Sft,
     "vaccine": Vaccine,
     "random_vaccine": RandomVaccine,
+    "t_vaccine": TVaccine,
     "panacea": Panacea,
     "random_perturbation": RandomPerturbation,
 }
@@ -27,5 +29,6 @@ __all__ = [
     "RandomPerturbation",
     "RandomVaccine",
     "Sft",
+    "TVaccine",
     "Vaccine",
 ]

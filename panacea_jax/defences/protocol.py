@@ -46,7 +46,11 @@ class Defence(Protocol):
       maps each of ``streams`` to its records once, in batches. Its outcome is part of the state, so a resumed run does not repeat it.
     * ``last_pass(loss, params, sets, state) -> state``: the same after the last step (Panacea's ε of the whole harmful set).
 
-    Both are run outside jit; what they jit themselves takes ``loss`` as an argument, so that no weight becomes a constant.
+    * ``trained(params, state) -> mask``: which layers of which tensors a step trains, called with the state that ``gradient`` returned; the
+      form of the mask is that of ``train.optimizer.Partial``. The others stand still, without weight decay or a change of their moments.
+    * ``intervals``: by stream, how many steps share a batch; a stream that is not named moves on at every step.
+
+    Both looks are run outside jit; what they jit themselves takes ``loss`` as an argument, so that no weight becomes a constant.
 
     Attributes:
         stage: where in align → finetune → heal it acts.
