@@ -73,7 +73,8 @@ def make_model() -> Model:
 
 def defence_of(name: str) -> Any:
     """The method as it is counted."""
-    return DEFENCES[name](**SETTINGS.get(name, {}))
+    defence = DEFENCES[name](**SETTINGS.get(name, {}))
+    return defence.for_steps(100) if hasattr(defence, "for_steps") else defence
 
 
 def _batch(seed: int, several: int) -> Batch:
