@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AxisType, Mesh
 
 from panacea_jax.errors import InputError
 
@@ -26,14 +26,13 @@ def make_mesh(
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def abstract_mesh(data: int, fsdp: int, tensor: int, count: int) -> AbstractMesh:
-    """The same for ``count`` devices that are not there: good for shapes, not for programs.
+def stand_in_mesh(data: int, fsdp: int, tensor: int, count: int) -> Mesh:
+    """The same for ``count`` devices that are not there: one of ours in every place. Good for shapes and shardings, not for programs.
 
     Raises:
         InputError: as :func:`make_mesh`.
     """
-    sizes = mesh_sizes(data, fsdp, tensor, count)
-    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return make_mesh(data, fsdp, tensor, jax.devices()[:1] * count)
 
 
 def mesh_sizes(data: int, fsdp: int, tensor: int, count: int) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
@@ -29,7 +30,7 @@ from panacea_jax.models.config import ModelConfig
 from panacea_jax.models.hub import local_folder
 from panacea_jax.models.model import Model, abstract
 from panacea_jax.parallel.hlo import collectives
-from panacea_jax.parallel.mesh import AXES, abstract_mesh, make_mesh
+from panacea_jax.parallel.mesh import AXES, make_mesh, stand_in_mesh
 from panacea_jax.parallel.sharding import (
     batch_rows,
     batch_sharding,
@@ -160,7 +161,7 @@ def plan(
 # ---- one plan
 
 
-def abstract_step(config: ConfigDict, model: ModelConfig, mesh: Any) -> Step:
+def abstract_step(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Step:
     """The arguments of the fine-tuning step for the longest batch, nothing allocated.
 
     Args:
@@ -279,11 +280,11 @@ def _plan(config: ConfigDict, model: ModelConfig, machine: Topology, compiled: b
     )  # fmt: skip
 
 
-def _mesh(config: ConfigDict, machine: Topology) -> Any:
-    """The mesh on the topology's devices; for GPUs an abstract one."""
+def _mesh(config: ConfigDict, machine: Topology) -> Mesh:
+    """The mesh on the topology's devices; for GPUs stand-ins."""
     sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if machine.devices is None:
-        return abstract_mesh(*sizes, machine.size)
+        return stand_in_mesh(*sizes, machine.size)
     return make_mesh(*sizes, machine.devices)
 
 
