@@ -16,6 +16,7 @@ from panacea_jax.models.full import full_parameters
 from panacea_jax.models.model import Model, load
 from panacea_jax.parallel import make_mesh
 from panacea_jax.train.loop import Result, finetune
+from panacea_jax.train.once import apply_once
 from panacea_jax.train.optimizer import make_optimizer
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "InputError",
     "Model",
     "Result",
+    "apply_once",
     "defences",
     "export_adapter",
     "export_model",

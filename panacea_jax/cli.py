@@ -134,7 +134,7 @@ COMMANDS = {
     "run": Command("every stage of a recipe: align, finetune, heal, generate, judge, layers (perplexity if asked for)", _run),
     "align": Command("safety alignment of the base on config.data.alignment", _align),
     "finetune": Command("fine-tuning on user data with config.defence", _finetune),
-    "heal": Command("a post-fine-tuning defence on a finished adapter", _heal),
+    "heal": Command("a post-fine-tuning defence on a finished adapter or model", _heal),
     "generate": Command("answers to config.eval.tasks", _generate),
     "judge": Command("verdicts and scores.json from the answers", _judge),
     "score": Command(

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference, placeholder
 
-from panacea_jax.defences import DEFENCES, Defence
+from panacea_jax.defences import DEFENCES, Method
 from panacea_jax.errors import InputError
 from panacea_jax.models.adapter import target_names
 from panacea_jax.train.optimizer import SCHEDULES
@@ -25,6 +25,7 @@ DTYPES = ("bfloat16", "float32")
 REMAT = ("none", "dots", "full")
 ATTENTION = ("auto", "xla", "cudnn", "splash")
 TEMPLATES = ("alpaca", "chat")
+LORA_POLICIES = ("single", "merged")
 CACHE_DTYPES = ("auto", "int8")
 JUDGES = ("refusal", "beaver_dam", "beaver_dam_full", "guard")
 GUARD_TEMPLATES = ("llama_guard", "wildguard")
@@ -120,6 +121,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "alpha": 4.0,
             "targets": ("q", "k", "v"),
             "init_from": "",  # PEFT folder to go on from; "": a fresh adapter, or in a run the alignment stage's
+            "policy": "single",  # that adapter is trained on; "merged": it becomes part of the base, and a fresh one is trained
         },
         "data": {
             "user": "",
@@ -257,6 +259,7 @@ def validate(config: ConfigDict) -> None:
     _require(0 <= config.seed < 2**31, "seed", config.seed, "a whole number from 0 to 2147483647")
     target_names(config.lora.targets)
     _at_least(config.lora.rank, "lora.rank", 1)
+    _one_of(config.lora.policy, "lora.policy", LORA_POLICIES)
     _require(0 < config.lora.alpha < math.inf, "lora.alpha", config.lora.alpha, "a positive number")
     data = config.data
     _require(
@@ -358,7 +361,7 @@ def _validate_train(train: ConfigDict, section: str) -> None:
     )
 
 
-def make_defence(section: ConfigDict, prefix: str = "") -> Defence:
+def make_defence(section: ConfigDict, prefix: str = "") -> Method:
     """The defence of a ``defence`` section: of its keys, those that the method has.
 
     Raises:

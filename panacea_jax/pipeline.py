@@ -25,17 +25,22 @@ def check(config: ConfigDict) -> None:
     if config.align.defence.name:
         align = stage_config(config, "align")
         stage_records(align, "align", check_stage(align, "align", "align."))
-        if main.train.full_parameters and not align.train.full_parameters:
+        adapter = not align.train.full_parameters
+        if main.train.full_parameters and adapter and main.lora.policy != "merged":
             raise InputError(
-                "config.train.full_parameters: cannot go on from an aligned adapter; set config.align.train.full_parameters too"
+                "config.train.full_parameters: cannot go on from an aligned adapter; set config.align.train.full_parameters too, or "
+                "config.lora.policy = merged"
             )
     stage_records(main, "finetune", check_stage(main, "finetune"))
     if config.heal.defence.name:
-        check_stage(stage_config(config, "heal"), "heal", "heal.")
-        if main.train.full_parameters:
+        heal = _heal_config(config, main)
+        if heal.train.full_parameters and not main.train.full_parameters:
             raise InputError(
-                "config.heal.defence.name: heal works on adapters so far, and config.train.full_parameters makes none"
+                "config.heal.train.full_parameters: what fine-tuning leaves is an adapter; set config.train.full_parameters too"
             )
+        with heal.unlocked():
+            heal.train.full_parameters = main.train.full_parameters
+        stage_records(heal, "heal", check_stage(heal, "heal", "heal."))
     set_names(config.eval.tasks)
     for spec in config.eval.tasks:
         eval_records(spec, config.eval.num_examples)
@@ -66,11 +71,7 @@ def run(config: ConfigDict, workdir: Path) -> Path:
     train_stage(main, workdir, "finetune")
     if config.heal.defence.name:
         say("== heal")
-        heal = stage_config(config, "heal")
-        with heal.unlocked():
-            heal.model.path = main.model.path
-            heal.lora.init_from = ""
-        heal_stage(heal, workdir)
+        heal_stage(_heal_config(config, main), workdir)
     if config.eval.tasks:
         say("== generate")
         generate_stage(main, workdir)
@@ -83,3 +84,11 @@ def run(config: ConfigDict, workdir: Path) -> Path:
         say("== layers")
         layers_stage(workdir, None, None)
     return workdir
+
+
+def _heal_config(config: ConfigDict, main: ConfigDict) -> ConfigDict:
+    """The healing stage's configuration: what fine-tuning leaves in the work directory is healed, not what it started from."""
+    heal = stage_config(config, "heal")
+    with heal.unlocked():
+        heal.model.path, heal.lora.init_from = main.model.path, ""
+    return heal

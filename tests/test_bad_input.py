@@ -235,8 +235,27 @@ def test_defences_of_another_stage(refused, finetune, place):
 def test_keys_that_exclude_each_other(refused, finetune, place):
     full = "--config.train.full_parameters=True"
     assert "config.lora.init_from" in finetune(full, "--config.lora.init_from=some/adapter")
-    heal = place.flags("--config.defence.name=random_perturbation", full)
+    heal = place.flags(
+        "--config.defence.name=safelora", f"--config.defence.base={place.base}", full
+    )
     assert "config.train.full_parameters" in refused("heal", *heal, "--workdir=new")
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["name=antidote", "data.harmful="], "config.data.harmful is not set"),
+        (["name=antidote", "defence.safety_mask=True", "data.alignment="], "config.data.alignment is not set"),
+        (["name=realign"], "config.data.benign is not set"),
+        (["name=realign", "defence.benign_ratio=0", "data.alignment="], "config.data.alignment is not set"),
+        (["name=safelora"], "config.defence.base is not set"),
+        (["name=safelora", "defence.base=none"], "config.defence.base = none: none: no such model folder"),
+    ],
+)  # fmt: skip
+def test_what_healing_needs(refused, finished, place, flags, wanted):
+    adapter = f"--config.lora.init_from={finished[1] / 'finetune' / 'adapter'}"
+    ours = [f"--config.{'defence.' * f.startswith('name')}{f}" for f in flags]
+    assert wanted in refused("heal", *place.flags(adapter, *ours), "--workdir=new")
 
 
 # ---------------------------------------------------------------- sources

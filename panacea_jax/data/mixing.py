@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
+from panacea_jax.data.order import indices
 from panacea_jax.data.sources import Record
 from panacea_jax.errors import InputError
 
@@ -48,6 +51,40 @@ def first(records: Sequence[Record], n: int, key: str, off_by_one: bool = False)
     if len(records) < n:
         raise InputError(f"{key}: {n} records are asked for, but it holds {len(records)}")
     return list(records[int(off_by_one) : n])
+
+
+def realignment(
+    refusals: Sequence[Record],
+    benign: Sequence[Record],
+    n: int,
+    ratio: float,
+    seed: int,
+    shuffle: bool,
+) -> list[Record]:
+    """n records, refusals and benign ones evenly mixed: of the first k, int(ratio·k) are benign, so any batch has the ratio to within
+    one record.
+
+    Each kind comes in its own order (shuffled anew each epoch, or file order) and starts again when it is exhausted. A kind of which
+    the ratio takes none may be empty.
+
+    Args:
+        refusals: Refusals to harmful prompts (config.data.alignment).
+        benign: Benign records (config.data.benign).
+        n: Number of records.
+        ratio: Share of benign ones, in [0, 1].
+        seed: config.seed.
+        shuffle: config.data.shuffle.
+    """
+    is_benign = np.diff((np.arange(n + 1) * ratio).astype(np.int64)) > 0
+    chosen = np.empty(n, object)
+    for name, where, records in (
+        ("benign", is_benign, benign),
+        ("alignment", ~is_benign, refusals),
+    ):
+        if count := int(where.sum()):
+            picked = indices(seed, name, 0, count, len(records), shuffle)
+            chosen[where] = [records[i] for i in picked]
+    return list(chosen)
 
 
 def _enough(records: Sequence[Record], wanted: int, key: str, n: int, p: float) -> None:

@@ -2,11 +2,16 @@
 
 from typing import Any
 
+from panacea_jax.defences.antidote import Antidote
 from panacea_jax.defences.loss import Loss
+from panacea_jax.defences.magnitude_prune import MagnitudePrune
 from panacea_jax.defences.panacea import Panacea
-from panacea_jax.defences.protocol import Defence, LossFn
+from panacea_jax.defences.protocol import Defence, LossFn, Method
 from panacea_jax.defences.random_perturbation import RandomPerturbation
+from panacea_jax.defences.random_prune import RandomPrune
 from panacea_jax.defences.random_vaccine import RandomVaccine
+from panacea_jax.defences.realign import Realign
+from panacea_jax.defences.safelora import SafeLora
 from panacea_jax.defences.sft import Sft
 from panacea_jax.defences.vaccine import Vaccine
 
@@ -16,16 +21,27 @@ DEFENCES: dict[str, type[Any]] = {
     "random_vaccine": RandomVaccine,
     "panacea": Panacea,
     "random_perturbation": RandomPerturbation,
+    "antidote": Antidote,
+    "random_prune": RandomPrune,
+    "magnitude_prune": MagnitudePrune,
+    "safelora": SafeLora,
+    "realign": Realign,
 }
 
 __all__ = [
     "DEFENCES",
+    "Antidote",
     "Defence",
     "Loss",
     "LossFn",
+    "MagnitudePrune",
+    "Method",
     "Panacea",
     "RandomPerturbation",
+    "RandomPrune",
     "RandomVaccine",
+    "Realign",
+    "SafeLora",
     "Sft",
     "Vaccine",
 ]

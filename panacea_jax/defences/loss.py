@@ -20,7 +20,7 @@ class Forward(NamedTuple):
 
     Attributes:
         hidden: final hidden states, after the last norm.
-        readings: by name the activations asked for, ``[L, B, T, D]``.
+        readings: by name the activations asked for, ``[L, B, T, D]``; sums of squares by name and projection, ``[L, F]``.
     """
 
     hidden: Float[Array, "B T D"]
@@ -66,7 +66,7 @@ class Loss:
         offsets: Float[Array, "L B T D"] | None = None,
         readings: tuple[str, ...] = (),
     ) -> Forward:
-        """Hidden states and, of ``decoder.READINGS``, the activations asked for."""
+        """Hidden states and, of ``decoder.READINGS`` and ``decoder.SQUARES``, the activations asked for."""
         return Forward(
             *self.model.inspect(self.weights, params, batch.tokens, batch.valid, offsets, readings)
         )

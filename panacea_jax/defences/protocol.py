@@ -35,16 +35,17 @@ class Facts(NamedTuple):
 
 
 @runtime_checkable
-class Defence(Protocol):
+class Method(Protocol):
     """One method. Implementations are frozen dataclasses of hyper-parameters; all state is in the pytrees they return.
 
-    The shared tail of every method is ``clip global norm → AdamW → update`` and is not the defence's business.
+    One without a ``gradient`` acts in one shot, on weights that are finished: ``finish(params, first_pass(…, init(params)))``.
 
     A method may also have
 
     * ``first_pass(loss, params, sets, state) -> state``: a look at whole data sets before step 0 (EWC's Fisher information). ``sets``
       maps each of ``streams`` to its records once, in batches. Its outcome is part of the state, so a resumed run does not repeat it.
     * ``last_pass(loss, params, sets, state) -> state``: the same after the last step (Panacea's ε of the whole harmful set).
+    * ``report(params, state) -> dict``: figures for the manifest, of a method in one shot.
 
     Both are run outside jit; what they jit themselves takes ``loss`` as an argument, so that no weight becomes a constant.
 
@@ -55,12 +56,28 @@ class Defence(Protocol):
     """
 
     stage: ClassVar[Stage]
-    streams: ClassVar[tuple[str, ...]]
     facts: ClassVar[Facts]
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Extra data streams; for most methods a constant of the class."""
+        ...
 
     def init(self, params: Params) -> State:
         """The state before the first step."""
         ...
+
+    def finish(self, params: Params, state: State) -> Params:
+        """What is deployed, e.g. Panacea's ``w + ε``."""
+        ...
+
+
+@runtime_checkable
+class Defence(Method, Protocol):
+    """A method with training steps.
+
+    The shared tail of every method is ``clip global norm → AdamW → update`` and is not the defence's business.
+    """
 
     def gradient(
         self,
@@ -71,10 +88,6 @@ class Defence(Protocol):
         key: Key[Array, ""],
     ) -> Gradient:
         """The gradient that goes to the optimizer, the next state, and scalars to log ("loss" among them)."""
-        ...
-
-    def finish(self, params: Params, state: State) -> Params:
-        """What is deployed, e.g. Panacea's ``w + ε``."""
         ...
 
 

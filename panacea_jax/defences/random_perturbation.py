@@ -7,15 +7,13 @@ With ``rho`` the noise is ``ρ z/‖z‖``, z ~ N(0, 1) jointly over all tensors
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Key
 
-from panacea_jax.defences.protocol import Facts, Gradient, LossFn, Params, Stage
+from panacea_jax.defences.protocol import Facts, Params, Stage
 from panacea_jax.errors import InputError
 
 
@@ -62,23 +60,6 @@ class RandomPerturbation:
         size = self.rho / optax.tree.norm(noise) if self.sigma is None else jnp.asarray(self.sigma)
         return RandomPerturbationState(
             jax.tree.unflatten(tree, [(z * size).astype(z.dtype) for z in noise])
-        )
-
-    def gradient(
-        self,
-        loss_fn: LossFn,
-        params: Params,
-        batches: Mapping[str, Any],
-        state: RandomPerturbationState,
-        key: Key[Array, ""],
-    ) -> Gradient:
-        """There is nothing to train: a post-fine-tuning defence has no step.
-
-        Raises:
-            InputError: always.
-        """
-        raise InputError(
-            "config.defence.name = random_perturbation: acts after fine-tuning; use `panacea heal`"
         )
 
     def finish(self, params: Params, state: RandomPerturbationState) -> Params:

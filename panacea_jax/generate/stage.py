@@ -22,7 +22,7 @@ from panacea_jax.generate.sample import Sampling
 from panacea_jax.models import lora
 from panacea_jax.models.model import Model
 from panacea_jax.progress import Progress, say
-from panacea_jax.train.stage import model_inputs, open_model
+from panacea_jax.train.stage import base_of, model_inputs, open_model
 from panacea_jax.workdir import Stage, sha256_folder
 
 BARE_BASE = "none"
@@ -45,7 +45,8 @@ def find_params(config: ConfigDict, workdir: Path) -> tuple[str, str]:
     """Which weights to decode with: ``(base folder, adapter folder or "")``.
 
     ``config.generate.adapter`` names a PEFT folder or "none"; left empty, the newest of the stages heal, finetune and align in the work
-    directory counts (its ``model/`` in all-parameter mode, else its ``adapter/``), and without any the bare base.
+    directory counts (its ``model/`` in all-parameter mode, else its ``adapter/`` on the base that it was trained on), and without any
+    the bare base.
 
     Raises:
         InputError: the named folder does not exist.
@@ -61,7 +62,8 @@ def find_params(config: ConfigDict, workdir: Path) -> tuple[str, str]:
         if (workdir / stage / "model" / "config.json").is_file():
             return str(workdir / stage / "model"), ""
         if (workdir / stage / "adapter" / "adapter_config.json").is_file():
-            return config.model.path, str(workdir / stage / "adapter")
+            base = config.model.path if stage == "align" else base_of(config, workdir)
+            return base, str(workdir / stage / "adapter")
     return config.model.path, ""
 
 

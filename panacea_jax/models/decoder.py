@@ -26,6 +26,8 @@ from panacea_jax.parallel.sharding import batch_rows, batch_sharding
 
 # Activations that a defence may ask for, [L, B, T, D]: outputs of the attention module (before the residual), of the MLP, of the layer.
 READINGS = ("attn_out", "mlp_out", "block_out")
+# Sums of squares over the valid tokens, {"self_attn.q_proj": [L, F], …}: of each projection's input, and of x A of each adapted one.
+SQUARES = ("input_squares", "low_squares")
 
 REMAT = ("none", "dots", "full")
 Layers = tuple[tuple[Slots, Slots], ...]
@@ -146,14 +148,14 @@ class Decoder(nnx.Module):
         Args:
             tokens, positions, valid, adapter, scale: as of :meth:`hidden`.
             offsets: added to the output of each attention module, before the residual.
-            readings: which of ``READINGS`` to return.
+            readings: which of ``READINGS`` and ``SQUARES`` to return.
 
         Returns:
             The hidden states, and by name what was asked for, stacked over layers.
         """
         x = self.embed(tokens)
         context, windows = self._context(positions, positions, valid, None, scale)
-        context = context._replace(readings=readings)
+        context = context._replace(readings=readings, valid=valid)
         x, _, read = self._scan_layers(x, context, windows, adapter or {}, False, offsets)
         with jax.named_scope("norm"):
             return self.norm(x), read
@@ -275,6 +277,12 @@ def _of_layer(stacked: Any, i: int) -> Any:
 
 
 def _collect(layer: nnx.Module) -> dict[str, Any]:
-    """What the modules of a layer handed out, by name."""
-    found = nnx.to_flat_state(nnx.pop(layer, nnx.Intermediate))
-    return {str(path[-1]): variable[...] for path, variable in found}
+    """What the modules of a layer handed out, by name; of ``SQUARES`` by projection below that."""
+    found: dict[str, Any] = {}
+    for path, variable in nnx.to_flat_state(nnx.pop(layer, nnx.Intermediate)):
+        *where, name = map(str, path)
+        if name in SQUARES:
+            found.setdefault(name, {})[".".join(where)] = variable[...]
+        else:
+            found[name] = variable[...]
+    return found

@@ -23,6 +23,7 @@ class Context(NamedTuple):
     Attributes:
         offset: added to the output of the attention module, before the residual (Vaccine).
         readings: names of the activations to hand out, see :func:`read`.
+        valid: False for padding; only where sums over tokens are read.
     """
 
     cos: Float[Array, "B T half"]
@@ -33,12 +34,21 @@ class Context(NamedTuple):
     scale: Any
     offset: Float[Array, "B T D"] | None = None
     readings: tuple[str, ...] = ()
+    valid: Bool[Array, "B T"] | None = None
 
 
 def read(module: nnx.Module, context: Context, name: str, value: Array) -> None:
     """Hand out an activation if it is asked for; the decoder collects it from the module after the call."""
     if name in context.readings:
         setattr(module, name, nnx.Intermediate(value))
+
+
+def read_squares(module: nnx.Module, context: Context, name: str, x: Float[Array, "B T F"]) -> None:
+    """Hand out ``Σ x²`` over the valid tokens, ``[F]`` in at least float32, if it is asked for."""
+    if name in context.readings and context.valid is not None:
+        squares = jnp.square(x.astype(wide(x.dtype)))
+        squares = jnp.where(context.valid[..., None], squares, 0)
+        read(module, context, name, jnp.sum(squares, axis=(0, 1)))
 
 
 def wide(dtype: Any) -> Any:
@@ -76,15 +86,17 @@ class Linear(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         adapter: Mapping[str, Any] | None,
-        scale: Any,
+        context: Context,
     ) -> Float[Array, "B T F"]:
         """Apply to ``x``; ``adapter`` is ``{"a": [D, r], "b": [r, F]}`` or None."""
+        read_squares(self, context, "input_squares", x)
         y = x @ self.kernel[...].astype(x.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if adapter is not None:
             low = x @ adapter["a"].astype(x.dtype)
-            scale = jnp.asarray(scale, x.dtype)
+            read_squares(self, context, "low_squares", low)
+            scale = jnp.asarray(context.scale, x.dtype)
             b = adapter["b"].astype(x.dtype)
             y = y + ((low * scale) @ b if scale.ndim else scale * (low @ b))
         return y
@@ -136,7 +148,7 @@ class Attention(nnx.Module):
         c = self.config
 
         def project(name: str, linear: Linear) -> Array:
-            y = linear(x, adapter.get(name), context.scale)
+            y = linear(x, adapter.get(name), context)
             return y.reshape(*x.shape[:2], -1, c.head_dim)
 
         q = rotate(project("q_proj", self.q_proj), context.cos, context.sin)
@@ -154,7 +166,7 @@ class Attention(nnx.Module):
         out = attend(
             q, keys.x, values.x, mask, c.query_scale, c.attention_softcap, keys.scale, values.scale
         )
-        out = self.o_proj(out.reshape(*x.shape[:2], -1), adapter.get("o_proj"), context.scale)
+        out = self.o_proj(out.reshape(*x.shape[:2], -1), adapter.get("o_proj"), context)
         if context.offset is not None:
             out = out + context.offset.astype(out.dtype)
         read(self, context, "attn_out", out)
@@ -175,10 +187,9 @@ class MLP(nnx.Module):
         self, x: Float[Array, "B T D"], context: Context, adapter: Mapping[str, Any]
     ) -> Float[Array, "B T D"]:
         """Apply to ``x``."""
-        scale = context.scale
-        gate = activate(self.activation, self.gate_proj(x, adapter.get("gate_proj"), scale))
-        up = self.up_proj(x, adapter.get("up_proj"), scale)
-        out = self.down_proj(gate * up, adapter.get("down_proj"), scale)
+        gate = activate(self.activation, self.gate_proj(x, adapter.get("gate_proj"), context))
+        up = self.up_proj(x, adapter.get("up_proj"), context)
+        out = self.down_proj(gate * up, adapter.get("down_proj"), context)
         read(self, context, "mlp_out", out)
         return out
 

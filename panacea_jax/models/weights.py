@@ -57,6 +57,36 @@ def load_weights(
     return unflatten_dict(flat, sep="/")
 
 
+def load_layer(
+    tensors: Mapping[str, tensorfile.Tensor], path: str, layer: int, like: jax.Array
+) -> jax.Array:
+    """One layer of another folder's stacked array, for comparing two models without loading the second.
+
+    Args:
+        tensors: of that folder, see ``find_tensors``.
+        path: of the array.
+        layer: which.
+        like: ours ``[L, …]``; dtype and placement of the result are those of a layer of it.
+
+    Raises:
+        InputError: that folder has no such tensor, or one of another shape.
+    """
+    name, how = to_hf(path, layer)
+    shape = like.shape[1:]
+    stored = shape[::-1] if how == "transpose" else shape
+    if name not in tensors:
+        raise InputError(f"{next(iter(tensors.values())).file.parent}: tensor {name} is missing")
+    tensor = tensors[name]
+    if tensor.shape != stored:
+        raise InputError(
+            f"{tensor.file}: tensor {name} has shape {tensor.shape}, the aligned model's is {stored}"
+        )
+    assert isinstance(like.sharding, jax.sharding.NamedSharding)
+    spec = jax.sharding.PartitionSpec(*like.sharding.spec[1:])
+    sharding = jax.sharding.NamedSharding(like.sharding.mesh, spec)
+    return _load_array(shape, np.dtype(like.dtype), sharding, [tensor], how)
+
+
 def _transform(path: str) -> str:
     """Transform between our array and Hugging Face's tensor."""
     return to_hf(path, 0 if _stacked(path) else None)[1]

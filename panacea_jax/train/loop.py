@@ -16,7 +16,7 @@ import optax
 from absl import logging
 
 from panacea_jax.data.batches import Batch, Stream, prefetch
-from panacea_jax.defences import Defence, Loss
+from panacea_jax.defences import Defence, Loss, Method
 from panacea_jax.models.adapter import Adapter
 from panacea_jax.models.model import Model
 from panacea_jax.parallel import batch_sharding
@@ -176,8 +176,8 @@ def _put(
     return batches, {name: Batch(*(place(x) for x in batch)) for name, batch in batches.items()}
 
 
-def _whole_sets(
-    model: Model, defence: Defence, streams: Mapping[str, Stream]
+def whole_sets(
+    model: Model, defence: Method, streams: Mapping[str, Stream]
 ) -> dict[str, Iterator[Batch]]:
     """Of each extra stream of the defence every record once, on the devices."""
 
@@ -194,7 +194,7 @@ def _look(
     look = getattr(defence, which, None)
     if look is None:
         return state
-    sets = _whole_sets(model, defence, streams)
+    sets = whole_sets(model, defence, streams)
     return state._replace(defence=look(Loss.of(model), state.params, sets, state.defence))
 
 

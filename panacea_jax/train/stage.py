@@ -1,7 +1,7 @@
 """The commands ``align``, ``finetune`` and ``heal``: from a configuration to a finished stage folder.
 
-Each reads from top to bottom: model, data, trainable tree, defence, steps, export. In order, a stage that is done is skipped, one that
-has a checkpoint goes on from it, any other starts anew.
+Each reads from top to bottom: data, model, trainable tree, steps (or the one shot of a method without steps), export. In order, a stage
+that is done is skipped, one that has a checkpoint goes on from it, any other starts anew.
 """
 
 import shutil
@@ -15,13 +15,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from panacea_jax.config import make_defence
+from panacea_jax.convert import convert
 from panacea_jax.data.batches import Stream, lengths
 from panacea_jax.data.encode import encode_all
-from panacea_jax.data.mixing import first, poison
+from panacea_jax.data.mixing import first, poison, realignment
 from panacea_jax.data.sources import Record, by_safety, fingerprint, load_records, parse
 from panacea_jax.data.template import template_id
 from panacea_jax.data.tokenizer import load_tokenizer
-from panacea_jax.defences import Defence, Sft
+from panacea_jax.defences import Defence, Method, Realign, SafeLora, Sft
 from panacea_jax.errors import InputError
 from panacea_jax.export import WITHOUT_EPSILON, epsilon_note, save_epsilon, save_model
 from panacea_jax.models import lora
@@ -33,15 +34,16 @@ from panacea_jax.parallel.sharding import batch_rows
 from panacea_jax.progress import say
 from panacea_jax.train.checkpoints import Checkpoints
 from panacea_jax.train.loop import Result, finetune
+from panacea_jax.train.once import apply_once
 from panacea_jax.train.optimizer import learning_rate, make_optimizer
-from panacea_jax.workdir import Stage, sha256_folder
+from panacea_jax.workdir import Stage, read_manifest, sha256_folder
 
 # Which configuration sections decide the outcome of a stage: a change of any other may resume it.
 DECISIVE = ("seed", "model", "lora", "data", "defence", "optimizer", "train", "export")
 NEUTRAL = {"train": ("log_every",), "model": ("attention", "remat")}
 
 
-def check_stage(config: ConfigDict, name: str, prefix: str = "") -> Defence:
+def check_stage(config: ConfigDict, name: str, prefix: str = "") -> Method:
     """The defence of a stage, once the stage is known to make sense.
 
     Args:
@@ -58,11 +60,20 @@ def check_stage(config: ConfigDict, name: str, prefix: str = "") -> Defence:
         raise InputError(
             f"config.{prefix}defence.name = {config.defence.name}: acts at the stage {defence.stage}, not {name}"
         )
-    if config.train.full_parameters and name == "heal":
-        raise InputError(f"config.{prefix}train.full_parameters: heal works on adapters so far")
-    if config.train.full_parameters and config.lora.init_from:
+    if isinstance(defence, SafeLora):
+        try:
+            defence.base_tensors()
+        except InputError as error:  # as above, it does not know where its section stands
+            raise InputError(str(error).replace("config.", f"config.{prefix}", 1)) from error
+        if config.train.full_parameters:
+            raise InputError(
+                f"config.{prefix}defence.name = safelora: projects the B of an adapter; config.train.full_parameters leaves none"
+            )
+    merged = config.lora.policy == "merged" and name == "finetune"
+    if config.train.full_parameters and config.lora.init_from and not merged:
         raise InputError(
-            "config.lora.init_from: cannot start all-parameter training from an adapter; merge it with `panacea convert`"
+            "config.lora.init_from: cannot start all-parameter training from an adapter; merge it with `panacea convert`, or set "
+            "config.lora.policy = merged"
         )
     return defence
 
@@ -159,17 +170,39 @@ def _first(
     return first(records, n or len(records), key, strict)
 
 
+def realign_records(config: ConfigDict, realign: Realign) -> list[Record]:
+    """Refusals and benign records for every step of realignment, in the order in which they are taken.
+
+    Raises:
+        InputError: a source is not set or cannot be used.
+    """
+    data, ratio = config.data, realign.benign_ratio
+    kinds: dict[str, list[Record]] = {"alignment": [], "benign": []}
+    for name, share, n in (("alignment", 1 - ratio, data.num_alignment), ("benign", ratio, 0)):
+        if share:
+            key = f"config.data.{name}"
+            kinds[name] = _first(training_records(data[name], key), n, key, data)
+    n = realign.steps * config.train.batch_size
+    return realignment(kinds["alignment"], kinds["benign"], n, ratio, config.seed, data.shuffle)
+
+
 def stage_records(
-    config: ConfigDict, stage: str, defence: Defence
+    config: ConfigDict, stage: str, defence: Method
 ) -> dict[str, tuple[str, list[Record], int]]:
     """By stream, the main one and those that the defence asks for: key of the source, records, batch size.
+
+    A method without steps has no main stream.
 
     Raises:
         InputError: a source is not set or cannot be used.
     """
     data, train = config.data, config.train
-    key, records = user_records(config, stage)
-    sources = {"user": (key, records, train.batch_size)}
+    sources: dict[str, tuple[str, list[Record], int]] = {}
+    if isinstance(defence, Realign):
+        records = realign_records(config, defence)
+        sources["user"] = ("config.data.alignment", records, train.batch_size)
+    elif isinstance(defence, Defence):
+        sources["user"] = (*user_records(config, stage), train.batch_size)
     extra = {
         "harmful": (data.num_harmful, train.harmful_batch_size),
         "alignment": (data.num_alignment, train.alignment_batch_size),
@@ -182,17 +215,19 @@ def stage_records(
 
 
 def make_streams(
-    config: ConfigDict, stage: str, defence: Defence, tokenizer: Any, rows: int
+    config: ConfigDict, stage: str, defence: Method, tokenizer: Any, rows: int
 ) -> dict[str, Stream]:
     """The tokenised streams of a stage."""
     data = config.data
+    # Realignment's records have their order already, which keeps the ratio in each batch.
+    shuffle = data.shuffle and not isinstance(defence, Realign)
     return {
         name: Stream(
             name=name,
             examples=encode_all(chosen, tokenizer, data.template, data.max_length, key),
             batch_size=size,
             seed=config.seed,
-            shuffle=data.shuffle,
+            shuffle=shuffle,
             ladder=lengths(data.max_length),
             fixed_length=name != "user",
             row_multiple=rows,
@@ -201,15 +236,21 @@ def make_streams(
     }
 
 
-def data_inputs(config: ConfigDict, stage: str, defence: Defence) -> dict[str, str]:
-    """Fingerprints of the sources that the stage reads."""
-    keys = ["alignment"] if stage == "align" else ["user", "attack"]
+def data_inputs(config: ConfigDict, stage: str, defence: Method) -> dict[str, str]:
+    """Fingerprints of the sources that the stage reads, and of Safe LoRA's models."""
+    keys = {"align": ["alignment"], "finetune": ["user", "attack"], "heal": []}[stage]
+    if isinstance(defence, Realign):
+        keys = ["alignment", "benign"]
     keys += [name for name in defence.streams if name in config.data]
-    return {
+    found = {
         config.data[k]: fingerprint(config.data[k], f"config.data.{k}")
         for k in keys
         if config.data[k]
     }
+    if isinstance(defence, SafeLora):
+        for folder in filter(None, (defence.base, defence.aligned)):
+            found[folder] = sha256_folder(Path(folder), ("*.json", "*.safetensors"))
+    return found
 
 
 def start_params(config: ConfigDict, model: Model) -> tuple[Model, Any]:
@@ -224,8 +265,36 @@ def start_params(config: ConfigDict, model: Model) -> tuple[Model, Any]:
     )
 
 
+def merged_base(config: ConfigDict, workdir: Path) -> Path:
+    """``WORKDIR/base/model``: the base with ``lora.init_from`` merged into it, written once for this and all later stages."""
+    stage = Stage(workdir, "base", {"merged": config.lora.init_from}, model_inputs(config))
+    folder = stage.folder / "model"
+    if not stage.done:
+        stage.begin()
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier try that was cut short
+        convert(config, folder, None)
+        stage.finish({})
+    return folder
+
+
+def base_of(config: ConfigDict, workdir: Path) -> str:
+    """The base that the adapters of the work directory's stages finetune and heal belong to."""
+    merged = workdir / "base" / "model"
+    return str(merged) if (merged / "config.json").is_file() else config.model.path
+
+
+def on_its_base(config: ConfigDict, workdir: Path) -> ConfigDict:
+    """A configuration of finetune as it goes on once the adapter of ``lora.policy`` "merged" is part of the base."""
+    if config.lora.policy != "merged" or not config.lora.init_from:
+        return config
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.model.path, config.lora.init_from = str(merged_base(config, workdir)), ""
+    return config
+
+
 def train_stage(config: ConfigDict, workdir: Path, name: str) -> Path:
-    """Run ``align`` or ``finetune``; returns the folder of what is to be deployed.
+    """Run ``align``, ``finetune`` or (configured by ``heal_config``) ``heal``; returns the folder of what is to be deployed.
 
     Raises:
         InputError: something in the configuration, its files or the work directory.
@@ -244,36 +313,53 @@ def train_stage(config: ConfigDict, workdir: Path, name: str) -> Path:
     mesh = open_mesh(config)
     tokenizer = load_tokenizer(config.model.path)
     streams = make_streams(config, name, defence, tokenizer, batch_rows(mesh))
+    if name == "finetune":
+        config = on_its_base(config, workdir)
     model, params = start_params(config, open_model(config, mesh))
-    stage.begin()
+    if isinstance(defence, Defence):
+        stage.begin()
+        result = _train(config, stage.folder, defence, model, params, streams)
+    else:
+        result = apply_once(model, params, defence, streams)
+        stage.begin()  # only now: the look at its input is over, which may have been found bad
 
-    # ---- optimizer, steps
+    # ---- export
+    export(config, stage.folder, result, getattr(result.state, "epsilon_mean", None))
+    report = getattr(defence, "report", None)
+    stage.finish({
+        "base": str(config.model.path), "steps": result.steps, "compilations": result.compilations,
+        "warnings": list(result.warnings), "template": template_id(config.data.template, tokenizer),
+        "records": {k: len(s.examples) for k, s in streams.items()},
+        **({} if report is None else {"report": report(params, result.state)}),
+    })  # fmt: skip
+    return out
+
+
+def _train(
+    config: ConfigDict,
+    folder: Path,
+    defence: Defence,
+    model: Model,
+    params: Any,
+    streams: dict[str, Stream],
+) -> Result:
+    """All steps of a stage, from its newest checkpoint on."""
     steps = config.train.steps or config.train.epochs * streams["user"].steps_per_epoch
+    if isinstance(defence, Realign):
+        steps = defence.steps
     o = config.optimizer
     optimizer = make_optimizer(
         learning_rate(o.learning_rate, steps, o.schedule, o.warmup_ratio),
         weight_decay=o.weight_decay, b1=o.b1, b2=o.b2, eps=o.eps, clip_norm=o.clip_norm,
     )  # fmt: skip
-
-    # ---- train
     checkpoints = Checkpoints(
-        stage.folder / "checkpoints", config.checkpoint.every, config.checkpoint.keep
+        folder / "checkpoints", config.checkpoint.every, config.checkpoint.keep
     )
-    result = finetune(
+    return finetune(
         model, params, defence, streams,
         optimizer=optimizer, steps=steps, seed=config.seed, log_every=config.train.log_every,
-        checkpoints=checkpoints, folder=stage.folder,
+        checkpoints=checkpoints, folder=folder,
     )  # fmt: skip
-
-    # ---- export
-    epsilon_mean = getattr(result.state, "epsilon_mean", None)
-    export(config, stage.folder, result, epsilon_mean)
-    stage.finish({
-        "steps": result.steps, "compilations": result.compilations, "warnings": list(result.warnings),
-        "template": template_id(config.data.template, tokenizer),
-        "records": {k: len(s.examples) for k, s in streams.items()},
-    })  # fmt: skip
-    return out
 
 
 def export(config: ConfigDict, folder: Path, result: Result, epsilon_mean: Any = None) -> None:
@@ -300,29 +386,44 @@ def export(config: ConfigDict, folder: Path, result: Result, epsilon_mean: Any =
             )
 
 
-def heal_stage(config: ConfigDict, workdir: Path) -> Path:
-    """Run ``heal``: a post-fine-tuning defence on ``lora.init_from``, or on the fine-tuned adapter of the work directory.
+def heal_config(config: ConfigDict, workdir: Path) -> ConfigDict:
+    """The configuration with what is to be healed: the adapter ``lora.init_from``, else what the work directory's fine-tuning left (its
+    model or its adapter), else, with ``train.full_parameters``, ``model.path``.
+
+    For Safe LoRA also what makes the aligned model, if nothing is said of it: the adapter that this fine-tuning went on from.
 
     Raises:
-        InputError: no adapter to heal, or a defence of another stage.
+        InputError: there is nothing to heal.
     """
-    defence = check_stage(config, "heal")
     config = config.copy_and_resolve_references()
+    tuned = workdir / "finetune"
     with config.unlocked():
-        config.lora.init_from = config.lora.init_from or str(workdir / "finetune" / "adapter")
-    if not Path(config.lora.init_from).is_dir():
-        raise InputError(
-            f"config.lora.init_from = {config.lora.init_from}: no adapter there; run finetune first"
-        )
-    stage = Stage(workdir, "heal", decisive(config), model_inputs(config))
-    if stage.done:
-        say(f"{stage.folder}: done already, skipped")
-        return stage.folder / "adapter"
-    model = open_model(config)
-    params = lora.load(config.lora.init_from, model)
-    stage.begin()
-    state = defence.init(params)
-    result = Result(model, params, state.epsilon, defence.finish(params, state), state, 0, (), 0)
-    export(config, stage.folder, result)
-    stage.finish({})
-    return stage.folder / "adapter"
+        if config.lora.init_from:
+            if not Path(config.lora.init_from).is_dir():
+                raise InputError(f"config.lora.init_from = {config.lora.init_from}: no such folder")
+        elif (tuned / "model" / "config.json").is_file():
+            config.model.path, config.train.full_parameters = str(tuned / "model"), True
+        elif (tuned / "adapter" / "adapter_config.json").is_file():
+            if config.train.full_parameters:
+                raise InputError(f"config.train.full_parameters: {tuned} holds an adapter")
+            config.model.path = base_of(config, workdir)
+            config.lora.init_from = str(tuned / "adapter")
+            if config.defence.name == "safelora" and not config.defence.aligned:
+                start = read_manifest(tuned)["config"]["lora"]
+                merged = start.get("policy") == "merged"  # then the base is the aligned model
+                config.defence.aligned = "" if merged else start["init_from"]
+        elif not config.train.full_parameters:
+            raise InputError(
+                f"{tuned}: nothing to heal there; run finetune first, or name an adapter in config.lora.init_from"
+            )
+    return config
+
+
+def heal_stage(config: ConfigDict, workdir: Path) -> Path:
+    """Run ``heal``: a post-fine-tuning defence on a finished adapter or model, see ``heal_config``; returns the folder to deploy.
+
+    Raises:
+        InputError, Preempted, Diverged: as ``train_stage``; also when there is nothing to heal.
+    """
+    check_stage(config, "heal")
+    return train_stage(heal_config(config, workdir), workdir, "heal")

@@ -104,3 +104,20 @@ def test_eight_devices_train_what_one_does(tmp_path):
         *whole[2:],
     ]  # rows over data and fsdp, heads over tensor
     assert found["answers"][0] == found["answers"][1]
+
+
+@pytest.mark.slow
+def test_eight_devices_heal_as_one_does(tmp_path):
+    """mesh fsdp = 4, tensor = 2: every healing method deploys what it does on one device."""
+    write_model(tmp_path / "base")
+    flags = "--xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.parallel.sharded_heal", str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["devices"] == 8 and len(found["methods"]) == 6
+    for name, (error, changed) in found["methods"].items():
+        assert error < 1e-5, f"{name}: {error}"
+        assert changed >= 3, name

@@ -1,0 +1,66 @@
+"""Realignment: a short supervised fine-tuning on refusals and benign answers after the user's, the bar for all healing methods.
+
+Stage: post-fine-tuning. Passes per step: 1. Extra memory: none beyond SFT's. Data: ``alignment`` (refusals) and ``benign`` in place of
+the user's; no harmful answers.
+
+No paper's method, and left out of their tables; 50 to 100 steps add 0.1 to 0.2 of the fine-tuning's passes. Each step is one of SFT on a
+batch with about ``benign_ratio`` benign records, mixed by ``data.mixing.realignment``.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+from jaxtyping import Array, Key
+
+from panacea_jax.defences.protocol import Facts, Gradient, LossFn, Params, Stage, State
+from panacea_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Realign:
+    """Minimise the loss on refusals and benign answers.
+
+    Attributes:
+        steps: number of steps, in place of ``train.steps`` and ``train.epochs``.
+        benign_ratio: share of benign records.
+    """
+
+    steps: int = 100
+    benign_ratio: float | int = 0.5
+
+    stage: ClassVar[Stage] = "heal"
+    streams: ClassVar[tuple[str, ...]] = ()
+    facts: ClassVar[Facts] = Facts(
+        title="realignment", paper="none", passes={"user": 1}, memory="none",
+        code="refusals and benign records in place of the user's",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"config.defence.steps = {self.steps}: 1 or more")
+        if not 0 <= self.benign_ratio <= 1:
+            raise InputError(
+                f"config.defence.benign_ratio = {self.benign_ratio}: a share between 0 and 1"
+            )
+
+    def init(self, params: Params) -> State:
+        """Nothing to remember."""
+        return ()
+
+    def gradient(
+        self,
+        loss_fn: LossFn,
+        params: Params,
+        batches: Mapping[str, Any],
+        state: State,
+        key: Key[Array, ""],
+    ) -> Gradient:
+        """``g = ∇ L_mix(w)``."""
+        loss, g = jax.value_and_grad(loss_fn)(params, batches["user"])
+        return g, state, {"loss": loss}
+
+    def finish(self, params: Params, state: State) -> Params:
+        """``w`` as trained."""
+        return params
