@@ -113,6 +113,12 @@ def _convert(values: flags.FlagValues, config: ConfigDict) -> Path:
     return convert(config, Path(values.out), Path(values.epsilon) if values.epsilon else None)
 
 
+def _defences(values: flags.FlagValues, config: ConfigDict) -> None:
+    from panacea_jax.defences.listing import print_defences
+
+    print_defences()
+
+
 def _doctor(values: flags.FlagValues, config: ConfigDict) -> None:
     from panacea_jax.doctor import doctor
 
@@ -144,6 +150,7 @@ COMMANDS = {
     "perplexity": Command("perplexity.json: the model's surprise at the answers of config.eval.tasks", _perplexity),
     "layers": Command("layer safety coefficients: JSON, CSV, PNG", _layers, ("workdir", "epsilon", "checkpoint")),
     "convert": Command("base (+ adapter, + ε) to one merged Hugging Face folder", _convert, ("out", "epsilon")),
+    "defences": Command("every defence: stage, data, passes a step, memory, paper", _defences, ()),
     "doctor": Command("what this machine has, and what a configuration will use of it", _doctor, ()),
     "plan": Command("memory and least time of a step on a machine that is not there", _plan, ("workdir", "topology", "search")),
 }  # fmt: skip

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference, placeholder
 
 from panacea_jax.defences import DEFENCES, Method
+from panacea_jax.defences.spec import Part, Stack, candidates, parse_stack
 from panacea_jax.errors import InputError
 from panacea_jax.models.adapter import target_names
 from panacea_jax.train.optimizer import SCHEDULES
@@ -28,6 +29,7 @@ TEMPLATES = ("alpaca", "chat")
 LORA_POLICIES = ("single", "merged")
 CACHE_DTYPES = ("auto", "int8")
 JUDGES = ("refusal", "beaver_dam", "beaver_dam_full", "guard")
+WORLDS = ("", "miniature", "tiny")
 GUARD_TEMPLATES = ("llama_guard", "wildguard")
 
 
@@ -166,6 +168,16 @@ def get_config(variant: str = "") -> ConfigDict:
         },
         "eval": {"tasks": (), "num_examples": 1000, "perplexity": False},  # 0: all
         "export": {"without_epsilon": False},
+        # Several methods side by side; without methods and grid a run is an ordinary one.
+        "compare": {
+            "methods": (),  # such as "sft", "vaccine:rho=2+panacea"; see docs/comparison.md
+            "grid": (),  # the same with alternatives, "panacea:rho=0.1|0.25"; one is chosen of each
+            "seeds": (0,),
+            "ratios": (0.1,),  # poison ratios
+            "world": "",  # miniature: every seed is a world of its own; "": the base and data of config.model and config.data
+            "development": (),  # seeds on which the grid is chosen
+            "validation": (),  # evaluation sets that the grid is chosen by, on a base of one's own
+        },
     })  # fmt: skip
     config.align.optimizer.learning_rate = 5e-4
     return config.lock()
@@ -285,6 +297,7 @@ def validate(config: ConfigDict) -> None:
     _at_least(config.checkpoint.keep, "checkpoint.keep", 1)
     _validate_generate(config.generate)
     _at_least(config.eval.num_examples, "eval.num_examples", 0)
+    _validate_compare(config.compare)
 
 
 def _one_of(value: str, key: str, choices: tuple[str, ...]) -> None:
@@ -329,6 +342,64 @@ def _validate_generate(generate: ConfigDict) -> None:
             generate.merge,
             "several adapters of one base cannot be merged into it",
         )
+
+
+def _validate_compare(compare: ConfigDict) -> None:
+    _one_of(compare.world, "compare.world", WORLDS)
+    for text in compare.methods:
+        _fits(parse_stack(str(text), "config.compare.methods"), "config.compare.methods")
+    sizes = {}
+    for text in compare.grid:
+        found = candidates(str(text), "config.compare.grid")
+        sizes[text] = len(found)
+        for method in found:
+            _fits(method, "config.compare.grid")
+    same = len(set(sizes.values())) <= 1
+    _require(same, "compare.grid", sizes, "every method gets the same number of candidates")
+    for key in ("seeds", "development"):
+        for seed in compare[key]:
+            good = isinstance(seed, int) and 0 <= seed < 2**31
+            _require(good, f"compare.{key}", seed, "a whole number from 0 to 2147483647")
+        _require(len(set(compare[key])) == len(compare[key]), f"compare.{key}", compare[key], "one is there twice")  # fmt: skip
+    for ratio in compare.ratios:
+        good = isinstance(ratio, float | int) and 0 <= ratio <= 1
+        _require(good, "compare.ratios", ratio, "a share between 0 and 1")
+    if not (compare.methods or compare.grid):
+        return
+    for key in ("seeds", "ratios"):
+        _require(len(compare[key]) > 0, f"compare.{key}", compare[key], "name at least one")
+    if compare.grid:
+        _require(len(compare.development) > 0, "compare.development", compare.development, "name seeds to choose the grid on")  # fmt: skip
+    if compare.grid and compare.world:
+        both = set(compare.development) & set(compare.seeds)
+        _require(not both, "compare.development", sorted(both), "a world that is reported cannot be chosen on")  # fmt: skip
+    elif compare.grid:
+        _require(len(compare.validation) > 0, "compare.validation", compare.validation, "name sets to choose the grid by")  # fmt: skip
+
+
+def _fits(method: Stack, key: str) -> None:
+    """Check the hyper-parameters of a method by making its defences."""
+    for part in (method.align, method.finetune, method.heal):
+        if part:
+            try:
+                make_defence(defence_section(part))
+            except InputError as error:
+                raise InputError(f"{key}: {str(part)!r}: {error}") from error
+
+
+def defence_section(part: Part) -> ConfigDict:
+    """``config.defence`` for a defence written in a line.
+
+    Raises:
+        InputError: a value of the wrong type.
+    """
+    section = _defence(part.name)
+    for name, value in part.settings:
+        try:
+            section[name] = value
+        except (TypeError, ValueError) as error:
+            raise InputError(f"config.defence.{name} = {value!r}: {error}") from error
+    return section.lock()
 
 
 def _validate_optimizer(optimizer: ConfigDict, section: str) -> None:

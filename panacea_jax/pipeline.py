@@ -48,25 +48,35 @@ def check(config: ConfigDict) -> None:
         raise InputError("config.eval.perplexity: no set of config.eval.tasks has answers")
 
 
+def go_on_from(config: ConfigDict, aligned: Path, full_parameters: bool) -> None:
+    """Let fine-tuning start at what alignment left: another base, or an adapter."""
+    with config.unlocked():
+        if full_parameters:
+            config.model.path = str(aligned)
+        else:
+            config.lora.init_from = str(aligned)
+
+
 def run(config: ConfigDict, workdir: Path) -> Path:
     """align (if ``config.align.defence.name``) → finetune → heal (if named) → generate and judge (if there are tasks) → perplexity (if
     ``config.eval.perplexity``) → layers (if the defence has an ε).
 
-    Fine-tuning goes on from what alignment left. Returns the work directory.
+    Fine-tuning goes on from what alignment left. Returns the work directory. With ``config.compare.methods`` or ``.grid``, many such
+    runs side by side, see ``panacea_jax.comparison``.
 
     Raises:
         InputError, Preempted, Diverged: as the stages do.
     """
+    if config.compare.methods or config.compare.grid:
+        from panacea_jax.comparison.run import compare_methods
+
+        return compare_methods(config, workdir)
     check(config)
     main = stage_config(config, "finetune")
     if config.align.defence.name:
         say("== align")
         aligned = train_stage(stage_config(config, "align"), workdir, "align")
-        with main.unlocked():
-            if config.align.train.full_parameters:
-                main.model.path = str(aligned)
-            else:
-                main.lora.init_from = str(aligned)
+        go_on_from(main, aligned, config.align.train.full_parameters)
     say("== finetune")
     train_stage(main, workdir, "finetune")
     if config.heal.defence.name:

@@ -32,7 +32,7 @@ def load(recipe: str, *overrides: str) -> ConfigDict:
 
 
 def test_every_recipe_is_tested():
-    assert {path.stem for path in CONFIGS.glob("*.py")} == {*BASES, "paper"}
+    assert {path.stem for path in CONFIGS.glob("*.py")} == {*BASES, "paper", "compare", "defences"}
 
 
 @pytest.mark.parametrize("name", BASES)

@@ -69,6 +69,9 @@ class Stream:
         fixed_length: Every batch has the rung that holds the longest record. For auxiliary streams,
             whose lengths would otherwise multiply the shapes of the step.
         row_multiple: Rows without tokens are added up to a multiple of it (data × fsdp devices).
+        order: Take records in the order of the stream of this name, which must be as long and have
+            as large a batch; "": an order of its own.
+        repeats: Batches that a step receives, woven into one: see `unweave`.
     """
 
     name: str
@@ -79,6 +82,8 @@ class Stream:
     ladder: tuple[int, ...]
     fixed_length: bool = False
     row_multiple: int = 1
+    order: str = ""
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         if not self.examples:
@@ -108,10 +113,15 @@ class Stream:
         return -(-self.batch_size // self.row_multiple) * self.row_multiple
 
     def batch(self, step: int) -> Batch:
-        """The batch [rows, T] of a step, as numpy arrays."""
-        n = len(self.examples)
-        chosen = indices(self.seed, self.name, step, self.batch_size, n, self.shuffle)
-        return pad([self.examples[i] for i in chosen], self._length(chosen.tolist()), self.rows)
+        """The batch [rows, T] of a step, as numpy arrays; with `repeats` k, [rows · k, T]."""
+        n, name = len(self.examples), self.order or self.name
+        several = [
+            indices(self.seed, name, i, self.batch_size, n, self.shuffle).tolist()
+            for i in range(step * self.repeats, (step + 1) * self.repeats)
+        ]
+        length = self._length([i for chosen in several for i in chosen])
+        batches = [pad([self.examples[i] for i in c], length, self.rows) for c in several]
+        return Batch(*(np.stack(x, axis=1).reshape(-1, length) for x in zip(*batches)))
 
     def once(self) -> Iterator[Batch]:
         """Every record once, in the set's order; rows without tokens fill up the last batch."""
@@ -123,6 +133,14 @@ class Stream:
         if self.fixed_length:
             return rung(self.longest, self.ladder)
         return rung(max(len(self.examples[i].tokens) for i in chosen), self.ladder)
+
+
+def unweave(batch: Batch, repeats: int) -> Batch:
+    """The batches that a stream with `repeats` gave as one, [rows · repeats, T], stacked: [repeats, rows, T].
+
+    Row r of batch k is row r · repeats + k of the whole, so a device that holds an equal share of the whole holds its share of each.
+    """
+    return Batch(*(x.reshape(-1, repeats, x.shape[1]).swapaxes(0, 1) for x in batch))
 
 
 def pad(examples: Sequence[Example], length: int, rows: int) -> Batch:

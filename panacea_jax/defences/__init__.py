@@ -3,6 +3,11 @@
 from typing import Any
 
 from panacea_jax.defences.antidote import Antidote
+from panacea_jax.defences.booster import Booster, BoosterVaccine
+from panacea_jax.defences.ewc import Ewc
+from panacea_jax.defences.kl import Kl
+from panacea_jax.defences.ldifs import Ldifs
+from panacea_jax.defences.lisa import Lisa
 from panacea_jax.defences.loss import Loss
 from panacea_jax.defences.magnitude_prune import MagnitudePrune
 from panacea_jax.defences.panacea import Panacea
@@ -12,14 +17,26 @@ from panacea_jax.defences.random_prune import RandomPrune
 from panacea_jax.defences.random_vaccine import RandomVaccine
 from panacea_jax.defences.realign import Realign
 from panacea_jax.defences.safelora import SafeLora
+from panacea_jax.defences.repnoise import RepNoise
 from panacea_jax.defences.sft import Sft
+from panacea_jax.defences.tar import Tar
 from panacea_jax.defences.vaccine import Vaccine
+from panacea_jax.defences.vlguard import Vlguard
 
 DEFENCES: dict[str, type[Any]] = {
     "sft": Sft,
     "vaccine": Vaccine,
     "random_vaccine": RandomVaccine,
+    "booster": Booster,
+    "booster_vaccine": BoosterVaccine,
+    "repnoise": RepNoise,
+    "tar": Tar,
     "panacea": Panacea,
+    "lisa": Lisa,
+    "ldifs": Ldifs,
+    "ewc": Ewc,
+    "kl": Kl,
+    "vlguard": Vlguard,
     "random_perturbation": RandomPerturbation,
     "antidote": Antidote,
     "random_prune": RandomPrune,
@@ -29,9 +46,15 @@ DEFENCES: dict[str, type[Any]] = {
 }
 
 __all__ = [
+    "Booster",
+    "BoosterVaccine",
     "DEFENCES",
     "Antidote",
     "Defence",
+    "Ewc",
+    "Kl",
+    "Ldifs",
+    "Lisa",
     "Loss",
     "LossFn",
     "MagnitudePrune",
@@ -42,6 +65,9 @@ __all__ = [
     "RandomVaccine",
     "Realign",
     "SafeLora",
+    "RepNoise",
     "Sft",
+    "Tar",
     "Vaccine",
+    "Vlguard",
 ]

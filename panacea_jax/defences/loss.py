@@ -71,6 +71,23 @@ class Loss:
             *self.model.inspect(self.weights, params, batch.tokens, batch.valid, offsets, readings)
         )
 
+    def hidden_states(
+        self, params: Any, batch: Batch, readings: tuple[str, ...] = ()
+    ) -> tuple[Float[Array, "layers B T D"], dict[str, Any]]:
+        """What transformers calls hidden states, stacked: of the embedding and of each layer, the last behind the final norm. And readings."""
+        out = self.forward(params, batch, None, ("block_out", *readings))
+        first = self.model.embed(self.weights, params, batch.tokens)
+        between = out.readings["block_out"][:-1]
+        return jnp.concatenate([first[None], between, out.hidden[None]]), out.readings
+
+    def norm(self, params: Any, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The final norm, of the hidden states of any layer."""
+        return self.model.norm(self.weights, params, hidden)
+
+    def logits(self, params: Any, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Logits of final hidden states."""
+        return self.model.logits(self.weights, params, hidden)
+
     def mean(self, params: Any, hidden: Float[Array, "B T D"], batch: Batch) -> Float[Array, ""]:
         """Mean loss of final hidden states; 0 for a batch without response tokens."""
         total, tokens = self._sum(params, hidden, batch)
@@ -89,7 +106,7 @@ class Loss:
         def part(
             x: Float[Array, "B C D"], targets: Int[Array, "B C"], mask: Bool[Array, "B C"]
         ) -> Float[Array, ""]:
-            logits = self.model.logits(self.weights, params, x)
+            logits = self.logits(params, x)
             picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
             return jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - picked, 0).sum()
 

@@ -113,6 +113,18 @@ class Model:
         full, _, _ = split_params(weights, params)
         return nnx.merge(self.graphdef, full).logits(hidden)
 
+    def embed(self, weights: Any, params: Any, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What enters the first layer."""
+        full, _, _ = split_params(weights, params)
+        return nnx.merge(self.graphdef, full).embed(tokens)
+
+    def norm(
+        self, weights: Any, params: Any, hidden: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
+        """The last norm, of any hidden states."""
+        full, _, _ = split_params(weights, params)
+        return nnx.merge(self.graphdef, full).norm(hidden)
+
     def _bind(
         self,
         weights: Any,

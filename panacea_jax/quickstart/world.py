@@ -100,6 +100,7 @@ class Sizes:
     user: int = 1_000
     attack: int = 400
     harmful: int = 400
+    own_benign: int = 400  # benign rows of the defender's, of those that alignment draws from
     test: int = 200  # in each test set
     benign_share: float = 0.75  # of the benign requests, the share that alignment draws from; the rest can be test rows
 
@@ -215,12 +216,13 @@ class World:
         return sorted({word for pair in pairs for text in pair for word in text.split()})
 
     def write(self, folder: Path) -> None:
-        """Write the data files: ``pretrain alignment user attack harmful`` and ``test_{harmful,benign,user}``, all .jsonl."""
+        """Write the data files: ``pretrain alignment user attack harmful benign`` and ``test_{harmful,benign,user}``, all .jsonl."""
         folder.mkdir(parents=True, exist_ok=True)
         sets = {
             "pretrain": self.mix(PRETRAIN_MIX, self.sizes.pretrain, 1),
             "alignment": self.mix(ALIGN_MIX, self.sizes.align, 2),
             **{name: self.rows[name] for name in ("user", "attack", "harmful")},
+            "benign": self.rows["benign"][: self.sizes.own_benign],
             **{f"test_{name}": pairs for name, pairs in self.test.items() if name != "harmful"},
         }
         lines = {

@@ -27,8 +27,10 @@ class Diagnostics:
 
     def observe(self, step: int, metrics: dict[str, float]) -> list[str]:
         """Take in one step; return the warnings that it triggers for the first time."""
+        # Lisa's loss in its alignment state is not that of the task.
+        elsewhere = {"loss"} if metrics.get("alignment_state") else set()
         for name, value in metrics.items():
-            if math.isfinite(value):
+            if math.isfinite(value) and name not in elsewhere:
                 self._history.setdefault(name, deque(maxlen=WINDOW)).append(value)
         found = []
         if metrics.get("clamped", 0) > 0:

@@ -25,7 +25,7 @@ from panacea_jax.train import throughput
 from panacea_jax.train.checkpoints import Checkpoints
 from panacea_jax.train.diagnostics import Diagnostics
 from panacea_jax.train.metrics import MetricsWriter
-from panacea_jax.train.step import TrainState, init_state, make_step
+from panacea_jax.train.step import TrainState, find_step, init_state
 
 
 class Preempted(Exception):
@@ -49,6 +49,7 @@ class Result:
         steps: steps done.
         warnings: diagnostics given during the run.
         compilations: number of shapes for which the step was compiled.
+        step_bytes: memory of one device that the compiled step needs, weights and state included, at the longest batch so far.
     """
 
     model: Model
@@ -59,6 +60,7 @@ class Result:
     steps: int
     warnings: tuple[str, ...]
     compilations: int
+    step_bytes: int = 0
 
 
 def finetune(
@@ -95,6 +97,8 @@ def finetune(
         Diverged: the loss is NaN or infinite; the step is named, the last good checkpoint stays.
         Preempted: SIGTERM; the state was saved.
     """
+    if hasattr(defence, "for_steps"):
+        defence = defence.for_steps(steps)
     missing = [name for name in ("user", *defence.streams) if name not in streams]
     if missing:
         raise KeyError(f"{type(defence).__name__} needs the data streams {missing}")
@@ -102,7 +106,7 @@ def finetune(
     # ---- state, resume
     state = init_state(params, defence, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    step_fn = make_step(model, defence, optimizer, shardings)
+    step_fn = find_step(model, defence, optimizer, shardings)
     if checkpoints is not None and checkpoints.latest() is not None:
         state = checkpoints.restore(state)
     else:
@@ -112,12 +116,16 @@ def finetune(
 
     # ---- loop
     writer = MetricsWriter(folder, start) if folder is not None else None
-    watch = _Watch(model, params, defence.facts.passes, writer, log_every, steps)
     needed = {name: streams[name] for name in ("user", *defence.streams)}
+    passes = getattr(defence, "passes", defence.facts.passes)
+    passes = {name: n / needed[name].repeats for name, n in passes.items()}
+    watch = _Watch(model, params, passes, writer, log_every, steps)
     notes: dict[str, Any] = {"seed": seed}
     if isinstance(params, Adapter):
         notes["lora_scale"] = params.scale
-    done, compiled = start, 0
+    done, step_bytes = start, 0
+    compiled = before = step_fn._cache_size()  # type: ignore[attr-defined]
+    shapes = set()
     with contextlib.ExitStack() as stack:
         if writer is not None:
             stack.callback(writer.close)
@@ -135,7 +143,10 @@ def finetune(
             if compiled != (size := step_fn._cache_size()):  # type: ignore[attr-defined]
                 compiled = size
                 if on_compile is not None:
-                    on_compile(compiled)
+                    on_compile(compiled - before)
+            if (shape := tuple(b.tokens.shape for b in device.values())) not in shapes:
+                shapes.add(shape)
+                step_bytes = max(step_bytes, _memory(step_fn, state, model.weights, device, key))
             bar.advance(watch.summary)
             # The last step is saved below, when the defence has had its last word on ε.
             last = done == steps
@@ -153,8 +164,18 @@ def finetune(
     deployed = defence.finish(state.params, state.defence)
     epsilon = getattr(state.defence, "epsilon", None)
     return Result(
-        model, state.params, epsilon, deployed, state.defence, done, tuple(watch.warnings), compiled
-    )
+        model, state.params, epsilon, deployed, state.defence, done, tuple(watch.warnings),
+        compiled - before, step_bytes,
+    )  # fmt: skip
+
+
+def _memory(step_fn: Any, *arguments: Any) -> int:
+    """Bytes on one device of a step that was compiled already; 0 where the back-end does not say."""
+    found = step_fn.lower(*arguments).compile().memory_analysis()
+    if found is None:
+        return 0
+    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return int(held + found.temp_size_in_bytes)
 
 
 def _host_batches(
@@ -195,7 +216,10 @@ def _look(
     if look is None:
         return state
     sets = whole_sets(model, defence, streams)
-    return state._replace(defence=look(Loss.of(model), state.params, sets, state.defence))
+    where = jax.tree.map(lambda x: x.sharding, state.defence)
+    seen = look(Loss.of(model), state.params, sets, state.defence)
+    # Back to where the step expects it, or its first call would be compiled for itself.
+    return state._replace(defence=jax.device_put(seen, where))
 
 
 class _Stop:
@@ -243,6 +267,7 @@ class _Watch:
         self._pending: tuple[int, dict[str, Any]] | None = None
         self._diagnostics = Diagnostics(steps)
         self._tokens, self._all_tokens, self._since = 0, 0.0, time.perf_counter()
+        self._steps_since = 0
         self.warnings: list[str] = []
         self.summary = ""
 
@@ -253,6 +278,7 @@ class _Watch:
         if self._start is not None and "norm_epsilon" in metrics:
             metrics["displacement"] = _distance(params, self._start)
         self._pending = (step, metrics)
+        self._steps_since += 1
         self._tokens += int(host["user"].valid.sum())
         self._all_tokens += sum(
             self._passes.get(n, 0) * int(b.valid.sum()) for n, b in host.items()
@@ -281,6 +307,7 @@ class _Watch:
     def _log(self, step: int, scalars: dict[str, float]) -> None:
         seconds = max(time.perf_counter() - self._since, 1e-9)
         scalars["tokens_per_second"] = self._tokens / seconds
+        scalars["step_seconds"] = seconds / max(self._steps_since, 1)
         peak = throughput.peak_flops(self._model.mesh.devices.flat[0])
         if peak is not None:
             per_token = throughput.train_flops_per_token(
@@ -288,6 +315,7 @@ class _Watch:
             )
             scalars["mfu"] = per_token * self._all_tokens / seconds / peak / self._model.mesh.size
         self._tokens, self._all_tokens, self._since = 0, 0.0, time.perf_counter()
+        self._steps_since = 0
         if self._writer is not None:
             self._writer.write(step, scalars)
 

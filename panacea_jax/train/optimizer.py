@@ -1,5 +1,6 @@
 """The tail that every defence shares: clip the global norm → AdamW with a schedule."""
 
+import functools
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ def clip_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+@functools.lru_cache(maxsize=64)
 def learning_rate(
     peak: float, steps: int, schedule: str = "constant", warmup_ratio: float = 0.0
 ) -> optax.Schedule:
@@ -51,6 +53,8 @@ def learning_rate(
     return optax.join_schedules([rise, fall], [warmup]) if warmup else fall
 
 
+# Equal arguments give the same object, which is what lets runs share a compiled step.
+@functools.lru_cache(maxsize=64)
 def make_optimizer(
     learning_rate: float | optax.Schedule,
     *,

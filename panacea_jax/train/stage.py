@@ -208,10 +208,51 @@ def stage_records(
         "alignment": (data.num_alignment, train.alignment_batch_size),
         "benign": (0, train.batch_size),
     }
-    for name in defence.streams:
+    for name in (*defence.streams, *mixed(defence)):
         key, (n, size) = f"config.data.{name}", extra[name]
         sources[name] = (key, _first(training_records(data[name], key), n, key, data), size)
+    for name in getattr(defence, "paired_streams", ()):
+        _check_pairs(name, *sources["user"], *sources[name])
+    for name in mixed(defence):
+        key, records, size = sources["user"]
+        sources["user"] = (key, records + sources.pop(name)[1], size)
     return sources
+
+
+def mixed(defence: Method) -> tuple[str, ...]:
+    """The sets whose records a defence appends to the user's."""
+    return getattr(defence, "mixed", ())
+
+
+def _check_pairs(
+    name: str,
+    main_key: str,
+    main: Sequence[Record],
+    main_size: int,
+    key: str,
+    records: Sequence[Record],
+    size: int,
+) -> None:
+    """Streams in pairs: as many records, as large a batch, and the same prompts.
+
+    Raises:
+        InputError: they do not fit; the keys are named.
+    """
+    apart = "or set config.defence.paired=False"
+    if size != main_size:
+        raise InputError(
+            f"config.train.{name}_batch_size = {size}: records in pairs need that of config.train.batch_size, {main_size}; {apart}"
+        )
+    if len(records) != len(main):
+        raise InputError(
+            f"config.data.num_{name}: {len(records)} records of {key} cannot be paired with {len(main)} of {main_key} "
+            f"(config.data.num_{main_key.rpartition('.')[2]}); take as many of both, {apart}"
+        )
+    for i, (a, b) in enumerate(zip(main, records)):
+        if (a.instruction, a.input) != (b.instruction, b.input):
+            raise InputError(
+                f"{key}: record {i + 1} has another prompt than record {i + 1} of {main_key}, so they are no pair; {apart}"
+            )
 
 
 def make_streams(
@@ -221,6 +262,7 @@ def make_streams(
     data = config.data
     # Realignment's records have their order already, which keeps the ratio in each batch.
     shuffle = data.shuffle and not isinstance(defence, Realign)
+    repeats, paired = getattr(defence, "repeats", {}), getattr(defence, "paired_streams", ())
     return {
         name: Stream(
             name=name,
@@ -231,6 +273,8 @@ def make_streams(
             ladder=lengths(data.max_length),
             fixed_length=name != "user",
             row_multiple=rows,
+            order="user" if name in paired else "",
+            repeats=repeats.get(name, 1),
         )
         for name, (key, chosen, size) in stage_records(config, stage, defence).items()
     }
@@ -241,7 +285,7 @@ def data_inputs(config: ConfigDict, stage: str, defence: Method) -> dict[str, st
     keys = {"align": ["alignment"], "finetune": ["user", "attack"], "heal": []}[stage]
     if isinstance(defence, Realign):
         keys = ["alignment", "benign"]
-    keys += [name for name in defence.streams if name in config.data]
+    keys += [name for name in (*defence.streams, *mixed(defence)) if name in config.data]
     found = {
         config.data[k]: fingerprint(config.data[k], f"config.data.{k}")
         for k in keys
@@ -328,7 +372,7 @@ def train_stage(config: ConfigDict, workdir: Path, name: str) -> Path:
     report = getattr(defence, "report", None)
     stage.finish({
         "base": str(config.model.path), "steps": result.steps, "compilations": result.compilations,
-        "warnings": list(result.warnings), "template": template_id(config.data.template, tokenizer),
+        "step_bytes": result.step_bytes, "warnings": list(result.warnings), "template": template_id(config.data.template, tokenizer),
         "records": {k: len(s.examples) for k, s in streams.items()},
         **({} if report is None else {"report": report(params, result.state)}),
     })  # fmt: skip

@@ -1,7 +1,8 @@
 """The train step: ``(state, weights, batches, key) -> (state, metrics)``, jitted, sharded, its state donated."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -91,3 +92,31 @@ def make_step(
         return TrainState(params, opt_state, inner, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+_shared: dict[Any, Step] | None = None
+
+
+@contextlib.contextmanager
+def shared_steps() -> Iterator[None]:
+    """Let runs in this block that differ in their numbers only have one compiled step: many short runs would compile most of the time."""
+    global _shared
+    before, _shared = _shared, {} if _shared is None else _shared
+    try:
+        yield
+    finally:
+        _shared = before
+
+
+def find_step(
+    model: Model, defence: Defence, optimizer: optax.GradientTransformation, shardings: Any
+) -> Step:
+    """As ``make_step``; within ``shared_steps`` the one that was made for equal arguments before."""
+    if _shared is None:
+        return make_step(model, defence, optimizer, shardings)
+    leaves, tree = jax.tree.flatten(shardings)
+    static = dataclasses.replace(model, weights=None, folder=None)
+    key = (static, defence, optimizer, tuple(leaves), tree)
+    if key not in _shared:
+        _shared[key] = make_step(static, defence, optimizer, shardings)
+    return _shared[key]

@@ -13,7 +13,7 @@ from panacea_jax.evaluate.tasks import pairs_correct
 from panacea_jax.quickstart.base import write_base
 from panacea_jax.quickstart.world import REFUSAL, VERBS, Sizes, World
 
-FILES = ("pretrain", "alignment", "user", "attack", "harmful", "test_benign", "test_user")
+FILES = ("pretrain", "alignment", "user", "attack", "harmful", "benign", "test_benign", "test_user")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,130 @@
+"""Each method at the budget of its paper's or some repository's scripts, on Llama-2-7B and GSM8K: one variant a row of BUDGETS.
+
+    panacea run --config=configs/defences.py:booster-5k --workdir=runs/booster-5k --config.data.alignment=refusals@refusals.jsonl
+
+Where scripts disagree there is a variant for each, named after what differs or after the repository. Numbers are those of the public
+scripts (Vaccine, T-Vaccine, Booster, Antidote, Lisa and Panacea repositories of git-disl and w-yibo, and the official RepNoise and TAR
+ones). Base, data and evaluation are those of paper.py beside this file; the alignment stage is plain SFT unless the method acts there.
+
+What a variant does not reproduce: LoRA dropout 0.1 where a script has it (there is no dropout here); another rank or α in fine-tuning
+than in alignment (Vaccine, T-Vaccine and Lisa align at α 4 and fine-tune at α 1 or on fewer projections), since a run has one adapter
+form; the exact records of the paired-refusal file (see paper.py). Whether the alignment adapter is trained on or merged is the same for
+all, so that runs differ in the defence alone; the scripts' own choice, which differs, is `config.lora.policy`.
+
+VLGuard's variants have no alignment stage, since their safe set is smaller than the alignment set and `config.data.num_alignment` counts
+for both: name an aligned adapter, `--config.lora.init_from=runs/sft/align/adapter`.
+
+For methods side by side under one budget see compare.py.
+"""
+
+import runpy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from panacea_jax.config import defence_section
+from panacea_jax.defences import DEFENCES
+from panacea_jax.defences.spec import parse_stack
+from panacea_jax.errors import InputError
+
+MODEL = "meta-llama/Llama-2-7b-hf"
+SEVEN = ("q", "k", "v", "o", "gate", "up", "down")
+
+# data.num_alignment counts for the alignment stage too, so a smaller safe set needs an alignment that was made before.
+ALIGNED_BEFORE: dict[str, Any] = {"align.defence.name": ""}
+# Alignments: 20 epochs at a constant 5e-4 are the default.
+COSINE = {"align.optimizer.learning_rate": 1e-3, "align.optimizer.schedule": "cosine"}
+VACCINE_REPO = {
+    **COSINE, "data.num_alignment": 2000, "align.train.epochs": 50, "align.train.batch_size": 5, "data.max_length": 200,
+    "lora.rank": 8, "lora.targets": SEVEN, "optimizer.learning_rate": 1e-5, "optimizer.schedule": "cosine", "train.batch_size": 5,
+}  # fmt: skip
+T_VACCINE_REPO = VACCINE_REPO | {"align.train.epochs": 20, "align.train.batch_size": 10, "train.batch_size": 10, "data.num_harmful": 200,
+                                 "align.train.harmful_batch_size": 1}  # fmt: skip
+BOOSTER_REPO = {"data.num_harmful": 5000, "optimizer.learning_rate": 1e-5}
+REPNOISE_COPY = {"align.train.batch_size": 5, "align.train.harmful_batch_size": 5}
+ANTIDOTE_REPO = {
+    **COSINE, "align.train.batch_size": 5, "lora.rank": 256, "data.num_examples": 5000, "data.poison_ratio": 0.2, "data.num_harmful": 2000,
+    "optimizer.learning_rate": 1e-4, "train.batch_size": 5,
+}  # fmt: skip
+LISA_REPO = {
+    "data.num_examples": 5000, "data.num_alignment": 10000, "optimizer.learning_rate": 1e-5, "optimizer.weight_decay": 0.0,
+    "train.batch_size": 5, "train.alignment_batch_size": 5,
+}  # fmt: skip
+
+BUDGETS: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "sft": ("sft", {}),
+    # Alignment stage.
+    "vaccine-2k": ("vaccine:rho=2", VACCINE_REPO),  # Vaccine repository
+    "vaccine-5k": ("vaccine:rho=5", {"optimizer.learning_rate": 1e-5}),  # Booster repository
+    "vaccine-5k-panacea": ("vaccine:rho=20", {}),  # Panacea repository
+    "random_vaccine": ("random_vaccine:rho=2", VACCINE_REPO),
+    "t_vaccine": ("t_vaccine:rho=3,layers=8,interval=20,importance_interval=200", T_VACCINE_REPO),
+    "booster-1k": ("booster:lam=100,alpha=0.01", {}),  # Panacea repository
+    "booster-5k": ("booster:lam=5,alpha=0.1", BOOSTER_REPO),  # Booster repository
+    "booster_vaccine-5k": ("booster_vaccine:lam=5,alpha=0.1,rho=5", BOOSTER_REPO),
+    "repnoise": (
+        "repnoise:alpha=1,beta=0.001",  # official: all weights, one epoch of 1000 pairs
+        {"data.num_alignment": 1000, "align.train.full_parameters": True, "train.full_parameters": True, "align.train.epochs": 1,
+         "align.train.batch_size": 4, "align.train.harmful_batch_size": 4, "align.optimizer.learning_rate": 1e-4,
+         "align.optimizer.schedule": "cosine"},
+    ),
+    "repnoise-panacea": ("repnoise:alpha=0.02,beta=0.1,paired=False", REPNOISE_COPY),
+    "repnoise-booster": ("repnoise:alpha=0.1,beta=0.001,paired=False", REPNOISE_COPY | BOOSTER_REPO),
+    "tar": (
+        "tar:inner_steps=64,inner_every=4,inner_learning_rate=(2e-6,2e-5,4e-5),tamper_weight=4",
+        {"align.train.full_parameters": True, "train.full_parameters": True, "align.train.steps": 750, "align.train.batch_size": 8,
+         "align.train.harmful_batch_size": 4, "align.optimizer.learning_rate": 2e-5},
+    ),
+    # Fine-tuning stage.
+    "panacea": ("panacea:rho=1,lam=0.001", {}),
+    "lisa": ("lisa:rho=1,alignment_steps=100,finetune_steps=900", LISA_REPO),
+    "lisa-booster": (
+        "lisa:rho=0.01,alignment_steps=100,finetune_steps=900",
+        {"optimizer.learning_rate": 1e-5, "data.num_alignment": 10000},
+    ),
+    "ldifs-booster": ("ldifs:rho=0.0001", {"optimizer.learning_rate": 1e-5, "train.batch_size": 5}),
+    "ldifs-antidote": ("ldifs:rho=0.0001", {"optimizer.learning_rate": 1e-4, "train.batch_size": 5}),
+    "ewc": ("ewc:lam=1000000000", {"optimizer.learning_rate": 1e-5, "train.batch_size": 5, "data.num_alignment": 2000}),
+    "kl": ("kl:lam=0.1", {"optimizer.learning_rate": 1e-5, "train.batch_size": 5}),
+    "vlguard-mix": ("vlguard:mode=mix", {"data.num_alignment": 100, **ALIGNED_BEFORE}),  # Vaccine, T-Vaccine
+    "vlguard-sum": ("vlguard:mode=sum,lam=0.1", {"data.num_alignment": 1000, **ALIGNED_BEFORE}),  # Booster, Panacea
+    # After fine-tuning.
+    "antidote": ("antidote:dense_ratio=0.1", ANTIDOTE_REPO),
+    "antidote-gsm8k": ("antidote:dense_ratio=0.05", ANTIDOTE_REPO),
+    "random_prune": ("random_prune:dense_ratio=0.05", ANTIDOTE_REPO),
+    "magnitude_prune": ("magnitude_prune:dense_ratio=0.05", ANTIDOTE_REPO),
+    "random_perturbation": ("random_perturbation:rho=1", {}),  # Panacea's norm
+    "safelora-number": ("safelora:select=number,num_layers=10", {}),
+    "safelora-threshold": ("safelora:select=threshold,threshold=0.5", {}),
+    "realign": ("realign:steps=100", {}),
+}  # fmt: skip
+
+
+def get_config(variant: str = "panacea") -> ConfigDict:
+    """The recipe of one variant, a key of BUDGETS.
+
+    Raises:
+        InputError: another variant.
+    """
+    known = {
+        name: budget for name, budget in BUDGETS.items() if budget[0].partition(":")[0] in DEFENCES
+    }
+    if variant not in known:
+        raise InputError(f"--config: unknown variant {variant!r}; known are {', '.join(known)}")
+    text, changes = known[variant]
+    stack = parse_stack(text, "--config")
+    # Recipes are loaded by path, so that nothing of this folder can be imported by name.
+    paper = runpy.run_path(str(Path(__file__).with_name("paper.py")))
+    config: ConfigDict = paper["protocol"](MODEL, "gsm8k")
+    with config.unlocked():
+        config.align.defence.name, config.defence.name = "sft", "sft"
+        if stack.align:
+            config.align.defence = defence_section(stack.align)
+        if stack.finetune:
+            config.defence = defence_section(stack.finetune)
+        if stack.heal:
+            config.heal.defence = defence_section(stack.heal)
+    config.update_from_flattened_dict(dict(changes))
+    return config

@@ -1,0 +1,1 @@
+"""Methods × seeds × poison ratios under equal conditions, and one table of what came out."""

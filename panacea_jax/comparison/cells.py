@@ -1,0 +1,206 @@
+"""The cells of a comparison: method × seed × poison ratio, each align → finetune → heal → generate → judge.
+
+A stage that several cells have in common (an alignment, the SFT fine-tune that heal methods start from) lies in a folder of its own and
+is run once. A cell's own folder holds what is its alone: heal, answers, scores, and ``cell.json``, which says that it is done.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from panacea_jax.config import defence_section, stage_config
+from panacea_jax.defences.spec import Part, Stack
+from panacea_jax.errors import InputError
+from panacea_jax.evaluate.stage import judge_stage
+from panacea_jax.generate.stage import BARE_BASE, generate_stage
+from panacea_jax.pipeline import check, go_on_from
+from panacea_jax.quickstart.miniature import Commands, eval_tasks, make_world, settings, sources
+from panacea_jax.train.stage import decisive, heal_stage, on_its_base, train_stage
+from panacea_jax.workdir import sha256_json, write_text
+
+SFT = Part("sft")
+
+
+class Cell(NamedTuple):
+    """One run of a comparison.
+
+    Attributes:
+        method: what defends.
+        seed: in a miniature world, the world too.
+        ratio: poison ratio; None for the aligned model, before any fine-tuning.
+    """
+
+    method: Stack
+    seed: int
+    ratio: float | None
+
+    def __str__(self) -> str:
+        if self.ratio is None:
+            return f"aligned, seed {self.seed}"
+        return f"{self.method}, seed {self.seed}, poison ratio {self.ratio:g}"
+
+
+def slug(part: object) -> str:
+    """A folder's name for a method or a part of one."""
+    return re.sub(r"[^\w.=+-]+", "_", str(part))
+
+
+class Cells:
+    """Runs cells into one folder; whatever is there already is not run again."""
+
+    def __init__(self, config: ConfigDict, root: Path, aligns: bool) -> None:
+        """
+        Args:
+            config: of the whole comparison.
+            root: where everything goes.
+            aligns: whether there is an alignment stage.
+        """
+        self.root, self._aligns = root, aligns
+        self._config = config.copy_and_resolve_references()
+        self._seeds: dict[int, ConfigDict] = {}
+
+    def folder(self, cell: Cell) -> Path:
+        """Where a cell's answers and scores lie."""
+        if cell.ratio is None:
+            return self.root / "aligned" / f"seed{cell.seed}"
+        return self.root / "cells" / slug(cell.method) / f"seed{cell.seed}-p{cell.ratio:g}"
+
+    def check(self, methods: Iterable[Stack], seed: int, ratio: float) -> None:
+        """Find now what a later cell would stumble over: sources that are not set or cannot be read.
+
+        Raises:
+            InputError: the first such thing.
+        """
+        seen = set()
+        for method in methods:
+            names = tuple(
+                part and part.name for part in (method.align, method.finetune, method.heal)
+            )
+            if names not in seen:
+                seen.add(names)
+                check(self._of_cell(Cell(method, seed, ratio)))
+
+    def run(self, cell: Cell) -> Path:
+        """Run one cell unless it is done; returns its folder.
+
+        Raises:
+            InputError, Preempted, Diverged: as the stages do; InputError also where another configuration made the cell.
+        """
+        config, folder = self._of_cell(cell), self.folder(cell)
+        note = folder / "cell.json"
+        made = sha256_json(_decisive(config))
+        if note.is_file():
+            if json.loads(note.read_text())["config_sha256"] != made:
+                raise InputError(
+                    f"{folder}: made by another configuration; choose another --workdir"
+                )
+            return folder
+        stages: dict[str, Path] = {}
+        main, aligned = stage_config(config, "finetune"), Path()
+        if self._aligns:
+            stages["align"] = self._align_folder(cell)
+            alone = stage_config(config, "align")
+            with alone.unlocked():  # the ratio is none of alignment's business: all ratios share it
+                alone.data.poison_ratio = self._config.data.poison_ratio
+            aligned = train_stage(alone, stages["align"].parent, "align")
+            go_on_from(main, aligned, config.align.train.full_parameters)
+            # With lora.policy "merged" the merged base lies beside the alignment, once for all that start from it.
+            main = on_its_base(main, stages["align"].parent)
+        if cell.ratio is not None:
+            stages["finetune"] = self._finetune_folder(cell)
+            tuned = train_stage(main, stages["finetune"].parent, "finetune")
+        else:
+            tuned = Path(
+                main.model.path if main.train.full_parameters else main.lora.init_from or BARE_BASE
+            )
+        if cell.method.heal:
+            heal = self._heal_config(config, main, tuned, aligned)
+            tuned, stages["heal"] = heal_stage(heal, folder), folder / "heal"
+        with main.unlocked():
+            whole = main.train.full_parameters
+            main.model.path = str(tuned) if whole else main.model.path
+            main.generate.adapter = BARE_BASE if whole else str(tuned)
+        generate_stage(main, folder)
+        judge_stage(main, folder)
+        found = {stage: str(path.relative_to(self.root)) for stage, path in stages.items()}
+        write_text(note, json.dumps({"method": str(cell.method), "seed": cell.seed, "ratio": cell.ratio, "stages": found,
+                                     "config_sha256": made}, indent=1) + "\n")  # fmt: skip
+        return folder
+
+    def _heal_config(
+        self, config: ConfigDict, main: ConfigDict, tuned: Path, aligned: Path
+    ) -> ConfigDict:
+        """What the healing stage sees: the fine-tuned weights, and for Safe LoRA the adapter that aligned them."""
+        heal, whole = stage_config(config, "heal"), main.train.full_parameters
+        with heal.unlocked():
+            heal.train.full_parameters = whole
+            heal.model.path = str(tuned) if whole else main.model.path
+            heal.lora.init_from = "" if whole else str(tuned)
+            adapter = self._aligns and main.model.path == config.model.path
+            if heal.defence.name == "safelora" and not heal.defence.aligned and adapter:
+                heal.defence.aligned = str(aligned)
+        return heal
+
+    def _align_folder(self, cell: Cell) -> Path:
+        return self.root / "shared" / f"seed{cell.seed}" / slug(cell.method.align or SFT) / "align"
+
+    def _finetune_folder(self, cell: Cell) -> Path:
+        start = slug(cell.method.align or SFT) if self._aligns else "unaligned"
+        near = self.root / "shared" / f"seed{cell.seed}" / start
+        return near / f"p{cell.ratio:g}" / slug(cell.method.finetune or SFT) / "finetune"
+
+    def _of_cell(self, cell: Cell) -> ConfigDict:
+        """The ordinary configuration of one cell."""
+        config = self._of_seed(cell.seed).copy_and_resolve_references()
+        with config.unlocked():
+            if cell.ratio is not None:
+                config.data.poison_ratio = float(cell.ratio)
+            parts = {
+                "align": cell.method.align or SFT if self._aligns else None,
+                "heal": cell.method.heal,
+            }
+            for stage, part in parts.items():
+                config[stage].defence = defence_section(part or Part(""))
+            config.defence = defence_section(cell.method.finetune or SFT)
+            heal = config.heal.defence
+            if heal.name == "safelora" and not heal.base:
+                with heal.unlocked():
+                    heal.base = (
+                        config.model.path
+                    )  # what the alignment of the comparison starts from
+        return config
+
+    def _of_seed(self, seed: int) -> ConfigDict:
+        """The configuration for one seed; makes its world first, if seeds are worlds."""
+        if seed not in self._seeds:
+            config = self._config.copy_and_resolve_references()
+            scale = config.compare.world
+            values: dict[str, Any] = {"seed": seed}
+            if scale:
+                root = self.root / "worlds" / str(seed)
+                make_world(root, seed, scale)
+                world = Commands(root, seed, scale)
+                if not (root / "base" / "done").is_file():
+                    world.pretrain()
+                    write_text(root / "base" / "done", "")
+                values = settings(seed) | sources(world.data) | {
+                    "model.path": str(world.base), "eval.tasks": eval_tasks(world.data),
+                }  # fmt: skip
+            with config.unlocked():
+                config.update_from_flattened_dict(values)
+            self._seeds[seed] = config
+        return self._seeds[seed]
+
+
+def _decisive(config: ConfigDict) -> dict[str, Any]:
+    """What a cell that is done is compared by."""
+    stages = {
+        stage: decisive(stage_config(config, stage)) for stage in ("align", "finetune", "heal")
+    }
+    rest = {key: config[key].to_dict() for key in ("eval", "generate", "judge")}
+    text = json.dumps(stages | rest, default=str)
+    return dict(json.loads(text))

@@ -1,0 +1,146 @@
+"""``panacea run`` with ``config.compare.methods`` or ``config.compare.grid``: every cell, then one table.
+
+A comparison that was stopped goes on: cells and stages that are done are skipped, also when methods, seeds or ratios were added since.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from panacea_jax.comparison import choice, table
+from panacea_jax.comparison.cells import Cell, Cells
+from panacea_jax.comparison.results import Measured, measure, row
+from panacea_jax.defences.spec import Stack, candidates, parse_stack
+from panacea_jax.errors import InputError
+from panacea_jax.progress import say
+from panacea_jax.quickstart.miniature import guard
+from panacea_jax.train.step import shared_steps
+from panacea_jax.workdir import write_text
+
+SFT = Stack()
+MEMORY = "one device's share of the largest compiled step, as its compiler counts it (cells share a process, whose own peak never falls)"
+
+
+@shared_steps()
+def compare_methods(config: ConfigDict, workdir: Path) -> Path:
+    """Run the comparison and print its table; returns ``WORKDIR/compare.json``, beside which lie compare.csv and compare.md.
+
+    SFT is always among the methods, as what the others are measured against.
+
+    Raises:
+        InputError, Preempted, Diverged: as the stages do.
+    """
+    # ---- what is asked for
+    compare = config.compare
+    methods = [parse_stack(str(text), "config.compare.methods") for text in compare.methods]
+    grid = {str(text): candidates(str(text), "config.compare.grid") for text in compare.grid}
+    everything = list(
+        dict.fromkeys([SFT, *methods, *(m for found in grid.values() for m in found)])
+    )
+    aligns = _check(config, everything)
+
+    # ---- the grid, on seeds and prompts of its own
+    choices, chosen = [], []
+    if grid:
+        development = config.copy_and_resolve_references()
+        with development.unlocked():
+            development.eval.tasks = compare.validation
+        cells = Cells(development, workdir / "development", aligns)
+        cells.check(everything, compare.development[0], config.data.poison_ratio)
+        found = _run(cells, _candidates(grid), compare.development, [config.data.poison_ratio], config.judge.name)  # fmt: skip
+        means = {method: _means(found[method, config.data.poison_ratio]) for method in _candidates(grid)}  # fmt: skip
+        for entry, each in grid.items():
+            said = choice.described(
+                entry, list(map(str, each)), [means[m] for m in each], means[SFT]
+            )
+            choices.append(said | {"sft": means[SFT]})
+            chosen.append(next(m for m in each if str(m) == said["chosen"]))
+
+    # ---- the cells that are reported
+    reported = list(dict.fromkeys([SFT, *methods, *chosen]))
+    cells = Cells(config, workdir, aligns)
+    cells.check(reported, compare.seeds[0], compare.ratios[0])
+    judge = config.judge.name
+    aligned = _aligned(cells, compare.seeds, judge) if aligns else {}
+    found = _run(cells, reported, compare.seeds, compare.ratios, judge)
+
+    # ---- table
+    rows = [row(SFT, None, aligned, None)] if aligned else []
+    rows += [
+        row(m, p, found[m, p], found[SFT, p]) for p in map(float, compare.ratios) for m in reported
+    ]
+    guarded = (
+        {seed: measured.figures() for seed, measured in aligned.items()} if compare.world else {}
+    )
+    result = {
+        "methods": list(map(str, reported)), "seeds": list(compare.seeds), "ratios": list(map(float, compare.ratios)),
+        "world": compare.world, "judge": judge, "memory": MEMORY,
+        "development": list(compare.development) if grid else [], "rule": choice.RULE if grid else "", "grid": choices,
+        "guard": {str(seed): guard(f["hs"], f["benign"]) for seed, f in guarded.items()}, "rows": rows,
+    }  # fmt: skip
+    write_text(workdir / "compare.json", json.dumps(result, indent=1) + "\n")
+    write_text(workdir / "compare.csv", table.as_csv(result))
+    write_text(workdir / "compare.md", table.markdown(result))
+    table.show(result)
+    return workdir / "compare.json"
+
+
+def _candidates(grid: Mapping[str, Sequence[Stack]]) -> list[Stack]:
+    """SFT and all candidates, each once."""
+    return list(dict.fromkeys([SFT, *(m for found in grid.values() for m in found)]))
+
+
+def _check(config: ConfigDict, methods: Sequence[Stack]) -> bool:
+    """Whether there is an alignment stage, after a look at settings that a comparison cannot follow.
+
+    Raises:
+        InputError: such a setting.
+    """
+    for stage, allowed in (("align", ("", "sft")), ("heal", ("",))):
+        name = config[stage].defence.name
+        if name not in allowed:
+            raise InputError(
+                f"config.{stage}.defence.name = {name!r}: in a comparison config.compare.methods says what defends"
+            )
+    if not config.compare.world and not config.eval.tasks:
+        raise InputError("config.eval.tasks is empty: a comparison needs sets to compare on")
+    if config.train.full_parameters and any(m.heal for m in methods):
+        raise InputError(
+            "config.compare.methods: heal works on adapters so far, and config.train.full_parameters makes none"
+        )
+    return bool(config.align.defence.name) or any(m.align for m in methods)
+
+
+def _run(
+    cells: Cells,
+    methods: Sequence[Stack],
+    seeds: Sequence[int],
+    ratios: Sequence[float],
+    judge: str,
+) -> dict[tuple[Stack, float], dict[int, Measured]]:
+    """Every cell, a world after the other; by method and ratio, then by seed."""
+    found: dict[tuple[Stack, float], dict[int, Measured]] = {}
+    total, number = len(seeds) * len(ratios) * len(methods), 0
+    for seed in seeds:
+        for method in methods:
+            for ratio in map(float, ratios):
+                cell, number = Cell(method, seed, ratio), number + 1
+                if not (cells.folder(cell) / "cell.json").is_file():
+                    say(f"== cell {number}/{total}: {cell}")
+                folder = cells.run(cell)
+                found.setdefault((method, ratio), {})[seed] = measure(cells.root, folder, judge)
+    return found
+
+
+def _aligned(cells: Cells, seeds: Sequence[int], judge: str) -> dict[int, Measured]:
+    """The aligned models before any fine-tuning."""
+    folders = {seed: cells.run(Cell(SFT, seed, None)) for seed in seeds}
+    return {seed: measure(cells.root, folder, judge) for seed, folder in folders.items()}
+
+
+def _means(cells: Mapping[int, Measured]) -> dict[str, Any]:
+    figures = [cell.figures() for cell in cells.values()]
+    return {name: sum(f[name] for f in figures) / len(figures) for name in figures[0]}

@@ -1,0 +1,121 @@
+"""The table of a comparison: on the terminal, as CSV and as Markdown, from the content of compare.json."""
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+Json = dict[str, Any]
+TITLES = {"hs": "HS", "hs_plus": "HS+", "fa": "FA", "benign": "benign answered"}
+HEADS = ("method", "p", *TITLES.values(), "HS to SFT", "passes (align, finetune, heal)", "passes / SFT", "time / SFT", "step MiB",
+         "extra data")  # fmt: skip
+
+
+def cells_of(row: Json) -> list[str]:
+    """One line of the table as text."""
+    figures = [_figure(row["figures"].get(name)) for name in TITLES]
+    passes = ", ".join(f"{row['passes'][s]:.3g}" if row["steps"].get(s) else "–" for s in ("align", "finetune", "heal"))  # fmt: skip
+    memory = row["step_bytes"]
+    return [
+        row["method"], "–" if row["ratio"] is None else f"{row['ratio']:g}", *figures, _test(row["against_sft"]), passes,
+        _number(row["passes_to_sft"]), _number(row["time_to_sft"]), f"{memory / 2**20:.0f}" if memory else "–",
+        ", ".join(row["extra_data"]) or "none",
+    ]  # fmt: skip
+
+
+def _figure(found: Json | None) -> str:
+    if found is None:
+        return "–"
+    low, high = found["ci95"]
+    return f"{found['mean']:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _test(tests: Json | None) -> str:
+    if tests is None or "hs" not in tests:
+        return "–"
+    difference, p = tests["hs"]["difference"], tests["hs"]["p"]
+    return f"{difference:+.1f} ({'p = ' + format(p, '.3f') if p >= 0.001 else 'p < 0.001'})"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def notes(result: Json) -> list[str]:
+    """What has to be known to read the table, a line each."""
+    seeds = len(result["seeds"])
+    lines = [
+        f"Judge {result['judge']}. Figures are percentages, means over {seeds} seed{'s' * (seeds > 1)}; lower is better for HS and HS+. "
+        + ("Intervals: 95 %, bootstrap over seeds." if seeds > 1 else "Intervals: 95 %, Wilson, over prompts."),
+        "HS to SFT: difference on the same prompts of all seeds, with exact McNemar. Passes: forward + backward a step, as the methods' "
+        "facts say; a one-shot method has no steps. Time: of the steps, compilation left out. "
+        f"Memory: {result['memory']}.",
+        "Every method starts fine-tuning from what its own alignment left, with the same records; extra data is what it "
+        "was given besides the user's and the alignment records.",
+    ]  # fmt: skip
+    if result["grid"]:
+        count = len(result["grid"][0]["candidates"])
+        chosen = ", ".join(found["chosen"] for found in result["grid"])
+        seeds_of_choice = _list(result["development"])
+        lines.append(
+            f"Chosen among {count} candidates each on development seeds {seeds_of_choice}: {chosen}. Rule: {result['rule']}"
+        )
+        given = [m for m in result["methods"] if m != "sft" and m not in {f["chosen"] for f in result["grid"]}]  # fmt: skip
+        if given:
+            lines.append(f"As given, not chosen: {', '.join(given)}.")
+    if failing := [seed for seed, passed in result["guard"].items() if not passed]:
+        lines.append(f"Worlds that FAIL the alignment guard (aligned HS at most 2, benign answered at least 95): {_list(failing)}; their "
+                     "figures are in the means all the same.")  # fmt: skip
+    return lines
+
+
+def _list(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values))
+
+
+def show(result: Json) -> None:
+    """Print the table and its notes."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=220)
+    table = Table(title="comparison", title_justify="left")
+    for head in HEADS:
+        table.add_column(head, overflow="fold", justify="left" if head in ("method", "extra data") else "right")  # fmt: skip
+    for row in result["rows"]:
+        table.add_row(*map(escape, cells_of(row)))
+    console.print(table)
+    for line in notes(result):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def markdown(result: Json) -> str:
+    """The table and its notes as Markdown."""
+    rows = [HEADS, ["---"] * len(HEADS), *(cells_of(row) for row in result["rows"])]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in rows]
+    return "\n".join([*lines, "", *(f"* {line}" for line in notes(result))]) + "\n"
+
+
+def as_csv(result: Json) -> str:
+    """A line a method and ratio, numbers unrounded; an empty cell is not known."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    parts = ("mean", "low", "high", "worst")
+    heads = [f"{name}_{part}" for name in TITLES for part in parts]
+    tests = [f"{name}_{part}" for name in TITLES for part in ("to_sft", "p")]
+    stages = [f"{what}_{stage}" for what in ("steps", "passes") for stage in ("align", "finetune", "heal")]  # fmt: skip
+    last = ["passes_to_sft", "time_to_sft", "step_bytes", "extra_data"]
+    writer.writerow(["method", "ratio", "seeds", *heads, *tests, *stages, *last])
+    for row in result["rows"]:
+        figures: list[Any] = []
+        for name in TITLES:
+            found = row["figures"].get(name)
+            figures += [found["mean"], *found["ci95"], found["worst"]] if found else [""] * 4
+        tested = [(row["against_sft"] or {}).get(name, {}).get(key) for name in TITLES for key in ("difference", "p")]  # fmt: skip
+        counts = [row[what].get(stage) for what in ("steps", "passes") for stage in ("align", "finetune", "heal")]  # fmt: skip
+        writer.writerow([row["method"], row["ratio"], " ".join(map(str, row["seeds"])), *figures, *tested, *counts, row["passes_to_sft"],
+                         row["time_to_sft"], row["step_bytes"], " ".join(row["extra_data"])])  # fmt: skip
+    return out.getvalue()
