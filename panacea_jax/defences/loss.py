@@ -74,7 +74,7 @@ class Loss:
     def hidden_states(
         self, params: Any, batch: Batch, readings: tuple[str, ...] = ()
     ) -> tuple[Float[Array, "layers B T D"], dict[str, Any]]:
-        """What transformers calls hidden states, stacked: of the embedding and of each layer, the last behind the final norm. And readings."""
+        """What transformers calls hidden states: of the embedding and each layer, the last behind the final norm. And readings."""
         out = self.forward(params, batch, None, ("block_out", *readings))
         first = self.model.embed(self.weights, params, batch.tokens)
         between = out.readings["block_out"][:-1]

@@ -4,9 +4,9 @@
     L_TR = − mean token entropy on a held-out harmful batch          w_i = τ exp((i − K + 1) / 16),  I = {n − 1, 2n − 1, …, K − 1}
     L_retain = L_align + mean over hidden states of the mean distance ‖H(θ₀) − H(θ_start)‖ of a token
 
-Stage: alignment. Passes per step: K on harmful batches, K/n on the held-out one, 1 on the alignment batch and 1 forward pass of the starting
-model. Extra memory: the starting weights; in a step θ_i, two moments and the sum of gradients, all of the size of the trainable tree; no
-activations of more than one pass. Extra data: ``harmful``, K + 1 batches a step.
+Stage: alignment. Passes per step: K on harmful batches, K/n on the held-out one, 1 on the alignment batch and 1 forward pass of the
+starting model. Extra memory: the starting weights; in a step θ_i, two moments and the sum of gradients, all of the size of the trainable
+tree; activations of one pass at a time. Extra data: ``harmful``, K + 1 batches a step.
 
 Differs from SFT in all of it; SFT's gradient is left with τ = 0 as long as w is where it started. First order: gradients at θ_i are applied
 at θ₀. The reference of the distance is the same base with the starting adapter, so LoRA needs no second model.

@@ -22,13 +22,13 @@ LR = 1e-3
 BATCH = 4
 
 
-def examples(seed, n=11):
+def examples(seed, n=11, vocab=VOCAB):
     """Record i has the same prompt whatever the seed, so that two sets are pairs."""
     rng, prompts = np.random.default_rng(seed), np.random.default_rng(0)
     out = []
     for _ in range(n):
-        prompt = prompts.integers(0, VOCAB, int(prompts.integers(2, 9)))
-        answer = rng.integers(0, VOCAB, int(rng.integers(4, 20)))
+        prompt = prompts.integers(0, vocab, int(prompts.integers(2, 9)))
+        answer = rng.integers(0, vocab, int(rng.integers(4, 20)))
         out.append(Example(np.concatenate([prompt, answer]).astype(np.int32), len(prompt)))
     return out
 

@@ -11,7 +11,6 @@ from panacea_jax.data.batches import Batch, unweave
 from panacea_jax.defences import Loss, Sft, Tar
 from panacea_jax.defences.tar import negative_entropy
 from panacea_jax.errors import InputError
-from tests import torch_oracle
 from tests.defences.five_steps import (
     assert_equal_tensors,
     run,
