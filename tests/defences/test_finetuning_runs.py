@@ -1,0 +1,145 @@
+"""The regularised fine-tuning methods as runs: resumed bit for bit, on all parameters, from the command line, on eight devices."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from panacea_jax.data.batches import Stream
+from panacea_jax.defences import Ewc, Kl, Ldifs, Lisa, Vlguard
+from panacea_jax.models import lora
+from panacea_jax.models.full import full_parameters
+from panacea_jax.models.model import load
+from panacea_jax.train.checkpoints import Checkpoints
+from panacea_jax.train.loop import finetune
+from panacea_jax.train.optimizer import make_optimizer
+from tests import runs
+from tests.tiny import write_model
+from tests.train.test_loop import assert_equal, examples
+
+ROOT = Path(__file__).parents[2]
+
+METHODS = {
+    # The checkpoint after step 3 falls into Lisa's second turn.
+    "lisa": Lisa(rho=0.5, alignment_steps=2, finetune_steps=3, warmup_steps=1),
+    "ldifs": Ldifs(rho=1.0),
+    "ewc": Ewc(lam=10.0),
+    "kl": Kl(lam=1.0),
+    "vlguard": Vlguard(mode="sum", lam=0.5),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load(write_model(tmp_path_factory.mktemp("tiny") / "base"), dtype="float32")
+
+
+def run(model, defence, steps, full=False, folder=None):
+    """Training that saves each third step, if it has a folder."""
+    if full:
+        bare, params = full_parameters(model)
+    else:
+        bare, params = model, lora.init(model, 2, 4, ("q", "up"), key=jax.random.key(0))
+    streams = {
+        "user": Stream("user", examples(1), 4, 0, True, (16,)),
+        "alignment": Stream("alignment", examples(2), 3, 0, True, (16,)),
+    }
+    checkpoints = None if folder is None else Checkpoints(folder, every=3)
+    optimizer = make_optimizer(1e-2)
+    return finetune(
+        bare, params, defence, streams, optimizer=optimizer, steps=steps, checkpoints=checkpoints
+    )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_stop_and_resume_is_bit_for_bit(model, name, tmp_path):
+    """Six steps at once are three and three; the state too, which EWC does not make anew."""
+    defence, full = METHODS[name], name == "lisa"
+    whole = run(model, defence, 6, full)
+    assert run(model, defence, 3, full, tmp_path / "c").steps == 3
+    resumed = run(model, defence, 6, full, tmp_path / "c")
+    assert_equal(whole.params, resumed.params)
+    assert whole.compilations == resumed.compilations == 1
+    if name != "vlguard":  # which has no state
+        assert_equal(whole.state, resumed.state)
+
+
+@pytest.mark.slow
+def test_eight_devices_train_what_one_does(tmp_path):
+    """mesh fsdp = 4, tensor = 2: the same adapters and states, and the same weights where all are trained."""
+    folder = write_model(tmp_path / "base")
+    flags = "--xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.defences.sharded", str(folder)], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.keys() == {*METHODS, "ewc_full"}
+    for name, (error, moved, compilations) in found.items():
+        assert error < 1e-5 < 1e-2 < moved and compilations == 1, f"{name}: {found[name]}"
+
+
+# ---------------------------------------------------------------- command line
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return runs.make_place(tmp_path_factory.mktemp("finetuning"))
+
+
+def command(place, workdir, *more):
+    return runs.panacea("finetune", *place.flags(*more), f"--workdir={workdir}")
+
+
+COMMANDS = {
+    "lisa": ("--config.defence.alignment_steps=1", "--config.defence.finetune_steps=2"),
+    "ldifs": ("--config.defence.gate=0.0",),
+    "ewc": ("--config.defence.lam=100.0",),
+    "kl": (),
+    "vlguard": ("--config.defence.mode=sum",),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_finetune(place, name, tmp_path):
+    flags = (f"--config.defence.name={name}", *COMMANDS[name])
+    assert command(place, tmp_path, *flags) == 0
+    rows = [json.loads(x) for x in (tmp_path / "finetune/metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [1, 2, 3, 4]
+    assert len({frozenset(r) for r in rows}) == 1  # every step logs the same scalars
+    if name == "lisa":
+        assert [r["alignment_state"] for r in rows] == [1, 0, 0, 1]
+        assert [r["proximal"] > 0 for r in rows] == [False, False, True, False]
+    penalty = {"ldifs": "penalty", "ewc": "penalty", "kl": "kl", "vlguard": "alignment_loss"}
+    if name in penalty:
+        assert rows[-1][penalty[name]] > 0
+    adapter = load_file(tmp_path / "finetune/adapter/adapter_model.safetensors")
+    assert all(np.linalg.norm(x) > 0 for x in adapter.values())
+    manifest = json.loads((tmp_path / "finetune/manifest.json").read_text())
+    uses = name in ("lisa", "ewc", "vlguard")
+    assert (place.spec("alignment") in manifest["inputs"]) == uses
+    wanted = {"user": 12, "alignment": 8} if uses else {"user": 12}
+    assert manifest["outcome"]["records"] == wanted
+
+
+def test_mixing_lengthens_the_epoch(place, tmp_path):
+    """12 user records and 8 of alignment in batches of 4: five steps an epoch; nothing is poisoned."""
+    flags = ("--config.defence.name=vlguard", "--config.train.steps=0", "--config.train.epochs=1")
+    assert command(place, tmp_path, *flags, "--config.data.poison_ratio=0.0") == 0
+    outcome = json.loads((tmp_path / "finetune/manifest.json").read_text())["outcome"]
+    assert outcome["records"] == {"user": 20} and outcome["steps"] == 5
+
+
+@pytest.mark.parametrize("name", ["lisa", "ewc", "vlguard"])
+def test_without_alignment_data(place, name, tmp_path, capsys):
+    flags = (f"--config.defence.name={name}", "--config.data.alignment=")
+    assert command(place, tmp_path / "new", *flags) == 2
+    assert "config.data.alignment is not set" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
