@@ -298,8 +298,11 @@ def resident_bytes(model: Model, config: ConfigDict, shapes: dict[str, tuple[int
     full = config.train.full_parameters
     params = unflatten_dict(base, sep="/") if full else _adapter(model, config)
     o = config.optimizer
-    optimizer = make_optimizer(o.learning_rate, weight_decay=o.weight_decay, clip_norm=o.clip_norm)
     defence = make_defence(config.defence)
+    optimizer = make_optimizer(
+        o.learning_rate, weight_decay=o.weight_decay, clip_norm=o.clip_norm,
+        partial=hasattr(defence, "trained"),
+    )  # fmt: skip
     what = "all weights" if full else f"adapter, r {params.rank} on {' '.join(params.targets)}"
     kinds = [
         (f"trained: {what} (float32)", _bytes(params)),

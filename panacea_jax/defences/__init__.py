@@ -16,9 +16,10 @@ from panacea_jax.defences.random_perturbation import RandomPerturbation
 from panacea_jax.defences.random_prune import RandomPrune
 from panacea_jax.defences.random_vaccine import RandomVaccine
 from panacea_jax.defences.realign import Realign
-from panacea_jax.defences.safelora import SafeLora
 from panacea_jax.defences.repnoise import RepNoise
+from panacea_jax.defences.safelora import SafeLora
 from panacea_jax.defences.sft import Sft
+from panacea_jax.defences.t_vaccine import TVaccine
 from panacea_jax.defences.tar import Tar
 from panacea_jax.defences.vaccine import Vaccine
 from panacea_jax.defences.vlguard import Vlguard
@@ -27,6 +28,7 @@ DEFENCES: dict[str, type[Any]] = {
     "sft": Sft,
     "vaccine": Vaccine,
     "random_vaccine": RandomVaccine,
+    "t_vaccine": TVaccine,
     "booster": Booster,
     "booster_vaccine": BoosterVaccine,
     "repnoise": RepNoise,
@@ -68,6 +70,7 @@ __all__ = [
     "RepNoise",
     "Sft",
     "Tar",
+    "TVaccine",
     "Vaccine",
     "Vlguard",
 ]

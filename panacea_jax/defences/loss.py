@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from panacea_jax.data.batches import Batch
+from panacea_jax.models.decoder import Offsets
 from panacea_jax.models.model import Model
 
 # Positions whose logits exist at a time: [B, T, V] of a vocabulary of 256k would outweigh all else that a step holds.
@@ -37,10 +38,12 @@ class Loss:
     Attributes:
         model: the static part; its ``weights`` are None.
         weights: the frozen base, or None where ``params`` holds all weights.
+        remat: what the backward pass recomputes (``decoder.REMAT``); None: what the model was made for.
     """
 
     model: Model = dataclasses.field(metadata={"static": True})
     weights: Any
+    remat: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def of(cls, model: Model) -> "Loss":
@@ -48,7 +51,7 @@ class Loss:
         return cls(dataclasses.replace(model, weights=None), model.weights)
 
     def __call__(
-        self, params: Any, batch: Batch, offsets: Float[Array, "L B T D"] | None = None
+        self, params: Any, batch: Batch, offsets: Offsets | None = None
     ) -> Float[Array, ""]:
         """The mean loss; 0 for a batch without response tokens.
 
@@ -63,13 +66,12 @@ class Loss:
         self,
         params: Any,
         batch: Batch,
-        offsets: Float[Array, "L B T D"] | None = None,
+        offsets: Offsets | None = None,
         readings: tuple[str, ...] = (),
     ) -> Forward:
         """Hidden states and, of ``decoder.READINGS`` and ``decoder.SQUARES``, the activations asked for."""
-        return Forward(
-            *self.model.inspect(self.weights, params, batch.tokens, batch.valid, offsets, readings)
-        )
+        inputs = (self.weights, params, batch.tokens, batch.valid)
+        return Forward(*self.model.inspect(*inputs, offsets, readings, self.remat))
 
     def hidden_states(
         self, params: Any, batch: Batch, readings: tuple[str, ...] = ()

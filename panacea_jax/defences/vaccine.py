@@ -16,30 +16,41 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from panacea_jax.defences.loss import Loss
 from panacea_jax.defences.protocol import Facts, Gradient, Metrics, Params, Stage, State
 from panacea_jax.errors import InputError
+from panacea_jax.models.decoder import SomeOffsets
 from panacea_jax.perturbation import to_sphere
 
 
-def no_offsets(loss: Loss, batch: Any) -> Float[Array, "L B T D"]:
-    """Zero offsets for a batch, in the compute dtype."""
+def no_offsets(
+    loss: Loss, batch: Any, layers: Int[Array, "S"] | None = None
+) -> Float[Array, "S B T D"]:
+    """Zero offsets for a batch, in the compute dtype, of all layers or of some."""
     config = loss.model.config
-    shape = (config.num_layers, *batch.tokens.shape, config.hidden_size)
-    return jnp.zeros(shape, loss.model.dtype)
+    count = config.num_layers if layers is None else layers.size
+    return jnp.zeros((count, *batch.tokens.shape, config.hidden_size), loss.model.dtype)
 
 
 def perturbed_gradient(
-    loss: Loss, params: Params, batch: Any, rho: float | int
+    loss: Loss,
+    params: Params,
+    batch: Any,
+    rho: float | int,
+    layers: Int[Array, "S"] | None = None,
 ) -> tuple[Params, Metrics]:
-    """The gradient by ``params`` at activations moved ρ up the loss, and what to log."""
-    value, at_outputs = jax.value_and_grad(loss, argnums=2)(params, batch, no_offsets(loss, batch))
+    """The gradient by ``params`` at activations moved ρ up the loss, and what to log; with ``layers`` only those are moved."""
+
+    def at(offsets: Float[Array, "S B T D"], params: Params) -> Float[Array, ""]:
+        return loss(params, batch, offsets if layers is None else SomeOffsets(offsets, layers))
+
+    value, at_outputs = jax.value_and_grad(at)(no_offsets(loss, batch, layers), params)
     # Norms in float32: a sum over B·T·D·L squares is more than bfloat16 can count.
     wide = at_outputs.astype(jnp.promote_types(at_outputs.dtype, jnp.float32))
     offsets, _ = to_sphere(rho).update(wide, optax.EmptyState())
-    moved, grads = jax.value_and_grad(loss)(params, batch, offsets.astype(at_outputs.dtype))
+    moved, grads = jax.value_and_grad(at, argnums=1)(offsets.astype(at_outputs.dtype), params)
     metrics = {"loss": value, "loss_perturbed": moved, "norm_outputs": optax.tree.norm(wide)}
     return grads, metrics
 

@@ -9,7 +9,7 @@ in ``dtype``; norms, rotary angles, softmax and logits in at least float32.
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,21 @@ SQUARES = ("input_squares", "low_squares")
 
 REMAT = ("none", "dots", "full")
 Layers = tuple[tuple[Slots, Slots], ...]
+
+
+class SomeOffsets(NamedTuple):
+    """Offsets of some layers only; which ones may change without a new compilation.
+
+    Attributes:
+        values: one for each of the S layers.
+        layers: their numbers, all different.
+    """
+
+    values: Float[Array, "S B T D"]
+    layers: Int[Array, "S"]
+
+
+Offsets = Float[Array, "L B T D"] | SomeOffsets
 
 
 class Embedding(nnx.Module):
@@ -120,7 +135,7 @@ class Decoder(nnx.Module):
         x = self.embed(tokens)
         if cache is None:
             context, windows = self._context(positions, positions, valid, None, scale)
-            x, kv, _ = self._scan_layers(x, context, windows, adapter or {}, keep)
+            x, kv, _ = self._scan_layers(x, context, windows, adapter or {}, keep, None, self.remat)
             length = jnp.zeros((tokens.shape[0],), jnp.int32)
         else:
             slots = jnp.arange(cache.slots, dtype=jnp.int32)[None]
@@ -140,8 +155,9 @@ class Decoder(nnx.Module):
         valid: Bool[Array, "B T"],
         adapter: Mapping[str, Any] | None = None,
         scale: Any = 1.0,
-        offsets: Float[Array, "L B T D"] | None = None,
+        offsets: Offsets | None = None,
         readings: tuple[str, ...] = (),
+        remat: str | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
         """Final hidden states with activations perturbed and read on the way.
 
@@ -149,6 +165,7 @@ class Decoder(nnx.Module):
             tokens, positions, valid, adapter, scale: as of :meth:`hidden`.
             offsets: added to the output of each attention module, before the residual.
             readings: which of ``READINGS`` and ``SQUARES`` to return.
+            remat: what the backward pass recomputes; by default what the model was made for.
 
         Returns:
             The hidden states, and by name what was asked for, stacked over layers.
@@ -156,7 +173,9 @@ class Decoder(nnx.Module):
         x = self.embed(tokens)
         context, windows = self._context(positions, positions, valid, None, scale)
         context = context._replace(readings=readings, valid=valid)
-        x, _, read = self._scan_layers(x, context, windows, adapter or {}, False, offsets)
+        x, _, read = self._scan_layers(
+            x, context, windows, adapter or {}, False, offsets, remat or self.remat
+        )
         with jax.named_scope("norm"):
             return self.norm(x), read
 
@@ -223,25 +242,30 @@ class Decoder(nnx.Module):
         windows: Int[Array, "L"] | None,
         adapter: Mapping[str, Any],
         keep: bool,
-        offsets: Float[Array, "L B T D"] | None = None,
+        offsets: Offsets | None,
+        remat: str,
     ) -> tuple[Float[Array, "B T D"], Layers | None, dict[str, Any]]:
         """Scan one layer's program over the stacked weights, adapters, windows and offsets."""
         graph, stacked = nnx.split(self.layers)
+        n = self.config.num_layers
+        some = offsets if isinstance(offsets, SomeOffsets) else None
+        offset_xs = offsets if some is None else _places(some.layers, n)
 
         def body(x: Any, per_layer: Any) -> tuple[Any, Any]:
             weights, factors, window, offset = per_layer
+            if some is not None:
+                offset = some.values.at[offset].get(mode="fill", fill_value=0)
             layer = nnx.merge(graph, weights)
             x, kv = layer(x, context._replace(offset=offset), window, factors, None)
             return self._by_rows(x), (kv if keep else None, _collect(layer))
 
-        if self.remat == "full":
+        if remat == "full":
             body = jax.checkpoint(body, prevent_cse=False)
-        elif self.remat == "dots":
+        elif remat == "dots":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         with jax.named_scope("layers"):
-            x, (kv, read) = jax.lax.scan(body, x, (stacked, dict(adapter), windows, offsets))
-        n = self.config.num_layers
+            x, (kv, read) = jax.lax.scan(body, x, (stacked, dict(adapter), windows, offset_xs))
         return x, tuple(_of_layer(kv, i) for i in range(n)) if keep else None, read
 
     def apart(self, adapter: Mapping[str, Any] | None) -> tuple[Any, ...]:
@@ -269,6 +293,12 @@ class Decoder(nnx.Module):
                 x = self._by_rows(x)
             written.append(kv)
         return x, tuple(written)
+
+
+def _places(layers: Int[Array, "S"], n: int) -> Int[Array, "L"]:
+    """For each of n layers its place in ``layers``; S, which is beyond the end, where it is not there."""
+    count = layers.shape[0]
+    return jnp.full(n, count, jnp.int32).at[layers].set(jnp.arange(count, dtype=jnp.int32))
 
 
 def _of_layer(stacked: Any, i: int) -> Any:

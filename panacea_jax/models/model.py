@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from panacea_jax.errors import InputError
 from panacea_jax.models.cache import KVCache
 from panacea_jax.models.config import ModelConfig
-from panacea_jax.models.decoder import Decoder
+from panacea_jax.models.decoder import Decoder, Offsets
 from panacea_jax.models.hub import local_folder
 from panacea_jax.models.weights import load_weights
 from panacea_jax.parallel import make_mesh, weight_sharding
@@ -94,12 +94,13 @@ class Model:
         params: Any,
         tokens: Int[Array, "B T"],
         valid: Bool[Array, "B T"] | None = None,
-        offsets: Float[Array, "L B T D"] | None = None,
+        offsets: Offsets | None = None,
         readings: tuple[str, ...] = (),
+        remat: str | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
         """Final hidden states with activations perturbed and read on the way, see :meth:`Decoder.inspect`."""
         decoder, inputs = self._bind(weights, params, tokens, None, valid, None)
-        return decoder.inspect(**inputs, offsets=offsets, readings=readings)
+        return decoder.inspect(**inputs, offsets=offsets, readings=readings, remat=remat)
 
     def apart(self, weights: Any, params: Any) -> tuple[Any, ...]:
         """Weights and adapter factors of each layer by itself, see :meth:`Decoder.apart`."""

@@ -180,6 +180,10 @@ def abstract_step(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Step:
     o = config.optimizer
     optimizer = make_optimizer(o.learning_rate, weight_decay=o.weight_decay, clip_norm=o.clip_norm)
     defence = make_defence(config.defence)
+    if not isinstance(defence, Defence):
+        raise InputError(
+            f"config.defence.name = {config.defence.name}: acts in one shot; there is no step to plan"
+        )
 
     def build(params: Any) -> TrainState:
         step = jnp.zeros((), jnp.int32)

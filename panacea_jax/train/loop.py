@@ -120,6 +120,7 @@ def finetune(
     passes = getattr(defence, "passes", defence.facts.passes)
     passes = {name: n / needed[name].repeats for name, n in passes.items()}
     watch = _Watch(model, params, passes, writer, log_every, steps)
+    intervals = getattr(defence, "intervals", {})
     notes: dict[str, Any] = {"seed": seed}
     if isinstance(params, Adapter):
         notes["lora_scale"] = params.scale
@@ -134,7 +135,7 @@ def finetune(
         stop = stack.enter_context(_sigterm())
         bar = stack.enter_context(Progress("train", total=steps, start=start))
         batches = stack.enter_context(
-            prefetch(_host_batches(needed, start, steps), put=lambda b: _put(model, b))
+            prefetch(_host_batches(needed, intervals, start, steps), put=lambda b: _put(model, b))
         )
         for host, device in batches:
             state, metrics = step_fn(state, model.weights, device, key)
@@ -179,10 +180,10 @@ def _memory(step_fn: Any, *arguments: Any) -> int:
 
 
 def _host_batches(
-    streams: Mapping[str, Stream], start: int, steps: int
+    streams: Mapping[str, Stream], intervals: Mapping[str, int], start: int, steps: int
 ) -> Iterator[dict[str, Batch]]:
     for step in range(start, steps):
-        yield {name: stream.batch(step) for name, stream in streams.items()}
+        yield {name: s.batch(step // intervals.get(name, 1)) for name, s in streams.items()}
 
 
 def _put(

@@ -1,11 +1,12 @@
 """The tail that every defence shares: clip the global norm → AdamW with a schedule."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from panacea_jax.errors import InputError
 
@@ -53,6 +54,77 @@ def learning_rate(
     return optax.join_schedules([rise, fall], [warmup]) if warmup else fall
 
 
+class Partial(optax.GradientTransformationExtraArgs):
+    """An optimizer that may leave some layers out of a step: ``update(grads, state, params, trained=…)``.
+
+    ``trained`` is a tree like ``params`` of bools, one for each entry of a leaf's first axis or one for the whole leaf. What is left out
+    keeps its value, its moments and its count of steps, as a tensor without a gradient does in PyTorch. Its ``grads`` must be zero, so that
+    the clip does not count them.
+    """
+
+
+class PartialAdamState(NamedTuple):
+    """Attributes:
+    count: steps taken by each entry of each leaf's first axis; Adam's bias correction goes by it.
+    mu: first moments.
+    nu: second moments.
+    """
+
+    count: Any
+    mu: Any
+    nu: Any
+
+
+def where_trained(trained: Any, x: Any, otherwise: Any) -> Any:
+    """Leaf by leaf ``x`` where something is trained, else ``otherwise``; ``trained`` as in :class:`Partial`."""
+
+    def pick(mask: Any, x: Array, y: Array) -> Array:
+        mask = jnp.asarray(mask)
+        return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)), x, y)
+
+    return jax.tree.map(pick, trained, x, otherwise)
+
+
+def _only_trained() -> Partial:
+    """Zero for what is left out."""
+
+    def update(g: Any, state: Any, params: Any = None, *, trained: Any) -> tuple[Any, Any]:
+        return where_trained(trained, g, jax.tree.map(jnp.zeros_like, g)), state
+
+    return Partial(lambda params: optax.EmptyState(), update)
+
+
+def _partial_adam(b1: float, b2: float, eps: float) -> Partial:
+    """``optax.scale_by_adam`` with a count of its own for each layer of each leaf."""
+
+    def init(params: Any) -> PartialAdamState:
+        count = jax.tree.map(lambda p: jnp.zeros(p.shape[:1], jnp.int32), params)
+        mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+        return PartialAdamState(count, mu, nu)
+
+    def corrected(moment: Array, decay: float, count: Array) -> Array:
+        # A layer never trained has done no step; what comes of it is dropped, but must not be 0/0.
+        weight = 1 - decay ** jnp.maximum(count, 1).astype(moment.dtype)
+        return moment / weight.reshape(weight.shape + (1,) * (moment.ndim - weight.ndim))
+
+    def update(
+        g: Any, state: PartialAdamState, params: Any = None, *, trained: Any
+    ) -> tuple[Any, PartialAdamState]:
+        count = jax.tree.map(lambda c: c + 1, state.count)
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, g)
+        nu = jax.tree.map(lambda n, g: b2 * n + (1 - b2) * g**2, state.nu, g)
+        new = PartialAdamState(
+            *(map(functools.partial(where_trained, trained), (count, mu, nu), state))
+        )
+        out = jax.tree.map(
+            lambda m, n, c: corrected(m, b1, c) / (jnp.sqrt(corrected(n, b2, c)) + eps),
+            new.mu, new.nu, new.count,
+        )  # fmt: skip
+        return out, new
+
+    return Partial(init, update)
+
+
 # Equal arguments give the same object, which is what lets runs share a compiled step.
 @functools.lru_cache(maxsize=64)
 def make_optimizer(
@@ -63,7 +135,21 @@ def make_optimizer(
     b2: float = 0.999,
     eps: float = 1e-8,
     clip_norm: float = 1.0,
+    partial: bool = False,
 ) -> optax.GradientTransformation:
-    """Clip → AdamW (decoupled decay on every trainable tensor). ``clip_norm`` 0 switches the clip off."""
+    """Clip → AdamW (decoupled decay on every trainable tensor). ``clip_norm`` 0 switches the clip off.
+
+    ``partial=True`` is for a defence that leaves layers out of a step, see :class:`Partial`.
+    """
+    clip = clip_global_norm(clip_norm) if clip_norm else optax.identity()
+    if partial:
+        chain = optax.chain(
+            clip,
+            _partial_adam(b1, b2, eps),
+            optax.add_decayed_weights(weight_decay),
+            _only_trained(),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+        return Partial(*chain)
     adamw = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    return optax.chain(clip_global_norm(clip_norm), adamw) if clip_norm else adamw
+    return optax.chain(clip, adamw) if clip_norm else adamw

@@ -395,6 +395,7 @@ def _train(
     optimizer = make_optimizer(
         learning_rate(o.learning_rate, steps, o.schedule, o.warmup_ratio),
         weight_decay=o.weight_decay, b1=o.b1, b2=o.b2, eps=o.eps, clip_norm=o.clip_norm,
+        partial=hasattr(defence, "trained"),
     )  # fmt: skip
     checkpoints = Checkpoints(
         folder / "checkpoints", config.checkpoint.every, config.checkpoint.keep

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 from panacea_jax.data.batches import Batch
 from panacea_jax.defences import Defence, Loss
 from panacea_jax.models.model import Model
+from panacea_jax.train.optimizer import Partial, where_trained
 
 
 class TrainState(NamedTuple):
@@ -56,11 +57,13 @@ def state_shardings(state: Any, params: Any) -> Any:
     """Each part of the state that has the shape of the trainable tree lives where the tree lives; the rest is replicated."""
     like = jax.tree.map(lambda x: x.sharding, params)
     structure = jax.tree.structure(params)
+    sizes = [x.shape for x in jax.tree.leaves(params)]
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     scalar = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def is_params(node: Any) -> bool:
-        return jax.tree.structure(node) == structure  # type: ignore[operator]
+        same = jax.tree.structure(node) == structure  # type: ignore[operator]
+        return same and [x.shape for x in jax.tree.leaves(node)] == sizes
 
     return jax.tree.map(lambda node: like if is_params(node) else scalar, state, is_leaf=is_params)
 
@@ -75,9 +78,17 @@ def make_step(
         defence: the gradient rule.
         optimizer: the shared tail, see ``make_optimizer``.
         shardings: of the state, see ``state_shardings``.
+
+    Raises:
+        ValueError: the defence leaves layers out of a step and the optimizer cannot.
     """
 
     static = dataclasses.replace(model, weights=None)
+    trained = getattr(defence, "trained", None)
+    if trained is not None and not isinstance(optimizer, Partial):
+        raise ValueError(
+            f"{type(defence).__name__} leaves layers out of a step: make_optimizer(…, partial=True)"
+        )
 
     def step(
         state: TrainState, weights: Any, batches: Mapping[str, Batch], key: Key[Array, ""]
@@ -85,7 +96,11 @@ def make_step(
         loss_fn = Loss(static, weights)
         key = jax.random.fold_in(key, state.step)
         grads, inner, metrics = defence.gradient(loss_fn, state.params, batches, state.defence, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        extra = {}
+        if trained is not None:
+            extra["trained"] = mask = trained(state.params, inner)
+            grads = where_trained(mask, grads, jax.tree.map(jnp.zeros_like, grads))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
         metrics |= {"norm_gradient": optax.tree.norm(grads), "norm_update": optax.tree.norm(updates),
                     "norm_params": optax.tree.norm(params)}  # fmt: skip

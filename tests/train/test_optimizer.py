@@ -1,5 +1,6 @@
 """Clip, AdamW and schedules against PyTorch and transformers."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -8,7 +9,12 @@ import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from panacea_jax.errors import InputError
-from panacea_jax.train.optimizer import clip_global_norm, learning_rate, make_optimizer
+from panacea_jax.train.optimizer import (
+    clip_global_norm,
+    learning_rate,
+    make_optimizer,
+    where_trained,
+)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 0.3, 50.0])
@@ -63,3 +69,44 @@ def test_constant_has_no_warm_up():
 def test_unknown_schedule():
     with pytest.raises(InputError, match=r"config\.optimizer\.schedule"):
         learning_rate(0.5, 100, "polynomial")
+
+
+def test_a_partial_optimizer_leaves_layers_out_as_torch_does():
+    """Each layer a tensor of its own in PyTorch, its gradient None where it is left out; a leaf trained throughout beside them."""
+    rng = np.random.default_rng(0)
+    start = {"x": rng.normal(size=(3, 2)).astype(np.float32), "y": rng.normal(size=4).astype(np.float32)}  # fmt: skip
+    tensors = [torch.nn.Parameter(torch.tensor(v)) for v in (*start["x"], start["y"])]
+    theirs = torch.optim.AdamW(tensors, lr=0.1, weight_decay=0.1)
+    params = jax.tree.map(jnp.asarray, start)
+    optimizer = make_optimizer(0.1, partial=True)
+    state = optimizer.init(params)
+    for active in ([0, 2], [2], [2], [0, 1], [1]):
+        g = {k: rng.normal(size=v.shape).astype(np.float32) for k, v in start.items()}
+        for i, p in enumerate(tensors):
+            p.grad = torch.tensor(g["y"] if i == 3 else g["x"][i]) if i in (*active, 3) else None
+        torch.nn.utils.clip_grad_norm_(tensors, 1.0)
+        theirs.step()
+        mask = {"x": jnp.zeros(3, bool).at[jnp.asarray(active)].set(True), "y": jnp.ones((), bool)}
+        grads = where_trained(
+            mask, jax.tree.map(jnp.asarray, g), jax.tree.map(jnp.zeros_like, params)
+        )
+        updates, state = optimizer.update(grads, state, params, trained=mask)
+        params = optax.apply_updates(params, updates)
+    expected = [p.detach().numpy() for p in tensors]
+    np.testing.assert_allclose(params["x"], expected[:3], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(params["y"], expected[3], rtol=1e-4, atol=1e-6)
+
+
+def test_a_partial_optimizer_that_leaves_nothing_out_is_the_plain_one():
+    params = {"x": jnp.arange(6.0).reshape(3, 2)}
+    results = []
+    for partial in (False, True):
+        optimizer, w = make_optimizer(0.1, partial=partial), params
+        extra = {"trained": {"x": jnp.ones(3, bool)}} if partial else {}
+        state = optimizer.init(w)
+        for step in range(3):
+            updates, state = optimizer.update({"x": jnp.sin(w["x"] + step)}, state, w, **extra)
+            w = optax.apply_updates(w, updates)
+        results.append(w["x"])
+    np.testing.assert_allclose(*results, rtol=1e-6)
+    assert np.abs(results[0] - params["x"]).max() > 0.1
