@@ -21,14 +21,12 @@ llama2_7b
     the arithmetic there: fine-tuning 1.4e17 FLOPs a pass and cell, alignment 6.8e17 a pass.
 """
 
-import re
 import runpy
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from panacea_jax.config import get_config as defaults
-from panacea_jax.defences import DEFENCES
 from panacea_jax.errors import InputError
 
 SEEDS, DEVELOPMENT = (40, 41, 42, 43, 44), (50,)
@@ -88,15 +86,11 @@ def get_config(variant: str = "miniature") -> ConfigDict:
     return config
 
 
-def _there(entries: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(entry for entry in entries if re.split(r"[:+]", entry)[0] in DEFENCES)
-
-
 def _miniature() -> ConfigDict:
     """The quickstart's numbers, see panacea_jax/quickstart/run.py."""
     config = defaults()
     config.compare.world = "miniature"
-    config.compare.grid, config.compare.development = _there(GRID), DEVELOPMENT
+    config.compare.grid, config.compare.development = GRID, DEVELOPMENT
     config.compare.seeds, config.compare.ratios = SEEDS, RATIOS
     config.lora.rank, config.lora.alpha = 8, 4.0
     config.data.num_examples, config.data.num_harmful, config.data.num_alignment = 1000, 0, 0
@@ -117,5 +111,5 @@ def _published() -> ConfigDict:
     paper = runpy.run_path(str(Path(__file__).with_name("paper.py")))
     config: ConfigDict = paper["protocol"]("meta-llama/Llama-2-7b-hf", "gsm8k")
     config.align.defence.name = "sft"
-    config.compare.methods, config.compare.ratios = _there(PUBLISHED), RATIOS
+    config.compare.methods, config.compare.ratios = PUBLISHED, RATIOS
     return config

@@ -8,8 +8,9 @@ ones). Base, data and evaluation are those of paper.py beside this file; the ali
 
 What a variant does not reproduce: LoRA dropout 0.1 where a script has it (there is no dropout here); another rank or α in fine-tuning
 than in alignment (Vaccine, T-Vaccine and Lisa align at α 4 and fine-tune at α 1 or on fewer projections), since a run has one adapter
-form; the exact records of the paired-refusal file (see paper.py). Whether the alignment adapter is trained on or merged is the same for
-all, so that runs differ in the defence alone; the scripts' own choice, which differs, is `config.lora.policy`.
+form; the three learning rates that TAR's adversary draws from (2e-5 here, the middle one); the exact records of the paired-refusal file
+(see paper.py), which the official RepNoise, in pairs, cannot do without. Whether the alignment adapter is trained on or merged is the
+same for all, so that runs differ in the defence alone; the scripts' own choice, which differs, is `config.lora.policy`.
 
 VLGuard's variants have no alignment stage, since their safe set is smaller than the alignment set and `config.data.num_alignment` counts
 for both: name an aligned adapter, `--config.lora.init_from=runs/sft/align/adapter`.
@@ -25,7 +26,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from panacea_jax.config import defence_section
-from panacea_jax.defences import DEFENCES
 from panacea_jax.defences.spec import parse_stack
 from panacea_jax.errors import InputError
 
@@ -73,7 +73,7 @@ BUDGETS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "repnoise-panacea": ("repnoise:alpha=0.02,beta=0.1,paired=False", REPNOISE_COPY),
     "repnoise-booster": ("repnoise:alpha=0.1,beta=0.001,paired=False", REPNOISE_COPY | BOOSTER_REPO),
     "tar": (
-        "tar:inner_steps=64,inner_every=4,inner_learning_rate=(2e-6,2e-5,4e-5),tamper_weight=4",
+        "tar:inner_steps=64,inner_every=4,inner_learning_rate=2e-5,tamper_weight=4",
         {"align.train.full_parameters": True, "train.full_parameters": True, "align.train.steps": 750, "align.train.batch_size": 8,
          "align.train.harmful_batch_size": 4, "align.optimizer.learning_rate": 2e-5},
     ),
@@ -108,12 +108,9 @@ def get_config(variant: str = "panacea") -> ConfigDict:
     Raises:
         InputError: another variant.
     """
-    known = {
-        name: budget for name, budget in BUDGETS.items() if budget[0].partition(":")[0] in DEFENCES
-    }
-    if variant not in known:
-        raise InputError(f"--config: unknown variant {variant!r}; known are {', '.join(known)}")
-    text, changes = known[variant]
+    if variant not in BUDGETS:
+        raise InputError(f"--config: unknown variant {variant!r}; known are {', '.join(BUDGETS)}")
+    text, changes = BUDGETS[variant]
     stack = parse_stack(text, "--config")
     # Recipes are loaded by path, so that nothing of this folder can be imported by name.
     paper = runpy.run_path(str(Path(__file__).with_name("paper.py")))

@@ -1,6 +1,7 @@
 """Every recipe loads as the command line loads it, and carries the published numbers."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ from ml_collections import ConfigDict
 from panacea_jax import cli, config
 from panacea_jax.data import files, hub
 from panacea_jax.data.sources import parse
+from panacea_jax.defences import DEFENCES
+from panacea_jax.defences.spec import candidates, parse_stack
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.tasks import set_names
+from panacea_jax.quickstart.run import ALIGN_STEPS, FINETUNE_STEPS
 
 # ml_collections loads recipes with a method of importlib that Python is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -142,3 +146,62 @@ def test_every_key_is_documented_with_its_default():
         shown = written.replace('"', "'")
         same = float(shown) == value if isinstance(value, float) else shown == repr(value)
         assert same, f"docs/configuration.md: {key} is {written} there, {value!r} in config.py"
+
+
+def test_the_comparison_gives_every_method_the_same_number_of_candidates():
+    c = load("compare.py")
+    assert c.compare.world == "miniature" and not set(c.compare.seeds) & set(c.compare.development)
+    counts = {text: len(candidates(text, "grid")) for text in c.compare.grid}
+    assert set(counts.values()) == {4}
+    stacks = [stack for text in c.compare.grid for stack in candidates(text, "grid")]
+    named = {part.name for s in stacks for part in (s.align, s.finetune, s.heal) if part}
+    assert named == DEFENCES.keys() - {"sft"}
+    # The quickstart's alignment and fine-tuning, whichever method defends.
+    assert (c.train.steps, c.align.train.steps) == (FINETUNE_STEPS, ALIGN_STEPS)
+
+
+@pytest.mark.parametrize("variant", ["miniature", "smoke", "llama2_7b"])
+def test_comparison_variants_load(variant):
+    config.validate(load(f"compare.py:{variant}"))
+    with pytest.raises(InputError, match="known are miniature, smoke, llama2_7b"):
+        load("compare.py:nothing")
+
+
+BUDGETS = runpy.run_path(str(CONFIGS / "defences.py"))["BUDGETS"]
+
+
+def test_every_defence_has_a_budget():
+    assert {text.partition(":")[0] for text, _ in BUDGETS.values()} == DEFENCES.keys()
+
+
+@pytest.mark.parametrize("variant", BUDGETS)
+def test_budget_of_a_method(variant):
+    """The variant's method stands in its stage with the hyper-parameters of its row, everything validates."""
+    c = load(f"defences.py:{variant}")
+    config.validate(c)
+    stack = parse_stack(BUDGETS[variant][0], "row")
+    for part, section in (
+        (stack.align, c.align.defence),
+        (stack.finetune, c.defence),
+        (stack.heal, c.heal.defence),
+    ):
+        if part:
+            assert section.name == part.name
+            assert {key: section[key] for key, _ in part.settings} == dict(part.settings)
+    for key, value in BUDGETS[variant][1].items():
+        found = c
+        for word in key.split("."):
+            found = found[word]
+        assert found == value, key
+
+
+def test_budgets_where_repositories_disagree():
+    """methods.md §5 and §2."""
+    one, five = load("defences.py:booster-1k"), load("defences.py:booster-5k")
+    assert (one.align.defence.lam, one.align.defence.alpha, one.data.num_harmful) == (100, 0.01, 1000)  # fmt: skip
+    assert (five.align.defence.lam, five.align.defence.alpha, five.data.num_harmful) == (5, 0.1, 5000)  # fmt: skip
+    assert (one.optimizer.learning_rate, five.optimizer.learning_rate) == (2e-5, 1e-5)
+    rhos = [load(f"defences.py:vaccine-{v}").align.defence.rho for v in ("2k", "5k", "5k-panacea")]
+    assert rhos == [2, 5, 20]
+    with pytest.raises(InputError, match="unknown variant 'booster'; known are sft, vaccine-2k"):
+        load("defences.py:booster")

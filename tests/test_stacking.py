@@ -121,11 +121,10 @@ def test_a_second_run_skips_all_stages_and_one_cut_short_goes_on(stacked, capsys
         np.testing.assert_array_equal(value, healed[name], err_msg=name)
 
 
+@pytest.mark.parametrize("stacked", ["random_vaccine+panacea+realign"], indirect=True)
 def test_merged_starts_afresh_on_the_merged_base(stacked, tmp_path):
     """Base + s·BA of alignment, and on it a fresh adapter; what is deployed answers as base, alignment and adapter in one."""
-    stack, place, workdir = stacked
-    if not stack.endswith("realign"):
-        pytest.skip("the others are single, or without an adapter")
+    _, place, workdir = stacked
     aligned = load_file(workdir / "align" / "adapter" / "adapter_model.safetensors")
     old, new = (
         load_file(f / "model.safetensors") for f in (place.base, workdir / "base" / "model")

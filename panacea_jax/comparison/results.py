@@ -80,7 +80,9 @@ def passes_per_step(section: Mapping[str, Any]) -> float:
     kind = DEFENCES[section["name"]]
     lists = {field.name: section[field.name] for field in dataclasses.fields(kind)}
     defence = kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in lists.items()})
-    return float(sum(getattr(defence, "passes", kind.facts.passes).values()))
+    by_stream = getattr(defence, "passes", kind.facts.passes)
+    # Of a method with several forms the facts name all streams.
+    return float(sum(n for name, n in by_stream.items() if name in ("user", *defence.streams)))
 
 
 def _seconds(stage: Path, steps: int) -> float | None:

@@ -118,7 +118,7 @@ def finetune(
     writer = MetricsWriter(folder, start) if folder is not None else None
     needed = {name: streams[name] for name in ("user", *defence.streams)}
     passes = getattr(defence, "passes", defence.facts.passes)
-    passes = {name: n / needed[name].repeats for name, n in passes.items()}
+    passes = {name: n / needed[name].repeats for name, n in passes.items() if name in needed}
     watch = _Watch(model, params, passes, writer, log_every, steps)
     intervals = getattr(defence, "intervals", {})
     notes: dict[str, Any] = {"seed": seed}
