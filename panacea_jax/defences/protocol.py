@@ -56,7 +56,6 @@ class Method(Protocol):
 
     and, of its streams,
 
-    * ``intervals``: by stream, how many steps share a batch; a stream that is not named moves on at every step.
     * ``repeats``, a mapping: how many batches of a stream a step receives, woven into one (see ``data.batches.unweave``); 1 where unnamed.
     * ``paired_streams``, names: those that go with the main stream record by record.
     * ``passes``, as ``facts.passes`` but for these hyper-parameters, where they change it.

@@ -69,7 +69,7 @@ def gradient_of(wide_setting):
     given = streams(repeats=5)
     batches = {n: Batch(*map(jnp.asarray, s.batch(0))) for n, s in given.items()}
 
-    def found(defence, start=None):
+    def found(defence, start=None, batches=batches):
         state = defence.init(adapter if start is None else start)
 
         @jax.jit
@@ -105,10 +105,13 @@ def test_limits(gradient_of):
 
 
 def test_the_attack_lowers_the_harmful_loss_and_a_rate_is_drawn_from_a_tuple(gradient_of):
-    found = gradient_of[0]
-    one, metrics = found(Tar(**SMALL))
+    found, _, _, batches = gradient_of
+    # The same batch at every step of the adversary, so that its losses can be compared.
+    first = unweave(batches["harmful"], 5)
+    same = {**batches, "harmful": Batch(*(jnp.repeat(x[0], 5, axis=0) for x in first))}
+    one, metrics = found(Tar(**SMALL), batches=same)
     assert metrics["harmful_loss_attacked"] < metrics["harmful_loss"]
-    drawn, _ = found(Tar(**SMALL | {"inner_learning_rate": (2e-3, 2e-3)}))
+    drawn, _ = found(Tar(**SMALL | {"inner_learning_rate": (2e-3, 2e-3)}), batches=same)
     np.testing.assert_allclose(drawn, one, rtol=1e-9, atol=1e-12)
 
 
