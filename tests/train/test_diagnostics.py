@@ -63,3 +63,17 @@ def test_rho_is_held_against_the_distance_in_the_second_half_only():
         if diagnostics.observe(step, HEALTHY | {"rho_displacement": 0.9})
     ]
     assert steps == [2 * WINDOW]
+
+
+def test_the_loss_of_alignment_turns_is_not_the_tasks():
+    """Lisa: easy alignment batches first, then a harder task, is no rise; a task loss that rises between them is."""
+    turns = [{"loss": 0.1, "alignment_state": 1.0}] * WINDOW
+
+    def warnings(*losses):
+        diagnostics = Diagnostics(0)
+        steps = turns + [{"loss": x, "alignment_state": 0.0} for x in losses]
+        return [w for t, m in enumerate(steps) for w in diagnostics.observe(t, m)]
+
+    assert warnings(*[1.0] * WINDOW) == []
+    [found] = warnings(*[1.0] * WINDOW, *[2.0] * WINDOW)
+    assert "rose" in found
