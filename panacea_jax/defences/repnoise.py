@@ -71,7 +71,9 @@ def mmd(
     bandwidth = jnp.maximum(mean / 4, float(np.finfo(mean.dtype).tiny))
 
     def kernel(d: Array) -> Array:
-        return jnp.sum(jnp.stack([jnp.exp(-d / (bandwidth * 2.0**k)) for k in range(KERNELS)]), axis=0)
+        return jnp.sum(
+            jnp.stack([jnp.exp(-d / (bandwidth * 2.0**k)) for k in range(KERNELS)]), axis=0
+        )
 
     values = jnp.where(pairs, kernel(xx) + kernel(yy) - 2 * kernel(xy), 0)
     return values.sum() / jnp.maximum(n / 2, 1) ** 2

@@ -67,12 +67,12 @@ def test_weak_scaling_over_fsdp(found):
 
 
 LINES = """
-  %all-gather.1 = bf16[32,128,4096]{2,1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, metadata={op_name="jit(f)/while/body/x"}
+  %a = bf16[32,128,4096]{2,1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, metadata={op_name="jit(f)/while/body/x"}
   %again = bf16[32,128,4096]{2,1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, metadata={op_name="jit(f)/while/body/x"}
   %r = (f32[8]{0}, f32[4,2]{1,0}) all-reduce(%a, %b), channel_id=2, replica_groups=[2,4]<=[8], metadata={op_name="jit(step)/add"}
   %s = (f32[2]{0}, f32[8]{0}) all-gather-start(%c), channel_id=3, replica_groups=mesh['a'=4,'b'=2] {'a'}, metadata={op_name="jit(step)/y"}
   %alone = f32[8]{0} all-reduce(%d), channel_id=4, replica_groups={{0},{1}}, metadata={op_name="jit(step)/z"}
-  %fusion = f32[8]{0} fusion(%all-gather.1), calls=%f
+  %fusion = f32[8]{0} fusion(%all-gather.1), calls=%all-gather
 """
 
 
