@@ -125,6 +125,16 @@ def _doctor(values: flags.FlagValues, config: ConfigDict) -> None:
     doctor(config)
 
 
+def _plan(values: flags.FlagValues, config: ConfigDict) -> Path | None:
+    from panacea_jax.parallel.plan import plan
+
+    if not values.topology:
+        raise InputError("--topology is not set: name a machine, like v5e:4x4 or gpu:h100x8")
+    folder = Path(values.workdir) if values.workdir else None
+    plan(config, values.topology, values.search, folder)
+    return folder and folder / "plan.json"
+
+
 COMMANDS = {
     "quickstart": Command("the whole experiment in a miniature world, no download, minutes on a laptop", _quickstart, ("workdir", "world")),
     "run": Command("every stage of a recipe: align, finetune, heal, generate, judge, layers (perplexity if asked for)", _run),
@@ -142,6 +152,7 @@ COMMANDS = {
     "convert": Command("base (+ adapter, + ε) to one merged Hugging Face folder", _convert, ("out", "epsilon")),
     "defences": Command("every defence: stage, data, passes a step, memory, paper", _defences, ()),
     "doctor": Command("what this machine has, and what a configuration will use of it", _doctor, ()),
+    "plan": Command("memory and least time of a step on a machine that is not there", _plan, ("workdir", "topology", "search")),
 }  # fmt: skip
 
 FLAG_HELP = {
@@ -153,6 +164,7 @@ FLAG_HELP = {
     "aligned": "work directory of the model before the attack",
     "epsilon": "exported ε (epsilon.safetensors)",
     "checkpoint": "checkpoint folder (…/checkpoints/<step>)",
+    "topology": "machine to plan for: v5e:4x4, v5p:2x2x1, tpu7x:2x2x1, gpu:h100x8 …",
     "out": "Hugging Face folder to write",
 }
 
@@ -182,6 +194,10 @@ def _command_help(name: str) -> str:
     lines += [f"  --{f}=…  {FLAG_HELP[f]}" for f in command.flags if f in FLAG_HELP]
     if "world" in command.flags:
         lines.append("  --world=0  seed of the miniature world")
+    if "search" in command.flags:
+        lines.append(
+            "  --search  try meshes, batch sizes and remat policies; the cheapest that fits comes first"
+        )
     lines += ["", "config keys (override with --config.KEY=VALUE):"]
     default = config_module.get_config()
     lines += [
@@ -200,6 +216,8 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[flags.FlagValues, Con
     for name in COMMANDS[command].flags:
         if name == "world":
             flags.DEFINE_integer("world", 0, "seed of the miniature world", 0, flag_values=values)
+        elif name == "search":
+            flags.DEFINE_boolean("search", False, "try alternatives", flag_values=values)
         else:
             flags.DEFINE_string(name, "", FLAG_HELP[name], flag_values=values)
     recipe, arguments = _take_recipe(arguments)

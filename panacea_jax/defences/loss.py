@@ -1,15 +1,19 @@
 """The training loss, mean next-token cross-entropy over response tokens, with handles on the activations that lead to it."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from panacea_jax.data.batches import Batch
 from panacea_jax.models.decoder import Offsets
 from panacea_jax.models.model import Model
+
+# Positions whose logits exist at a time: [B, T, V] of a vocabulary of 256k would outweigh all else that a step holds.
+CHUNK = 32
 
 
 class Forward(NamedTuple):
@@ -98,13 +102,41 @@ class Loss:
     def _sum(
         self, params: Any, hidden: Float[Array, "B T D"], batch: Batch
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        # Position t predicts token t + 1, so the mask is shifted by one; the logits of the last position predict nothing.
-        logits = self.logits(params, hidden)
-        logits, targets, mask = logits[:, :-1], batch.tokens[:, 1:], batch.loss_mask[:, 1:]
-        with jax.named_scope("cross_entropy"):
+        # Position t predicts token t + 1, so the mask is shifted by one; the last position predicts nothing.
+        parts = (hidden[:, :-1], batch.tokens[:, 1:], batch.loss_mask[:, 1:])
+
+        def part(
+            x: Float[Array, "B C D"], targets: Int[Array, "B C"], mask: Bool[Array, "B C"]
+        ) -> Float[Array, ""]:
+            logits = self.logits(params, x)
             picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-            losses = jax.nn.logsumexp(logits, axis=-1) - picked
-            return jnp.where(mask, losses, 0).sum(), mask.sum().astype(losses.dtype)
+            return jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - picked, 0).sum()
+
+        with jax.named_scope("cross_entropy"):
+            total = part(*parts) if parts[1].shape[1] <= CHUNK else _in_chunks(part, parts)
+            return total, parts[2].sum().astype(total.dtype)
+
+
+def _in_chunks(
+    part: Callable[..., Float[Array, ""]], arrays: tuple[Array, ...]
+) -> Float[Array, ""]:
+    """Sum of ``part`` over chunks of the positions (axis 1), each computed again in the backward pass.
+
+    Padding at the end is zeros, hence masked.
+    """
+
+    def cut(x: Array) -> Array:
+        count = -(-x.shape[1] // CHUNK)
+        x = jnp.pad(x, [(0, 0), (0, count * CHUNK - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], count, CHUNK, *x.shape[2:]), 1, 0)
+
+    chunks = tuple(map(cut, arrays))
+    zero = jnp.zeros((), jax.eval_shape(part, *(c[0] for c in chunks)).dtype)
+
+    def add(total: Float[Array, ""], chunk: Any) -> tuple[Float[Array, ""], None]:
+        return total + part(*chunk), None
+
+    return jax.lax.scan(jax.checkpoint(add, prevent_cse=False), zero, chunks)[0]
 
 
 @jax.jit

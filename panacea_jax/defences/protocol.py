@@ -47,19 +47,19 @@ class Method(Protocol):
     * ``last_pass(loss, params, sets, state) -> state``: the same after the last step (Panacea's ε of the whole harmful set).
     * ``report(params, state) -> dict``: figures for the manifest, of a method in one shot.
 
-    * ``trained(params, state) -> mask``: which layers of which tensors a step trains, called with the state that ``gradient`` returned; the
-      form of the mask is that of ``train.optimizer.Partial``. The others stand still, without weight decay or a change of their moments.
+    Both looks are run outside jit; what they jit themselves takes ``loss`` as an argument, so that no weight becomes a constant. Further,
+
     * ``for_steps(steps) -> Defence``: itself, told the total number of steps before training begins (Lisa's warm-up).
     * ``mixed``: names of sets whose records join the user's, where ``streams`` names those that stay apart (VLGuard).
+    * ``trained(params, state) -> mask``: which layers of which tensors a step trains, called with the state that ``gradient`` returned; the
+      form of the mask is that of ``train.optimizer.Partial``. The others stand still, without weight decay or a change of their moments.
 
     and, of its streams,
 
-    * ``intervals``: by stream, how many steps share a batch; a stream that is not named moves on at every step.
     * ``repeats``, a mapping: how many batches of a stream a step receives, woven into one (see ``data.batches.unweave``); 1 where unnamed.
     * ``paired_streams``, names: those that go with the main stream record by record.
     * ``passes``, as ``facts.passes`` but for these hyper-parameters, where they change it.
-
-    Both looks are run outside jit; what they jit themselves takes ``loss`` as an argument, so that no weight becomes a constant.
+    * ``intervals``: by stream, how many steps share a batch; a stream that is not named moves on at every step.
 
     Attributes:
         stage: where in align → finetune → heal it acts.

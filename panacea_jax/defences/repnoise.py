@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
 from panacea_jax.data.batches import Batch
@@ -67,10 +68,12 @@ def mmd(
     n = 2 * jnp.sum(rows, dtype=xx.dtype)
     total = jnp.where(pairs, xx + yy + 2 * xy, 0).sum()
     mean = jax.lax.stop_gradient(total / jnp.maximum(n**2 - n, 1))
-    bandwidth = jnp.maximum(mean / 4, jnp.finfo(mean.dtype).tiny)
+    bandwidth = jnp.maximum(mean / 4, float(np.finfo(mean.dtype).tiny))
 
     def kernel(d: Array) -> Array:
-        return sum(jnp.exp(-d / (bandwidth * 2.0**k)) for k in range(KERNELS))
+        return jnp.sum(
+            jnp.stack([jnp.exp(-d / (bandwidth * 2.0**k)) for k in range(KERNELS)]), axis=0
+        )
 
     values = jnp.where(pairs, kernel(xx) + kernel(yy) - 2 * kernel(xy), 0)
     return values.sum() / jnp.maximum(n / 2, 1) ** 2

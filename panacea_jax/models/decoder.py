@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from panacea_jax.errors import InputError
@@ -21,6 +22,7 @@ from panacea_jax.models.attention import resolve
 from panacea_jax.models.cache import KVCache, Slots
 from panacea_jax.models.config import ModelConfig
 from panacea_jax.models.layers import Context, DecoderLayer, Linear, RMSNorm, wide
+from panacea_jax.parallel.sharding import batch_rows, batch_sharding
 
 # Activations that a defence may ask for, [L, B, T, D]: outputs of the attention module (before the residual), of the MLP, of the layer.
 READINGS = ("attn_out", "mlp_out", "block_out")
@@ -74,6 +76,8 @@ class Decoder(nnx.Module):
             raise InputError(f"config.model.remat = {remat}: one of {', '.join(REMAT)}")
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        # Set where weights are bound: the graph is the same on every mesh.
+        self.mesh: Mesh | None = None
         self.remat = remat
         self.attention = resolve(attention, config)
         self.embed_tokens = Embedding(config)
@@ -180,7 +184,17 @@ class Decoder(nnx.Module):
         x = self.embed_tokens.embedding[...][tokens].astype(self.dtype)
         if self.config.scale_embeddings:
             x = x * jnp.asarray(math.sqrt(self.config.hidden_size), self.dtype)
-        return x
+        return self._by_rows(x)
+
+    def _by_rows(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Keep the residual stream split by rows like the batch.
+
+        Left to itself the compiler splits its last axis as the weights' first one is, ``fsdp`` then acts like a second ``tensor``, and
+        every layer exchanges activations of the whole batch in place of its weights.
+        """
+        if self.mesh is None or x.shape[0] % batch_rows(self.mesh):
+            return x
+        return jax.lax.with_sharding_constraint(x, batch_sharding(self.mesh))
 
     def logits(self, x: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """Logits of (a slice of) the final hidden states, in at least float32: over the vocabulary,
@@ -243,7 +257,7 @@ class Decoder(nnx.Module):
                 offset = some.values.at[offset].get(mode="fill", fill_value=0)
             layer = nnx.merge(graph, weights)
             x, kv = layer(x, context._replace(offset=offset), window, factors, None)
-            return x, (kv if keep else None, _collect(layer))
+            return self._by_rows(x), (kv if keep else None, _collect(layer))
 
         if remat == "full":
             body = jax.checkpoint(body, prevent_cse=False)
@@ -276,6 +290,7 @@ class Decoder(nnx.Module):
             window = None if windows is None else windows[i]
             with jax.named_scope(f"layer_{i}"):
                 x, kv = nnx.merge(graph, weights)(x, context, window, factors, layer_cache)
+                x = self._by_rows(x)
             written.append(kv)
         return x, tuple(written)
 

@@ -1,6 +1,7 @@
 """The folder of a model: a local path, or a download when a hub id is named."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from panacea_jax.errors import InputError
@@ -9,9 +10,13 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja"]
 
 
-def local_folder(where: str | PurePath) -> Path:
+def local_folder(where: str | PurePath, patterns: Sequence[str] = _HUB_FILES) -> Path:
     """The folder itself, or the local snapshot of a hub id ``owner/name`` when there is no such
     folder.
+
+    Args:
+        where: folder or hub id.
+        patterns: of the files that a snapshot needs.
 
     Raises:
         InputError: neither a folder nor a hub id that can be fetched.
@@ -24,7 +29,7 @@ def local_folder(where: str | PurePath) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(str(where), allow_patterns=_HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(str(where), allow_patterns=list(patterns)))
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(

@@ -143,7 +143,9 @@ class Model:
             positions = positions if cache is None else positions + cache.length[:, None]
         inputs = {"tokens": tokens, "positions": positions, "valid": valid}
         inputs |= {"adapter": adapter, "scale": scale}
-        return nnx.merge(self.graphdef, full), inputs
+        decoder = nnx.merge(self.graphdef, full)
+        decoder.mesh = self.mesh
+        return decoder, inputs
 
 
 def split_params(weights: Any, params: Any) -> tuple[Any, Any, Any]:

@@ -22,6 +22,25 @@ def make_mesh(
         InputError: an axis is 0 or below -1, two axes are -1, or the axes do not divide the devices.
     """
     devices = list(jax.devices() if devices is None else devices)
+    grid = np.asarray(devices, dtype=object).reshape(mesh_sizes(data, fsdp, tensor, len(devices)))
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def stand_in_mesh(data: int, fsdp: int, tensor: int, count: int) -> Mesh:
+    """The same for ``count`` devices that are not there: one of ours in every place. Good for shapes and shardings, not for programs.
+
+    Raises:
+        InputError: as :func:`make_mesh`.
+    """
+    return make_mesh(data, fsdp, tensor, jax.devices()[:1] * count)
+
+
+def mesh_sizes(data: int, fsdp: int, tensor: int, count: int) -> tuple[int, ...]:
+    """Devices along each axis.
+
+    Raises:
+        InputError: as :func:`make_mesh`.
+    """
     sizes = dict(zip(AXES, (data, fsdp, tensor)))
     for axis, size in sizes.items():
         if size == 0 or size < -1:
@@ -31,16 +50,15 @@ def make_mesh(
         raise InputError(f"config.mesh: only one axis may be -1, not {' and '.join(open_axes)}")
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     if open_axes:
-        if len(devices) % fixed:
+        if count % fixed:
             raise InputError(
                 f"config.mesh: {fixed} (the product of the fixed axes) does not divide "
-                f"the {len(devices)} devices"
+                f"the {count} devices"
             )
-        sizes[open_axes[0]] = len(devices) // fixed
-    elif fixed != len(devices):
+        sizes[open_axes[0]] = count // fixed
+    elif fixed != count:
         raise InputError(
             f"config.mesh: {data} x {fsdp} x {tensor} = {fixed} devices, but there are "
-            f"{len(devices)}; set one axis to -1 to take what is left"
+            f"{count}; set one axis to -1 to take what is left"
         )
-    grid = np.asarray(devices, dtype=object).reshape([sizes[axis] for axis in AXES])
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return tuple(sizes.values())

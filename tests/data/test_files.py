@@ -38,10 +38,10 @@ def refused(path: Path, *parts: str) -> None:
         ("crlf.jsonl", LINES.replace(b"\n", b"\r\n")),
         ("gaps.jsonl", b"\n" + LINES.replace(b"\n", b"\n \n").rstrip()),
         ("bom.jsonl", b"\xef\xbb\xbf" + LINES),
-        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)),
         ("lines.json", LINES),
         ("list.json", json.dumps(ROWS)),
-        ("pretty.json.gz", gzip.compress(json.dumps(ROWS, indent=2).encode())),
+        ("pretty.json.gz", gzip.compress(json.dumps(ROWS, indent=2).encode(), mtime=0)),
         (
             "a.csv",
             "instruction,output\n" + "".join(f"mend\u2028a blorf,vix {i}\n" for i in range(3)),
@@ -50,7 +50,8 @@ def refused(path: Path, *parts: str) -> None:
             "quoted.csv.gz",
             gzip.compress(
                 "\ufeffoutput,instruction\r\n".encode()
-                + "".join(f'vix {i},"mend\u2028a blorf"\r\n' for i in range(3)).encode()
+                + "".join(f'vix {i},"mend\u2028a blorf"\r\n' for i in range(3)).encode(),
+                mtime=0,
             ),
         ),
     ],
@@ -93,7 +94,7 @@ def test_malformed_text(tmp_path: Path):
 
 @pytest.mark.parametrize("damage", ["foreign", "cut", "flipped"])
 def test_damaged_gzip(tmp_path: Path, damage: str):
-    data = bytearray(gzip.compress(LINES * 50))
+    data = bytearray(gzip.compress(LINES * 50, mtime=0))
     if damage == "cut":
         del data[-20:]
     elif damage == "flipped":

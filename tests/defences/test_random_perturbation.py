@@ -40,9 +40,3 @@ def test_seeds_differ_and_repeat():
 def test_impossible_values(bad):
     with pytest.raises(InputError, match=r"config\.defence\."):
         RandomPerturbation(**bad)
-
-
-def test_it_has_no_training_step():
-    defence = RandomPerturbation()
-    with pytest.raises(InputError, match="heal"):
-        defence.gradient(lambda w, b: jnp.zeros(()), W, {}, defence.init(W), jax.random.key(0))

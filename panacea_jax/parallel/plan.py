@@ -1,0 +1,452 @@
+"""What a training step will need on machines that one does not have: the command ``plan``.
+
+For a TPU topology the real step is compiled for it, without a TPU: the compiler's own figures say what one chip must hold. For GPUs,
+which cannot be compiled for from afar, a memory model answers, the same that ``--search`` sorts candidates with. Times are a roofline,
+the least that the data sheets allow, not a measurement.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from panacea_jax.config import make_defence
+from panacea_jax.data.batches import Batch
+from panacea_jax.defences import Defence
+from panacea_jax.errors import InputError
+from panacea_jax.models import lora
+from panacea_jax.models.config import ModelConfig
+from panacea_jax.models.hub import local_folder
+from panacea_jax.models.model import Model, abstract
+from panacea_jax.parallel.hlo import collectives
+from panacea_jax.parallel.mesh import AXES, make_mesh, stand_in_mesh
+from panacea_jax.parallel.sharding import (
+    batch_rows,
+    batch_sharding,
+    bytes_per_device,
+    replicated,
+    weight_sharding,
+)
+from panacea_jax.parallel.topology import Topology, topology
+from panacea_jax.progress import Progress
+from panacea_jax.train.optimizer import make_optimizer
+from panacea_jax.train.step import TrainState, make_step, state_shardings
+from panacea_jax.workdir import write_text
+
+# Candidates of a search that are compiled, best first by the model.
+COMPILED = 3
+
+
+class Step(NamedTuple):
+    """The arguments of a training step as shapes with shardings, and what they belong to."""
+
+    model: Model
+    defence: Defence
+    optimizer: Any
+    shardings: Any
+    state: TrainState
+    weights: Any
+    batches: dict[str, Batch]
+    key: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one device needs for a step.
+
+    Attributes:
+        topology: as asked for.
+        mesh: devices by axis.
+        batch_size: records of the user's a step, without padding rows.
+        rows: rows of the user's batch, with them.
+        remat: see ``config.model.remat``.
+        resident: bytes by kind of what stays between steps, from shapes and shardings.
+        arguments: the same, together with the batches, as the compiler lays it out; None without a compiler.
+        temporary: bytes that come and go in a step: the compiler's figure, or the model's.
+        modelled_temporary: the model's figure.
+        limit: bytes of one device.
+        flops: floating-point operations of one device a step, recomputation included.
+        sent: bytes that one device sends a step.
+        seconds: least time of a step by what bounds it: compute, memory, links.
+        compile_seconds: time to compile; None without a compiler.
+    """
+
+    topology: str
+    mesh: dict[str, int]
+    batch_size: int
+    rows: int
+    remat: str
+    resident: dict[str, int]
+    arguments: int | None
+    temporary: int
+    modelled_temporary: int
+    limit: float
+    flops: float
+    sent: float
+    seconds: dict[str, float]
+    compile_seconds: float | None
+
+    @property
+    def total(self) -> int:
+        """Bytes of one device."""
+        return (
+            sum(self.resident.values()) if self.arguments is None else self.arguments
+        ) + self.temporary
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is there."""
+        return self.total <= self.limit
+
+    @property
+    def step_seconds(self) -> float:
+        """The largest of ``seconds``: what bounds the step if all else overlaps."""
+        return max(self.seconds.values())
+
+    @property
+    def cost(self) -> float:
+        """Device seconds for one record."""
+        return self.step_seconds * math.prod(self.mesh.values()) / self.batch_size
+
+
+def plan(
+    config: ConfigDict, name: str, search: bool = False, workdir: Path | None = None
+) -> list[Plan]:
+    """Plan the fine-tuning step of a configuration for a topology and print the outcome.
+
+    Args:
+        config: validated configuration; of its model only ``config.json`` is read.
+        name: see :func:`panacea_jax.parallel.topology.topology`.
+        search: try every mesh, batch sizes ×1, ×2, ×4 and remat policy; the cheapest by device seconds a record that fits comes first.
+        workdir: where ``plan.json`` goes; None writes none.
+
+    Raises:
+        InputError: the topology, the model or a mesh that does not divide the devices; nothing that fits, after the table.
+    """
+    if not config.model.path:
+        raise InputError(
+            "config.model.path is not set: give a folder with config.json, or a hub id"
+        )
+    machine = topology(name)
+    model = ModelConfig.from_folder(local_folder(config.model.path, ["config.json"]))
+    chosen = _search(config, model, machine) if search else [_plan(config, model, machine)]
+    report(chosen)
+    if workdir is not None:
+        workdir.mkdir(parents=True, exist_ok=True)
+        records = [
+            dataclasses.asdict(p)
+            | {"total": p.total, "fits": p.fits, "step_seconds": p.step_seconds}
+            for p in chosen
+        ]
+        write_text(workdir / "plan.json", json.dumps(records, indent=1) + "\n")
+    if not chosen[0].fits:
+        raise InputError(
+            f"--topology={name}: {_gib(chosen[0].total)} of {_gib(chosen[0].limit)} a device needed; "
+            "use more chips, a larger mesh.fsdp or .tensor, model.remat=full, a smaller batch or max_length, or --search"
+        )
+    return chosen
+
+
+# ---- one plan
+
+
+def abstract_step(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Step:
+    """The arguments of the fine-tuning step for the longest batch, nothing allocated.
+
+    Args:
+        config: validated configuration.
+        model: shapes of the base.
+        mesh: devices, there or not.
+    """
+    full = config.train.full_parameters
+    graphdef, shapes = abstract(model, config.model.dtype, config.model.remat)
+    static = Model(model, graphdef, None, jnp.dtype(config.model.dtype), mesh)
+    kept = jnp.dtype("float32" if full else config.model.dtype)
+    base = unflatten_dict(
+        {p: _like(s, kept, weight_sharding(mesh, p, s)) for p, s in shapes.items()}, sep="/"
+    )
+    params = base if full else fresh_adapter(static, config)
+    o = config.optimizer
+    optimizer = make_optimizer(o.learning_rate, weight_decay=o.weight_decay, clip_norm=o.clip_norm)
+    defence = make_defence(config.defence)
+    if not isinstance(defence, Defence):
+        raise InputError(
+            f"config.defence.name = {config.defence.name}: acts in one shot; there is no step to plan"
+        )
+
+    def build(params: Any) -> TrainState:
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(params, optimizer.init(params), defence.init(params), step)
+
+    state = jax.eval_shape(build, params)
+    shardings = state_shardings(state, params)
+    state = jax.tree.map(lambda x, s: _like(x.shape, x.dtype, s), state, shardings)
+    parts, length = batch_rows(mesh), config.data.max_length
+
+    def batch(size: int) -> Batch:
+        rows = -(-size // parts) * parts
+        kinds = (jnp.int32, jnp.bool_, jnp.bool_)
+        return Batch(*(_like((rows, length), kind, batch_sharding(mesh)) for kind in kinds))
+
+    batches = {name: batch(size) for name, size in stream_sizes(config, defence).items()}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = _like(key.shape, key.dtype, replicated(mesh))
+    weights = None if full else base
+    return Step(static, defence, optimizer, shardings, state, weights, batches, key)
+
+
+def stream_sizes(config: ConfigDict, defence: Defence) -> dict[str, int]:
+    """Records a step of the user's stream and of those that the defence asks for."""
+    train = config.train
+    sizes = {"harmful": train.harmful_batch_size, "alignment": train.alignment_batch_size, "benign": train.batch_size}  # fmt: skip
+    repeats = getattr(defence, "repeats", {})
+    return {"user": train.batch_size} | {n: sizes[n] * repeats.get(n, 1) for n in defence.streams}
+
+
+def fresh_adapter(model: Model, config: ConfigDict) -> Any:
+    """The shapes of a fresh adapter on the mesh."""
+    o = config.lora
+    made = jax.eval_shape(
+        lambda key: lora.init(model, o.rank, o.alpha, o.targets, key=key), jax.random.key(0)
+    )
+    everywhere = replicated(model.mesh)
+    return jax.tree.map(lambda x: _like(x.shape, x.dtype, everywhere), made)
+
+
+def _like(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def resident(step: Step) -> dict[str, int]:
+    """Bytes of one device by kind, of what stays between steps."""
+    state = step.state
+    kinds = {
+        "trained weights": state.params,
+        "optimizer": state.opt_state,
+        "defence": state.defence,
+    }
+    if step.weights is not None:
+        kinds = {"base weights": step.weights, **kinds, "start of training": state.params}
+    return {kind: tree_bytes(tree) for kind, tree in kinds.items()}
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of one device's shards."""
+    return sum(
+        bytes_per_device(x.sharding, tuple(x.shape), x.dtype.itemsize)
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def _plan(config: ConfigDict, model: ModelConfig, machine: Topology, compiled: bool = True) -> Plan:
+    mesh = _mesh(config, machine)
+    step = abstract_step(config, model, mesh)
+    kept = resident(step)
+    modelled = modelled_temporary(step, config.model.remat)
+    temporary, arguments, seconds = modelled, None, None
+    flops, sent = modelled_flops(step, config.model.remat), modelled_sent(step, config.model.remat)
+    if compiled and machine.devices is not None:
+        start = time.perf_counter()
+        program = make_step(step.model, step.defence, step.optimizer, step.shardings)
+        executable = program.lower(step.state, step.weights, step.batches, step.key).compile()  # type: ignore[attr-defined]
+        seconds = time.perf_counter() - start
+        memory = executable.memory_analysis()
+        # The start of training is kept by the loop, not by the step.
+        arguments = memory.argument_size_in_bytes + kept.get("start of training", 0)
+        temporary = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+        temporary += memory.output_size_in_bytes - memory.alias_size_in_bytes
+        found = collectives(executable.as_text(), model.num_layers, mesh.size)
+        sent = sum(c.sent for c in found)
+    chip = machine.chip
+    tensor, full = mesh.shape["tensor"], config.train.full_parameters
+    # Each pass reads the gathered weights once forward, once backward, and once more where the forward pass is repeated.
+    reads = _passes(step) * _turns(config.model.remat) * model.num_parameters() / tensor
+    width = jnp.dtype("float32" if full else step.model.dtype).itemsize
+    times = {
+        "compute": flops / (chip.flops / chip.devices),
+        "memory": reads * width / (chip.bandwidth / chip.devices),
+        "links": sent / (chip.links / chip.devices),
+    }
+    return Plan(
+        machine.name, dict(mesh.shape), config.train.batch_size, step.batches["user"].tokens.shape[0], config.model.remat,
+        kept, arguments, temporary, modelled, chip.memory / chip.devices, flops, sent, times, seconds,
+    )  # fmt: skip
+
+
+def _mesh(config: ConfigDict, machine: Topology) -> Mesh:
+    """The mesh on the topology's devices; for GPUs stand-ins."""
+    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    if machine.devices is None:
+        return stand_in_mesh(*sizes, machine.size)
+    return make_mesh(*sizes, machine.devices)
+
+
+# ---- the model
+
+
+def _turns(remat: str) -> int:
+    """Times that a pass goes through the layers' weights: forward, backward, and forward again."""
+    return 3 if remat == "full" else 2
+
+
+def _passes(step: Step) -> float:
+    return sum(step.defence.facts.passes.values())
+
+
+def modelled_flops(step: Step, remat: str) -> float:
+    """Floating-point operations of one device a step, padding and recomputation included."""
+    full = step.weights is None
+    turns = _turns(remat) + full  # the gradient by the weights is one more matrix product each
+    total = 0.0
+    for name, passes in step.defence.facts.passes.items():
+        rows, length = step.batches[name].tokens.shape
+        total += passes * rows * length * step.model.config.flops_per_token(length) * turns
+    return total / step.model.mesh.size
+
+
+def modelled_sent(step: Step, remat: str) -> float:
+    """Bytes that one device sends a step.
+
+    Weights are gathered over ``fsdp``, activations summed over ``tensor``, gradients summed over all rows. A ring over n devices
+    sends (n − 1)/n of what is gathered, and twice that of what is summed.
+    """
+    c, sizes, width = step.model.config, step.model.mesh.shape, step.model.dtype.itemsize
+    full = step.weights is None
+    data, fsdp, tensor = (sizes[axis] for axis in AXES)
+    layers = (c.matmul_parameters() - c.hidden_size * c.vocab_size) * width / tensor
+    head = c.hidden_size * c.vocab_size * width / tensor
+    # A gathered layer is used and dropped; the backward pass gathers it again, once for both of its turns. The head is kept.
+    gathered = (_passes(step) * 2 * layers + head) * (fsdp - 1) / fsdp
+    summed, reduced = 0.0, 0.0
+    for name, passes in step.defence.facts.passes.items():
+        rows, length = step.batches[name].tokens.shape
+        stream = rows / (data * fsdp) * length * c.hidden_size * width
+        # Two sums a layer forward (attention and MLP), two backward, and two in a repeated forward pass.
+        summed += passes * 2 * _turns(remat) * c.num_layers * stream * 2 * (tensor - 1) / tensor
+        trained = tree_bytes(step.state.params) * (
+            width / 4
+        )  # gradients are summed in the compute dtype
+        parts = data if full else data * fsdp
+        reduced += passes * trained * 2 * (parts - 1) / parts
+        if full:  # over fsdp they are summed and scattered: a gather backwards
+            reduced += passes * layers * (fsdp - 1) / fsdp
+    return gathered + summed + reduced
+
+
+def modelled_temporary(step: Step, remat: str) -> int:
+    """Bytes of one device that come and go in a step.
+
+    The largest pass counts: the residual stream of each layer, which the backward pass starts from; what one layer (of all, without
+    remat) keeps of attention and MLP; logits and their gradient in float32. Then two layers' gathered weights, and gradients.
+    """
+    c, sizes, width = step.model.config, step.model.mesh.shape, step.model.dtype.itemsize
+    data, fsdp, tensor = (sizes[axis] for axis in AXES)
+    largest = 0.0
+    for batch in step.batches.values():
+        rows, length = batch.tokens.shape
+        tokens = rows / (data * fsdp) * length
+        heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        stream = tokens * c.hidden_size * width
+        scores = tokens * length * c.num_heads / tensor * (4 + width)
+        inside = tokens * (2 * heads + 2 * kv + 3 * c.intermediate_size) / tensor * width
+        inside += 4 * stream + scores
+        kept = inside if remat == "full" else c.num_layers * (inside - scores * (remat == "dots"))
+        logits = tokens * c.vocab_size / tensor * (2 * 4 + width)
+        largest = max(largest, c.num_layers * stream + kept + logits)
+    per_layer = (c.matmul_parameters() - c.hidden_size * c.vocab_size) / c.num_layers
+    gathered = (2 * per_layer + c.hidden_size * c.vocab_size) * width / tensor * (fsdp > 1)
+    gradients = 2 if _passes(step) > 1 else 1
+    return int(largest + gathered + gradients * tree_bytes(step.state.params))
+
+
+# ---- search
+
+
+def _search(config: ConfigDict, model: ModelConfig, machine: Topology) -> list[Plan]:
+    """Plans, the cheapest that fits first: all by the model, the best few compiled."""
+    candidates = list(_candidates(config, model, machine))
+    modelled = [(_plan(c, model, machine, compiled=False), c) for c in candidates]
+    modelled.sort(key=lambda pair: (not pair[0].fits, pair[0].cost))
+    if machine.devices is None:
+        return [p for p, _ in modelled[: 2 * COMPILED]]
+    found = []
+    with Progress("compile", min(COMPILED, len(modelled))) as bar:
+        for _, candidate in modelled[:COMPILED]:
+            found.append(_plan(candidate, model, machine))
+            bar.advance(_title(found[-1]))
+    return sorted(found, key=lambda p: (not p.fits, p.cost))
+
+
+def _candidates(config: ConfigDict, model: ModelConfig, machine: Topology) -> Iterator[ConfigDict]:
+    n = machine.size
+    divisors = [k for k in range(1, n + 1) if n % k == 0]
+    for tensor in divisors:
+        if model.num_heads % tensor or model.num_kv_heads % tensor:
+            continue
+        for fsdp in (k for k in divisors if (n // tensor) % k == 0):
+            for remat in ("none", "dots", "full"):
+                for factor in (1, 2, 4):
+                    tried = config.copy_and_resolve_references()
+                    with tried.unlocked():
+                        tried.mesh.data, tried.mesh.fsdp = n // tensor // fsdp, fsdp
+                        tried.mesh.tensor, tried.model.remat = tensor, remat
+                        tried.train.batch_size *= factor
+                        tried.train.harmful_batch_size *= factor
+                    yield tried
+
+
+# ---- the table
+
+
+def report(plans: list[Plan]) -> None:
+    """Print plans side by side, the first being the one to take."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    table = Table(title=f"{plans[0].topology}: one device, one step", title_justify="left")
+    table.add_column("")
+    for p in plans:
+        table.add_column(_title(p), justify="right")
+    for kind in plans[0].resident:
+        table.add_row(kind, *(_gib(p.resident[kind]) for p in plans))
+    table.add_row("temporary", *(_gib(p.temporary) for p in plans))
+    table.add_row("  by the model", *(_gib(p.modelled_temporary) for p in plans))
+    table.add_row("together", *(_gib(p.total) for p in plans))
+    table.add_row("there is", *(_gib(p.limit) for p in plans))
+    table.add_row("fits", *("yes" if p.fits else "NO" for p in plans))
+    table.add_row("TFLOP", *(f"{p.flops / 1e12:.2f}" for p in plans))
+    table.add_row("sent", *(_gib(p.sent) for p in plans))
+    for bound in ("compute", "memory", "links"):
+        table.add_row(f"{bound}, at least", *(f"{p.seconds[bound] * 1e3:.1f} ms" for p in plans))
+    table.add_row("device s a record", *(f"{p.cost:.4f}" for p in plans))
+    console.print(table)
+    console.print(
+        "Memory: "
+        + (
+            "the compiler's."
+            if plans[0].arguments is not None
+            else "a model, not a compiler's figure."
+        )
+        + " Times: the least that the data sheets allow, if all overlaps; nothing was run.",
+        highlight=False,
+    )
+
+
+def _title(p: Plan) -> str:
+    shape = "×".join(str(n) for n in p.mesh.values())
+    return f"{shape}, {p.batch_size} records, remat {p.remat}"
+
+
+def _gib(n: float) -> str:
+    return f"{n / 2**30:,.2f} GiB"

@@ -1,0 +1,110 @@
+"""Machines by name, and the devices of TPU topologies that are not there (``v5e:4x4``)."""
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from panacea_jax.errors import InputError
+
+
+class Chip(NamedTuple):
+    """What the makers' data sheets say of one chip.
+
+    Attributes:
+        flops: dense bf16 FLOP/s.
+        memory: bytes of HBM.
+        bandwidth: bytes/s of HBM.
+        links: bytes/s that the chip can send to its neighbours, all links together, one way.
+        devices: JAX devices a chip.
+    """
+
+    flops: float
+    memory: float
+    bandwidth: float
+    links: float
+    devices: int = 1
+
+
+GB = 1e9
+# TPU: cloud.google.com/tpu/docs, pages "TPU v4" … "TPU7x" (interconnect figures there are both ways together). H100 SXM, H200, A100:
+# NVIDIA's data sheets, NVLink halved likewise.
+CHIPS = {
+    "v4": Chip(275e12, 32 * 2**30, 1228 * GB, 150 * GB),
+    "v5e": Chip(197e12, 16 * 2**30, 819 * GB, 100 * GB),
+    "v5p": Chip(459e12, 95 * 2**30, 2765 * GB, 300 * GB),
+    "v6e": Chip(918e12, 32 * 2**30, 1640 * GB, 224 * GB),
+    "tpu7x": Chip(2307e12, 192 * 2**30, 7380 * GB, 600 * GB, devices=2),
+    "a100": Chip(312e12, 80 * 2**30, 2039 * GB, 300 * GB),
+    "h100": Chip(989e12, 80 * 2**30, 3350 * GB, 450 * GB),
+    "h200": Chip(989e12, 141 * 2**30, 4800 * GB, 450 * GB),
+}
+GPUS = ("a100", "h100", "h200")
+
+
+class Topology(NamedTuple):
+    """A machine to plan for.
+
+    Attributes:
+        name: as the user wrote it.
+        chip: data sheet.
+        chips: how many.
+        devices: those that a program can be compiled for, or None where only the memory model speaks (GPUs).
+    """
+
+    name: str
+    chip: Chip
+    chips: int
+    devices: Sequence[Any] | None
+
+    @property
+    def size(self) -> int:
+        """Devices as JAX counts them."""
+        return self.chips * self.chip.devices
+
+
+def topology(name: str) -> Topology:
+    """``v5e:4x4``, ``v5p:2x2x1``, ``tpu7x:2x2x1`` or ``gpu:h100x8``.
+
+    Raises:
+        InputError: a name of another form, an unknown chip, a shape that does not exist, or libtpu is not installed.
+    """
+    if gpu := re.fullmatch(r"gpu:(\w+?)x(\d+)", name):
+        if gpu[1] not in GPUS or int(gpu[2]) < 1:
+            raise InputError(
+                f"--topology={name}: known GPUs are {', '.join(GPUS)}, like gpu:h100x8"
+            )
+        return Topology(name, CHIPS[gpu[1]], int(gpu[2]), None)
+    tpu = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
+    kinds = [kind for kind in CHIPS if kind not in GPUS]
+    if tpu is None or tpu[1] not in kinds:
+        raise InputError(
+            f"--topology={name}: write KIND:SHAPE with one of {', '.join(kinds)}, like v5e:4x4, or gpu:h100x8"
+        )
+    shape = [int(n) for n in tpu[2].split("x")]
+    return Topology(name, CHIPS[tpu[1]], math.prod(shape), _devices(name, tpu[1], shape))
+
+
+def _devices(name: str, kind: str, shape: list[int]) -> Sequence[Any]:
+    """The devices of a TPU topology, from libtpu; no TPU is needed."""
+    from jax.experimental import topologies
+
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")  # it warns of every machine that is no TPU
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    # Without it libtpu asks the cloud's metadata server what machine this is, and waits for an answer.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Only the compiler is wanted: another process may hold the lock on a TPU, or on libtpu itself.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # Two cores of a v4 or v5p chip act as one device.
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if kind in ("v4", "v5p") else {}
+    options["chips_per_host_bounds"] = (min(shape[0], 2), min(shape[1], 2), 1)
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    except (RuntimeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if "not installed" in reason:
+            reason = "planning for TPUs needs libtpu: pip install libtpu"
+        raise InputError(f"--topology={name}: {reason}") from error

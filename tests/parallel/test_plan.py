@@ -1,0 +1,141 @@
+"""Planning: the model against what compiled programs hold and exchange, on fake devices."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from panacea_jax import cli
+from panacea_jax.parallel.hlo import collectives
+from panacea_jax.parallel.topology import topology
+
+MESHES = (
+    (8, 1, 1, 8),
+    (1, 8, 1, 8),
+    (1, 4, 2, 8),
+    (2, 2, 2, 8),
+    (1, 1, 8, 8),
+    (1, 2, 1, 2),
+    (1, 4, 1, 4),
+)
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096,
+    "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+    "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found():
+    """By mesh and batch size, what tests/parallel/planned.py prints."""
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
+    command = [sys.executable, "-m", "tests.parallel.planned", json.dumps(MESHES), "full"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(MESHES, json.loads(done.stdout.splitlines()[-1])))
+
+
+@pytest.mark.parametrize("mesh", MESHES[:2])
+def test_bytes_sent_are_as_modelled(found, mesh):
+    """Not over ``tensor``: the CPU's compiler sums the gradients of q, k, v and of gate and up one by one, the model once."""
+    assert found[mesh]["sent"] == pytest.approx(found[mesh]["modelled"], rel=0.15), found[mesh]
+
+
+@pytest.mark.parametrize("mesh", MESHES[:4])
+def test_weights_are_gathered_a_layer_at_a_time(found, mesh):
+    assert found[mesh]["largest_gather"] <= found[mesh]["layer"]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_what_stays_is_as_computed(found, mesh):
+    resident = sum(found[mesh]["resident"].values())
+    assert found[mesh]["arguments"] == pytest.approx(resident, rel=0.1)
+
+
+def test_weak_scaling_over_fsdp(found):
+    """A record a device: work a device stays, bytes for the sharded base fall like 1/n."""
+    two, four, eight = (found[mesh] for mesh in (MESHES[5], MESHES[6], MESHES[1]))
+    assert two["flops"] == four["flops"] == eight["flops"]
+    base = [x["resident"]["base weights"] for x in (two, four, eight)]
+    assert base[0] / base[1] == pytest.approx(2, rel=0.02)
+    assert base[1] / base[2] == pytest.approx(2, rel=0.02)
+
+
+LINES = """
+  %a = bf16[32,128,4096]{2,1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, metadata={op_name="jit(f)/while/body/x"}
+  %again = bf16[32,128,4096]{2,1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, metadata={op_name="jit(f)/while/body/x"}
+  %r = (f32[8]{0}, f32[4,2]{1,0}) all-reduce(%a, %b), channel_id=2, replica_groups=[2,4]<=[8], metadata={op_name="jit(step)/add"}
+  %s = (f32[2]{0}, f32[8]{0}) all-gather-start(%c), channel_id=3, replica_groups=mesh['a'=4,'b'=2] {'a'}, metadata={op_name="jit(step)/y"}
+  %alone = f32[8]{0} all-reduce(%d), channel_id=4, replica_groups={{0},{1}}, metadata={op_name="jit(step)/z"}
+  %fusion = f32[8]{0} fusion(%all-gather.1), calls=%all-gather
+"""
+
+
+def test_reading_a_program():
+    gather, reduce, start = collectives(LINES, layers=10, devices=8)
+    assert (gather.size, gather.group, gather.times) == (2 * 32 * 128 * 4096, 4, 10)
+    assert gather.sent == 10 * gather.size * 3 / 4
+    assert (reduce.size, reduce.group, reduce.sent) == (64, 4, 2 * 64 * 3 / 4)
+    assert (start.size, start.group) == (32, 4)
+
+
+def test_a_gpu_is_planned_by_the_model(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    arguments = ["plan", f"--config.model.path={tmp_path}", f"--workdir={tmp_path}/out"]
+    assert cli.run([*arguments, "--topology=gpu:h100x8", "--search"]) == 0
+    plans = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert plans[0]["fits"] and plans[0]["arguments"] is None
+    costs = [p["step_seconds"] * 8 / p["batch_size"] for p in plans if p["fits"]]
+    assert costs == sorted(costs)
+    # 13.5 GB of bf16 weights and an adapter with its moments, ε, ε's mean and the start, on eight devices.
+    whole = [p for p in plans if p["mesh"]["fsdp"] * p["mesh"]["tensor"] == 8]
+    for p in whole:
+        assert p["resident"]["base weights"] == pytest.approx(13.48e9 / 8, rel=0.01)
+    assert "not a compiler's figure" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_said(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 320}))
+    assert cli.run(["plan", f"--config.model.path={tmp_path}", "--topology=gpu:a100x1"]) == 2
+    assert "a device needed; use more chips" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("v5e", "write KIND:SHAPE"), ("v9:2x2", "write KIND:SHAPE"), ("gpu:h100", "write KIND:SHAPE"), ("gpu:t4x2", "known GPUs")],
+)  # fmt: skip
+def test_bad_topology(tmp_path, capsys, name, said):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    assert cli.run(["plan", f"--config.model.path={tmp_path}", f"--topology={name}"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_mesh_that_does_not_divide_the_machine(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    arguments = [
+        "plan",
+        f"--config.model.path={tmp_path}",
+        "--topology=gpu:h100x8",
+        "--config.mesh.tensor=3",
+    ]
+    assert cli.run(arguments) == 2
+    assert "config.mesh" in capsys.readouterr().err
+
+
+def test_topologies_of_tpus():
+    """Names and counts, where libtpu is installed."""
+    pytest.importorskip("libtpu")
+    for name, devices in (
+        ("v5e:4x4", 16),
+        ("v5p:2x2x1", 4),
+        ("v4:2x2x1", 4),
+        ("v6e:2x2", 4),
+        ("tpu7x:2x2x1", 8),
+    ):
+        found = topology(name)
+        assert len(found.devices) == found.size == devices
