@@ -37,8 +37,12 @@ def test_the_guide_names_every_defence_in_the_section_of_its_stage():
             assert f"| `{name}` |" in sections[titles[stage]], f"{name} is missing"
 
 
-def test_the_guide_shows_a_measured_ratio_for_every_method_with_steps():
+def test_the_measured_ratios_of_the_guide_lie_near_what_is_stated():
+    """Every row is a method with steps, its ratio within 5 % of what its row states; T-Vaccine's recomputation comes on top."""
     measured = DOCS.read_text("utf-8").split("benchmarks/passes.py")[1]
-    rows = dict(re.findall(r"^\| `(\w+)` \| [\d.]+ \| ([\d.]+) \|$", measured, re.M))
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \|$", measured, re.M)
     stepping = {name for name, kind in DEFENCES.items() if sum(kind.facts.passes.values())}
-    assert rows.keys() >= stepping
+    assert {"sft", "panacea", "vaccine"} <= {name for name, *_ in rows} <= stepping
+    for name, stated, ratio in rows:
+        extra = 4 / 3 if name == "t_vaccine" else 1
+        assert abs(float(ratio) / (float(stated) * extra) - 1) < 0.05
