@@ -9,27 +9,21 @@ T-Vaccine.
 """
 
 import argparse
-import dataclasses
 import os
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-import jax.numpy as jnp
-from flax.traverse_util import unflatten_dict
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from panacea_jax.data.batches import Batch
-from panacea_jax.defences import DEFENCES, Defence
-from panacea_jax.models import lora
+from panacea_jax.config import get_config
 from panacea_jax.models.adapter import BLOCK_OF
 from panacea_jax.models.config import ModelConfig
-from panacea_jax.models.model import Model, abstract
-from panacea_jax.parallel import batch_sharding, make_mesh, replicated, weight_sharding
-from panacea_jax.train.optimizer import make_optimizer
-from panacea_jax.train.step import TrainState, make_step, state_shardings
+from panacea_jax.parallel import make_mesh
+from panacea_jax.parallel.plan import abstract_step
+from panacea_jax.train.step import make_step
 
 LLAMA_2_7B = {
     "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
@@ -38,51 +32,22 @@ LLAMA_2_7B = {
 }  # fmt: skip
 
 
-def placed(tree: Any, sharding: Any) -> Any:
-    """Shapes with a place."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-
-
 def temporary_bytes(
-    config: ModelConfig, defence: Defence, remat: str, mesh: Mesh, *,
-    rows: int, length: int, harmful_rows: int = 1, dtype: str = "bfloat16", rank: int = 8,
+    config: ModelConfig, defence: str, remat: str, mesh: Mesh, *,
+    rows: int, length: int, harmful_rows: int = 1, dtype: str = "bfloat16", rank: int = 8, **hyper_parameters: int,
 ) -> int:  # fmt: skip
     """Peak of the temporaries of a compiled train step, by the compiler's own account, of one device."""
-    graphdef, shapes = abstract(config, dtype, remat)
-    weights = unflatten_dict({
-        path: jax.ShapeDtypeStruct(shape, dtype, sharding=weight_sharding(mesh, path, shape))
-        for path, shape in shapes.items()
-    }, sep="/")  # fmt: skip
-    model = Model(config, graphdef, None, jnp.dtype(dtype), mesh)
-    everywhere = replicated(mesh)
-    adapter = jax.eval_shape(
-        lambda key: lora.init(model, rank, 4, tuple(BLOCK_OF), key=key), jax.random.key(0)
-    )
-    params = placed(adapter, everywhere)
-    optimizer = make_optimizer(1e-3, partial=hasattr(defence, "trained"))
-
-    def begin(params: Any) -> TrainState:
-        step = jnp.zeros((), jnp.int32)
-        return TrainState(params, optimizer.init(params), defence.init(params), step)
-
-    made = jax.eval_shape(begin, params)
-    shardings = state_shardings(made, params)
-    state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), made, shardings
-    )
-
-    def batch(rows: int) -> Batch:
-        shape, dtypes = (rows, length), (jnp.int32, bool, bool)
-        return Batch(
-            *(jax.ShapeDtypeStruct(shape, d, sharding=batch_sharding(mesh)) for d in dtypes)
-        )
-
-    batches = {"user": batch(rows)} | {name: batch(harmful_rows) for name in defence.streams}
-    key = placed(jax.eval_shape(lambda: jax.random.key(0)), everywhere)
-    step: Any = make_step(model, defence, optimizer, shardings)
-    return int(
-        step.lower(state, weights, batches, key).compile().memory_analysis().temp_size_in_bytes
-    )
+    settings = get_config()
+    settings.model.dtype, settings.model.remat, settings.data.max_length = dtype, remat, length
+    settings.lora.rank, settings.lora.targets = rank, tuple(BLOCK_OF)
+    settings.train.batch_size, settings.train.harmful_batch_size = rows, harmful_rows
+    settings.defence.name = defence
+    for key, value in hyper_parameters.items():
+        settings.defence[key] = value
+    step = abstract_step(settings, config, mesh)
+    program: Any = make_step(step.model, step.defence, step.optimizer, step.shardings)
+    compiled = program.lower(step.state, step.weights, step.batches, step.key).compile()
+    return int(compiled.memory_analysis().temp_size_in_bytes)
 
 
 def main() -> None:
@@ -113,14 +78,12 @@ def main() -> None:
     )
     first = None
     for name in args.defences:
-        defence: Any = DEFENCES[name]()
-        if name == "t_vaccine":
-            defence = dataclasses.replace(defence, layers=args.active)
+        active = {"layers": args.active} if name == "t_vaccine" else {}
         for remat in args.remat:
             size = temporary_bytes(
-                config, defence, remat, mesh,
+                config, name, remat, mesh,
                 rows=args.rows, length=args.length, harmful_rows=args.harmful_rows,
-                dtype=args.dtype,
+                dtype=args.dtype, **active,
             )  # fmt: skip
             first = first or size
             print(

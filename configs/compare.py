@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from panacea_jax.config import get_config as defaults
 from panacea_jax.errors import InputError
 
-SEEDS, DEVELOPMENT = (40, 41, 42, 43, 44), (50,)
+SEEDS, DEVELOPMENT = (60, 61, 62, 63, 64), (50,)
 RATIOS = (0.0, 0.1, 0.3)
 
 # Four candidates of each. The miniature has 4 layers and 480 steps, which T-Vaccine's S and Lisa's K1 and K2 follow.

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -178,12 +178,15 @@ def abstract_step(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Step:
     )
     params = base if full else fresh_adapter(static, config)
     o = config.optimizer
-    optimizer = make_optimizer(o.learning_rate, weight_decay=o.weight_decay, clip_norm=o.clip_norm)
     defence = make_defence(config.defence)
     if not isinstance(defence, Defence):
         raise InputError(
             f"config.defence.name = {config.defence.name}: acts in one shot; there is no step to plan"
         )
+    optimizer = make_optimizer(
+        o.learning_rate, weight_decay=o.weight_decay, clip_norm=o.clip_norm,
+        partial=hasattr(defence, "trained"),
+    )  # fmt: skip
 
     def build(params: Any) -> TrainState:
         step = jnp.zeros((), jnp.int32)
@@ -300,8 +303,15 @@ def _turns(remat: str) -> int:
     return 3 if remat == "full" else 2
 
 
+def _passes_of(defence: Defence) -> Mapping[str, float | int]:
+    """By stream, in batches as the step receives them."""
+    passes = getattr(defence, "passes", defence.facts.passes)
+    repeats = getattr(defence, "repeats", {})
+    return {n: p / repeats.get(n, 1) for n, p in passes.items() if n in ("user", *defence.streams)}
+
+
 def _passes(step: Step) -> float:
-    return sum(step.defence.facts.passes.values())
+    return sum(_passes_of(step.defence).values())
 
 
 def modelled_flops(step: Step, remat: str) -> float:
@@ -309,7 +319,7 @@ def modelled_flops(step: Step, remat: str) -> float:
     full = step.weights is None
     turns = _turns(remat) + full  # the gradient by the weights is one more matrix product each
     total = 0.0
-    for name, passes in step.defence.facts.passes.items():
+    for name, passes in _passes_of(step.defence).items():
         rows, length = step.batches[name].tokens.shape
         total += passes * rows * length * step.model.config.flops_per_token(length) * turns
     return total / step.model.mesh.size
@@ -329,7 +339,7 @@ def modelled_sent(step: Step, remat: str) -> float:
     # A gathered layer is used and dropped; the backward pass gathers it again, once for both of its turns. The head is kept.
     gathered = (_passes(step) * 2 * layers + head) * (fsdp - 1) / fsdp
     summed, reduced = 0.0, 0.0
-    for name, passes in step.defence.facts.passes.items():
+    for name, passes in _passes_of(step.defence).items():
         rows, length = step.batches[name].tokens.shape
         stream = rows / (data * fsdp) * length * c.hidden_size * width
         # Two sums a layer forward (attention and MLP), two backward, and two in a repeated forward pass.
