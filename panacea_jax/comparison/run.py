@@ -107,10 +107,6 @@ def _check(config: ConfigDict, methods: Sequence[Stack]) -> bool:
             )
     if not config.compare.world and not config.eval.tasks:
         raise InputError("config.eval.tasks is empty: a comparison needs sets to compare on")
-    if config.train.full_parameters and any(m.heal for m in methods):
-        raise InputError(
-            "config.compare.methods: heal works on adapters so far, and config.train.full_parameters makes none"
-        )
     return bool(config.align.defence.name) or any(m.align for m in methods)
 
 
