@@ -2,7 +2,7 @@
 
     min_w  L_task(w) + λ · 1/B Σ_t D( p_t(w₀) ‖ p_t(w) )              t: the positions of L_task; B: records in the batch
 
-Stage: fine-tuning. Passes per step: 1⅓ (one more forward). Extra memory: the starting parameters w₀, and a second ``[B, T, V]`` of
+Stage: fine-tuning. Passes per step: 1½ (one more forward; 1⅓ where all parameters are trained). Extra memory: the starting parameters w₀, and a second ``[B, T, V]`` of
 logits. Extra data: none.
 
 Differs from SFT in the penalty. The teacher is the same base with the starting adapter: no second base in LoRA mode. Direction and scale
@@ -53,7 +53,7 @@ class Kl:
     facts: ClassVar[Facts] = Facts(
         title="KL",
         paper="in the code of arXiv 2402.01109",
-        passes={"user": 4 / 3},
+        passes={"user": 3 / 2},
         memory="starting parameters, B×T×V logits",
         code="direction and scale reproduced; softmax over the vocabulary, response positions only",
     )

@@ -2,7 +2,7 @@
 
     min_w  L_task(w) + Σ_l q_l       q_l = ρ/2 ‖F_l(w) − F_l(w₀)‖²,  counted while q_l < gate;  F_l the output of layer l's MLP
 
-Stage: fine-tuning. Passes per step: 1⅓ (one more forward). Extra memory: the starting parameters w₀, and the features of both forwards,
+Stage: fine-tuning. Passes per step: 1½ (one more forward; 1⅓ where all parameters are trained). Extra memory: the starting parameters w₀, and the features of both forwards,
 one ``[B, T, D]`` tensor a layer each. Extra data: none.
 
 Differs from SFT in the penalty. The reference is the same base with the starting adapter: no second base in LoRA mode. Of the public
@@ -51,7 +51,7 @@ class Ldifs:
     facts: ClassVar[Facts] = Facts(
         title="LDIFS",
         paper="arXiv 2308.13320",
-        passes={"user": 4 / 3},
+        passes={"user": 3 / 2},
         memory="starting parameters, two B×T×D tensors a layer",
         code="sum and gate reproduced; no gradient through the reference, no padding; gate 0 mends the rest",
     )

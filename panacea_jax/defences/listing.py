@@ -41,7 +41,7 @@ def print_defences() -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
-    table = Table(title="passes: forward + backward passes a step, SFT = 1; a forward pass alone counts 1/3",
+    table = Table(title="passes: forward + backward passes a step, SFT = 1; a forward pass alone counts 1/2 (LoRA)",
                   title_justify="left", show_lines=True)  # fmt: skip
     for column in ("name", "method", "stage", "extra data", "passes", "extra memory", "paper", "public code"):  # fmt: skip
         table.add_column(column, overflow="fold", no_wrap=column == "name")

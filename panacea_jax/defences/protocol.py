@@ -22,7 +22,8 @@ class Facts(NamedTuple):
     Attributes:
         title: the method's name as its paper writes it.
         paper: arXiv number or where it comes from.
-        passes: by stream, forward + backward passes a step; ``{"user": 1}`` is SFT. A forward pass alone counts 1/3.
+        passes: by stream, forward + backward passes a step; ``{"user": 1}`` is SFT. A forward pass alone counts 1/2, as
+            with a frozen base (1/3 where all parameters are trained).
         memory: what it holds beyond SFT.
         code: what of the public code it reproduces and what it mends; "" where there is nothing to say.
     """

@@ -84,7 +84,7 @@ class Tar:
     facts: ClassVar[Facts] = Facts(
         title="TAR",
         paper="arXiv 2408.00761",
-        passes={"user": 4 / 3, "harmful": 80},
+        passes={"user": 3 / 2, "harmful": 80},
         memory="the starting weights; in a step four trees of the size of the trainable one",
         code="second stage of the official code, one kind of adversary; not the inert copy in T-Vaccine's",
     )
@@ -118,7 +118,7 @@ class Tar:
     @property
     def passes(self) -> dict[str, float | int]:
         """Passes a step, in batches."""
-        return {"user": 4 / 3, "harmful": self.inner_steps + self.inner_steps // self.inner_every}
+        return {"user": 3 / 2, "harmful": self.inner_steps + self.inner_steps // self.inner_every}
 
     def init(self, params: Params) -> TarState:
         """Keep where alignment starts."""

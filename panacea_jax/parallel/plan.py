@@ -458,5 +458,5 @@ def _title(p: Plan) -> str:
     return f"{shape}, {p.batch_size} records, remat {p.remat}"
 
 
-def _gib(n: float) -> str:
+def _gib(n: float | int) -> str:
     return f"{n / 2**30:,.2f} GiB"

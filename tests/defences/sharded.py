@@ -21,11 +21,11 @@ from tests.parallel.sharded import TARGETS, examples
 
 def train(folder, mesh, defence, full):
     """Four steps on a mesh: the parameters at the start, and the result."""
-    model = load(folder, mesh=mesh, dtype="float32")
+    model = load(folder, mesh=mesh, dtype="float64")
     if full:
         model, params = full_parameters(model)
     else:
-        params = lora.init(model, 2, 4, TARGETS, key=jax.random.key(0))
+        params = lora.init(model, 2, 4, TARGETS, key=jax.random.key(0), dtype="float64")
     rows = batch_rows(mesh)
     streams = {
         name: Stream(name, examples(seed), 3, 0, True, (16,), row_multiple=rows)
@@ -42,6 +42,8 @@ def error(a, b):
 
 
 def main(folder):
+    # In float32 the order of sums alone makes a difference of 1e-5 and, in EWC at its λ, of 1e-4.
+    jax.config.update("jax_enable_x64", True)
     sharded, single = make_mesh(1, 4, 2), make_mesh(1, 1, 1, devices=jax.devices()[:1])
     found = {}
     for name, defence in [*METHODS.items(), ("ewc_full", METHODS["ewc"])]:

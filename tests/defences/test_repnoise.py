@@ -90,7 +90,7 @@ def batch_of(rows, length):
 def test_differing_tokens_by_hand():
     """Token id 0 is a token like any other, padding never counts, and the shapes need not agree."""
     harmful = batch_of([[5, 6, 0, 7], [5, 0], [1, 2, 3]], 5)
-    harmless = batch_of([[5, 6, 1, 7], [5]], 3)
+    harmless = batch_of([[5, 6, 1], [5]], 3)
     wanted = [
         [0, 0, 1, 1, 0],  # 7 stands beyond the harmless batch
         [0, 1, 0, 0, 0],  # token 0 against padding, whose id is 0 as well
