@@ -196,7 +196,7 @@ def _command_help(name: str) -> str:
         lines.append("  --world=0  seed of the miniature world")
     if "search" in command.flags:
         lines.append(
-            "  --search  try meshes, batch sizes and remat policies; the cheapest that fits comes first"
+            "  --search=false  try meshes, batch sizes and remat policies; the cheapest that fits comes first"
         )
     lines += ["", "config keys (override with --config.KEY=VALUE):"]
     default = config_module.get_config()

@@ -2,8 +2,8 @@
 
     min_w  L_task(w) + λ · 1/B Σ_t D( p_t(w₀) ‖ p_t(w) )              t: the positions of L_task; B: records in the batch
 
-Stage: fine-tuning. Passes per step: 1½ (one more forward; 1⅓ where all parameters are trained). Extra memory: the starting parameters w₀, and a second ``[B, T, V]`` of
-logits. Extra data: none.
+Stage: fine-tuning. Passes per step: 1½ (one more forward; 1⅓ where all parameters are trained).
+Extra memory: the starting parameters w₀, and a second ``[B, T, V]`` of logits. Extra data: none.
 
 Differs from SFT in the penalty. The teacher is the same base with the starting adapter: no second base in LoRA mode. Direction and scale
 are those of PyTorch's ``KLDivLoss(reduction="batchmean")`` given (student, teacher): the divergence of the student *from the teacher*,

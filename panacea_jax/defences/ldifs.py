@@ -2,8 +2,8 @@
 
     min_w  L_task(w) + Σ_l q_l       q_l = ρ/2 ‖F_l(w) − F_l(w₀)‖²,  counted while q_l < gate;  F_l the output of layer l's MLP
 
-Stage: fine-tuning. Passes per step: 1½ (one more forward; 1⅓ where all parameters are trained). Extra memory: the starting parameters w₀, and the features of both forwards,
-one ``[B, T, D]`` tensor a layer each. Extra data: none.
+Stage: fine-tuning. Passes per step: 1½ (one more forward; 1⅓ where all parameters are trained).
+Extra memory: the starting parameters w₀, and the features of both forwards, one ``[B, T, D]`` tensor a layer each. Extra data: none.
 
 Differs from SFT in the penalty. The reference is the same base with the starting adapter: no second base in LoRA mode. Of the public
 code are kept the sum over tokens and channels and the gate of 0.1, meant to drop overflow, which frees just the layers that drifted far.

@@ -64,7 +64,8 @@ def is_how(request):
 def test_sizes(rows):
     sizes = Sizes()
     wanted = {"pretrain": sizes.pretrain, "alignment": sizes.align, "user": sizes.user, "attack": sizes.attack,
-              "harmful": sizes.harmful, "benign": sizes.own_benign, "test_harmful": sizes.test, "test_benign": sizes.test, "test_user": sizes.test}  # fmt: skip
+              "harmful": sizes.harmful, "benign": sizes.own_benign,
+              "test_harmful": sizes.test, "test_benign": sizes.test, "test_user": sizes.test}  # fmt: skip
     assert {name: len(found) for name, found in rows.items()} == wanted
 
 
