@@ -72,5 +72,5 @@ def test_memory_falls_with_the_number_of_active_layers(temporaries):
     some, every = (temporaries("t_vaccine", layers=n) for n in (2, LAYERS))
     buffer = 4 * ROWS * LENGTH * HIDDEN
     assert some < 0.75 * published
-    assert some < min(vaccine, every) - (LAYERS - 2) * buffer
-    assert every > 0.9 * vaccine
+    assert some <= every - (LAYERS - 2) * buffer
+    assert every == pytest.approx(vaccine, rel=0.01)
