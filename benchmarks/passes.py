@@ -21,6 +21,7 @@ import numpy as np
 
 from panacea_jax.data.batches import Batch
 from panacea_jax.defences import DEFENCES
+from panacea_jax.defences.protocol import passes_of
 from panacea_jax.models import lora
 from panacea_jax.models.config import ModelConfig
 from panacea_jax.models.model import Model, init
@@ -101,7 +102,7 @@ def step_flops(model: Model, defence: Any) -> float:
 
 def stated(defence: Any) -> float:
     """The sum of ``facts.passes``, or of the instance's where hyper-parameters change them."""
-    return float(sum(getattr(defence, "passes", defence.facts.passes).values()))
+    return float(sum(passes_of(defence).values()))
 
 
 def ratios(names: list[str]) -> Iterator[tuple[str, float]]:

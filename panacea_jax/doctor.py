@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich import box
 from rich.console import Console
@@ -33,9 +33,10 @@ from panacea_jax.models.attention import resolve
 from panacea_jax.models.config import ModelConfig, read_config
 from panacea_jax.models.model import Model, abstract
 from panacea_jax.models.weights import find_tensors
-from panacea_jax.parallel import make_mesh, replicated, weight_sharding
+from panacea_jax.parallel import make_mesh, weight_sharding
+from panacea_jax.parallel.plan import abstract_weights, fresh_adapter, placed, tree_bytes
 from panacea_jax.parallel.sharding import batch_rows, bytes_per_device
-from panacea_jax.train.optimizer import make_optimizer
+from panacea_jax.train.optimizer import optimizer_of
 from panacea_jax.train.stage import training_records, user_records
 from panacea_jax.train.step import state_shardings
 from panacea_jax.workdir import versions
@@ -289,23 +290,14 @@ def resident_bytes(model: Model, config: ConfigDict, shapes: dict[str, tuple[int
     Raises:
         InputError: ``config.lora.init_from`` is no adapter for this model.
     """
-    base = {
-        path: jax.ShapeDtypeStruct(
-            shape, _base_dtype(config), sharding=weight_sharding(model.mesh, path, shape)
-        )
-        for path, shape in shapes.items()
-    }
+    base = abstract_weights(config, shapes, model.mesh)
     full = config.train.full_parameters
     params = unflatten_dict(base, sep="/") if full else _adapter(model, config)
-    o = config.optimizer
     defence = make_defence(config.defence)
-    optimizer = make_optimizer(
-        o.learning_rate, weight_decay=o.weight_decay, clip_norm=o.clip_norm,
-        partial=hasattr(defence, "trained"),
-    )  # fmt: skip
+    optimizer = optimizer_of(config.optimizer, config.optimizer.learning_rate, defence)
     what = "all weights" if full else f"adapter, r {params.rank} on {' '.join(params.targets)}"
     kinds = [
-        (f"trained: {what} (float32)", _bytes(params)),
+        (f"trained: {what} (float32)", tree_bytes(params)),
         ("optimizer: AdamW's moments", _abstract_bytes(optimizer.init, params)),
         (
             f"defence: {config.defence.name}'s state, such as ε",
@@ -315,35 +307,20 @@ def resident_bytes(model: Model, config: ConfigDict, shapes: dict[str, tuple[int
     if full:
         return kinds
     # The adapter as it was at step 0 is kept to measure the distance moved.
-    started = ("trained: where it started, for ‖w − w₀‖", _bytes(params))
-    return [(f"base weights ({_base_dtype(config).name})", _bytes(base)), *kinds, started]
+    started = ("trained: where it started, for ‖w − w₀‖", tree_bytes(params))
+    return [(f"base weights ({_base_dtype(config).name})", tree_bytes(base)), *kinds, started]
 
 
 def _adapter(model: Model, config: ConfigDict) -> Any:
     """The adapter's shapes on the mesh: of ``lora.init_from``, else of a fresh one."""
     if config.lora.init_from:
         return lora.load(config.lora.init_from, model)
-    o = config.lora
-    made = jax.eval_shape(
-        lambda key: lora.init(model, o.rank, o.alpha, o.targets, key=key), jax.random.key(0)
-    )
-    everywhere = replicated(model.mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), made)
+    return fresh_adapter(model, config)
 
 
 def _abstract_bytes(init: Any, params: Any) -> int:
     made = jax.eval_shape(init, params)
-    shardings = state_shardings(made, params)
-    placed = zip(jax.tree.leaves(made), jax.tree.leaves(shardings))
-    return sum(_leaf_bytes(x, sharding) for x, sharding in placed)
-
-
-def _bytes(tree: Any) -> int:
-    return sum(_leaf_bytes(x, x.sharding) for x in jax.tree.leaves(tree))
-
-
-def _leaf_bytes(x: Any, sharding: NamedSharding) -> int:
-    return bytes_per_device(sharding, tuple(x.shape), x.dtype.itemsize)
+    return tree_bytes(placed(made, state_shardings(made, params)))
 
 
 # ---- files

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from panacea_jax.defences import DEFENCES
+from panacea_jax.defences.protocol import passes_of
 from panacea_jax.defences.spec import Stack
 from panacea_jax.evaluate.intervals import bootstrap_mean, wilson
 from panacea_jax.evaluate.judged import load_judged
@@ -80,9 +81,7 @@ def passes_per_step(section: Mapping[str, Any]) -> float:
     kind = DEFENCES[section["name"]]
     lists = {field.name: section[field.name] for field in dataclasses.fields(kind)}
     defence = kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in lists.items()})
-    by_stream = getattr(defence, "passes", kind.facts.passes)
-    # Of a method with several forms the facts name all streams.
-    return float(sum(n for name, n in by_stream.items() if name in ("user", *defence.streams)))
+    return float(sum(passes_of(defence).values()))
 
 
 def _seconds(stage: Path, steps: int) -> float | None:

@@ -20,9 +20,17 @@ import optax
 from jaxtyping import Array, Key
 
 from panacea_jax.defences.loss import Loss
-from panacea_jax.defences.protocol import Facts, Gradient, LossFn, Metrics, Params, Stage, State
+from panacea_jax.defences.protocol import (
+    Facts,
+    Gradient,
+    LossFn,
+    Metrics,
+    Params,
+    Stage,
+    State,
+    check_not_negative,
+)
 from panacea_jax.defences.vaccine import perturbed_gradient
-from panacea_jax.errors import InputError
 from panacea_jax.perturbation import to_sphere
 
 
@@ -41,12 +49,6 @@ def harmful_gain(
         "norm_h": optax.tree.norm(h),
         "norm_difference": optax.tree.norm(difference),
     }
-
-
-def _check(**values: float | int) -> None:
-    for name, value in values.items():
-        if not 0 <= value < float("inf"):
-            raise InputError(f"config.defence.{name} = {value}: a finite number, 0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Booster:
     )
 
     def __post_init__(self) -> None:
-        _check(lam=self.lam, alpha=self.alpha)
+        check_not_negative(lam=self.lam, alpha=self.alpha)
 
     def init(self, params: Params) -> State:
         """Nothing to remember."""
@@ -123,7 +125,7 @@ class BoosterVaccine:
     )
 
     def __post_init__(self) -> None:
-        _check(lam=self.lam, alpha=self.alpha, rho=self.rho)
+        check_not_negative(lam=self.lam, alpha=self.alpha, rho=self.rho)
 
     def init(self, params: Params) -> State:
         """Nothing to remember."""

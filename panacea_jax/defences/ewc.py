@@ -21,8 +21,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Key
 
-from panacea_jax.defences.protocol import Facts, Gradient, LossFn, Params, Sets, Stage
-from panacea_jax.errors import InputError
+from panacea_jax.defences.protocol import (
+    Facts,
+    Gradient,
+    LossFn,
+    Params,
+    Sets,
+    Stage,
+    check_not_negative,
+)
 
 
 class EwcState(NamedTuple):
@@ -65,8 +72,7 @@ class Ewc:
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.lam < float("inf"):
-            raise InputError(f"config.defence.lam = {self.lam}: a finite number, 0 or more")
+        check_not_negative(lam=self.lam)
 
     def init(self, params: Params) -> EwcState:
         """w₀ = w, F = 0."""

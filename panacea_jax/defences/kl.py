@@ -20,8 +20,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from panacea_jax.defences.loss import Loss
-from panacea_jax.defences.protocol import Facts, Gradient, Metrics, Params, Stage
-from panacea_jax.errors import InputError
+from panacea_jax.defences.protocol import (
+    Facts,
+    Gradient,
+    Metrics,
+    Params,
+    Stage,
+    check_not_negative,
+)
 
 
 class KlState(NamedTuple):
@@ -59,8 +65,7 @@ class Kl:
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.lam < float("inf"):
-            raise InputError(f"config.defence.lam = {self.lam}: a finite number, 0 or more")
+        check_not_negative(lam=self.lam)
 
     def init(self, params: Params) -> KlState:
         """w₀ = w."""

@@ -21,7 +21,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from panacea_jax.defences.loss import Loss
-from panacea_jax.defences.protocol import Facts, Gradient, Metrics, Params, Stage
+from panacea_jax.defences.protocol import (
+    Facts,
+    Gradient,
+    Metrics,
+    Params,
+    Stage,
+    check_not_negative,
+)
 from panacea_jax.errors import InputError
 from panacea_jax.models.layers import wide
 
@@ -57,8 +64,7 @@ class Ldifs:
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rho < float("inf"):
-            raise InputError(f"config.defence.rho = {self.rho}: a finite number, 0 or more")
+        check_not_negative(rho=self.rho)
         if not self.gate >= 0:  # also false for NaN
             raise InputError(f"config.defence.gate = {self.gate}: 0 or more")
 

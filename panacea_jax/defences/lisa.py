@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, Key
 
-from panacea_jax.defences.protocol import Facts, Gradient, LossFn, Params, Stage
+from panacea_jax.defences.protocol import Facts, Gradient, LossFn, Params, Stage, check_not_negative
 from panacea_jax.errors import InputError
 
 
@@ -64,8 +64,7 @@ class Lisa:
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rho < float("inf"):
-            raise InputError(f"config.defence.rho = {self.rho}: a finite number, 0 or more")
+        check_not_negative(rho=self.rho)
         for name in ("alignment_steps", "finetune_steps", "warmup_steps"):
             if (steps := getattr(self, name)) is not None and steps < 0:
                 raise InputError(f"config.defence.{name} = {steps}: 0 or more steps")

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkab
 from jaxtyping import Array, Float, Key
 
 from panacea_jax.defences.loss import Loss
+from panacea_jax.errors import InputError
 
 Params = Any  # a pytree: an Adapter, or all weights
 State = Any  # a pytree of the defence's own
@@ -105,3 +106,18 @@ class Defence(Method, Protocol):
 
 
 Sets = Mapping[str, Iterable[Any]]
+
+
+def passes_of(defence: Any) -> dict[str, float | int]:
+    """Passes a step by stream, in batches, of a method with its hyper-parameters; only streams that it has."""
+    passes = getattr(defence, "passes", defence.facts.passes)
+    return {name: n for name, n in passes.items() if name in ("user", *defence.streams)}
+
+
+def check_not_negative(**values: float | int) -> None:
+    """Raises:
+    InputError: a hyper-parameter is negative, infinite or NaN; its key is named.
+    """
+    for name, value in values.items():
+        if not 0 <= value < float("inf"):
+            raise InputError(f"config.defence.{name} = {value}: a finite number, 0 or more")

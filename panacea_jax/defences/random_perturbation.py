@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from panacea_jax.defences.protocol import Facts, Params, Stage
-from panacea_jax.errors import InputError
+from panacea_jax.defences.protocol import Facts, Params, Stage, check_not_negative
 
 
 class RandomPerturbationState(NamedTuple):
@@ -48,9 +47,8 @@ class RandomPerturbation:
     )
 
     def __post_init__(self) -> None:
-        for name, value in (("rho", self.rho), ("sigma", self.sigma)):
-            if value is not None and not 0 <= value < float("inf"):
-                raise InputError(f"config.defence.{name} = {value}: a finite number, 0 or more")
+        given = {"rho": self.rho, "sigma": self.sigma}
+        check_not_negative(**{name: x for name, x in given.items() if x is not None})
 
     def init(self, params: Params) -> RandomPerturbationState:
         """Draw the noise."""

@@ -16,9 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from panacea_jax.defences.loss import Loss
-from panacea_jax.defences.protocol import Facts, Gradient, Params, Stage, State
+from panacea_jax.defences.protocol import Facts, Gradient, Params, Stage, State, check_not_negative
 from panacea_jax.defences.vaccine import no_offsets
-from panacea_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +41,7 @@ class RandomVaccine:
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rho < float("inf"):
-            raise InputError(f"config.defence.rho = {self.rho}: a finite number, 0 or more")
+        check_not_negative(rho=self.rho)
 
     def init(self, params: Params) -> State:
         """Nothing to remember."""

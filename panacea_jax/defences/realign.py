@@ -11,10 +11,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import jax
 from jaxtyping import Array, Key
 
 from panacea_jax.defences.protocol import Facts, Gradient, LossFn, Params, Stage, State
+from panacea_jax.defences.sft import Sft
 from panacea_jax.errors import InputError
 
 
@@ -58,8 +58,7 @@ class Realign:
         key: Key[Array, ""],
     ) -> Gradient:
         """``g = ∇ L_mix(w)``."""
-        loss, g = jax.value_and_grad(loss_fn)(params, batches["user"])
-        return g, state, {"loss": loss}
+        return Sft().gradient(loss_fn, params, batches, state, key)
 
     def finish(self, params: Params, state: State) -> Params:
         """``w`` as trained."""

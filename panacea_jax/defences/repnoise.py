@@ -31,8 +31,15 @@ from jaxtyping import Array, Bool, Float, Key
 
 from panacea_jax.data.batches import Batch
 from panacea_jax.defences.loss import Loss
-from panacea_jax.defences.protocol import Facts, Gradient, Metrics, Params, Stage, State
-from panacea_jax.errors import InputError
+from panacea_jax.defences.protocol import (
+    Facts,
+    Gradient,
+    Metrics,
+    Params,
+    Stage,
+    State,
+    check_not_negative,
+)
 
 KERNELS = 5
 
@@ -137,9 +144,7 @@ class RepNoise:
     )
 
     def __post_init__(self) -> None:
-        for name, value in (("alpha", self.alpha), ("beta", self.beta)):
-            if not 0 <= value < float("inf"):
-                raise InputError(f"config.defence.{name} = {value}: a finite number, 0 or more")
+        check_not_negative(alpha=self.alpha, beta=self.beta)
 
     @property
     def paired_streams(self) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from panacea_jax.defences.loss import Loss
-from panacea_jax.defences.protocol import Facts, Gradient, Params, Stage
+from panacea_jax.defences.protocol import Facts, Gradient, Params, Stage, check_not_negative
 from panacea_jax.defences.vaccine import no_offsets, perturbed_gradient
 from panacea_jax.errors import InputError
 from panacea_jax.models.adapter import Adapter
@@ -92,8 +92,7 @@ class TVaccine:
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rho < float("inf"):
-            raise InputError(f"config.defence.rho = {self.rho}: a finite number, 0 or more")
+        check_not_negative(rho=self.rho)
         for name in ("layers", "interval", "importance_interval"):
             if getattr(self, name) < 1:
                 raise InputError(f"config.defence.{name} = {getattr(self, name)}: 1 or more")

@@ -19,8 +19,15 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from panacea_jax.defences.loss import Loss
-from panacea_jax.defences.protocol import Facts, Gradient, Metrics, Params, Stage, State
-from panacea_jax.errors import InputError
+from panacea_jax.defences.protocol import (
+    Facts,
+    Gradient,
+    Metrics,
+    Params,
+    Stage,
+    State,
+    check_not_negative,
+)
 from panacea_jax.models.decoder import SomeOffsets
 from panacea_jax.perturbation import to_sphere
 
@@ -77,8 +84,7 @@ class Vaccine:
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rho < float("inf"):
-            raise InputError(f"config.defence.rho = {self.rho}: a finite number, 0 or more")
+        check_not_negative(rho=self.rho)
 
     def init(self, params: Params) -> State:
         """Nothing to remember."""

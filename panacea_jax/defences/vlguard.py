@@ -19,7 +19,15 @@ from typing import Any, ClassVar, Literal
 import jax
 from jaxtyping import Array, Key
 
-from panacea_jax.defences.protocol import Facts, Gradient, LossFn, Params, Stage, State
+from panacea_jax.defences.protocol import (
+    Facts,
+    Gradient,
+    LossFn,
+    Params,
+    Stage,
+    State,
+    check_not_negative,
+)
 from panacea_jax.errors import InputError
 
 
@@ -47,8 +55,7 @@ class Vlguard:
     def __post_init__(self) -> None:
         if self.mode not in ("mix", "sum"):
             raise InputError(f"config.defence.mode = {self.mode!r}: 'mix' or 'sum'")
-        if not 0 <= self.lam < float("inf"):
-            raise InputError(f"config.defence.lam = {self.lam}: a finite number, 0 or more")
+        check_not_negative(lam=self.lam)
 
     @property
     def streams(self) -> tuple[str, ...]:

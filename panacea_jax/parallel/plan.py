@@ -24,6 +24,7 @@ from rich.table import Table
 from panacea_jax.config import make_defence
 from panacea_jax.data.batches import Batch
 from panacea_jax.defences import Defence
+from panacea_jax.defences.protocol import passes_of
 from panacea_jax.errors import InputError
 from panacea_jax.models import lora
 from panacea_jax.models.config import ModelConfig
@@ -40,7 +41,8 @@ from panacea_jax.parallel.sharding import (
 )
 from panacea_jax.parallel.topology import Topology, topology
 from panacea_jax.progress import Progress
-from panacea_jax.train.optimizer import make_optimizer
+from panacea_jax.train.optimizer import optimizer_of
+from panacea_jax.train.stage import batch_sizes
 from panacea_jax.train.step import TrainState, make_step, state_shardings
 from panacea_jax.workdir import write_text
 
@@ -172,21 +174,14 @@ def abstract_step(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Step:
     full = config.train.full_parameters
     graphdef, shapes = abstract(model, config.model.dtype, config.model.remat)
     static = Model(model, graphdef, None, jnp.dtype(config.model.dtype), mesh)
-    kept = jnp.dtype("float32" if full else config.model.dtype)
-    base = unflatten_dict(
-        {p: _like(s, kept, weight_sharding(mesh, p, s)) for p, s in shapes.items()}, sep="/"
-    )
+    base = unflatten_dict(abstract_weights(config, shapes, mesh), sep="/")
     params = base if full else fresh_adapter(static, config)
-    o = config.optimizer
     defence = make_defence(config.defence)
     if not isinstance(defence, Defence):
         raise InputError(
             f"config.defence.name = {config.defence.name}: acts in one shot; there is no step to plan"
         )
-    optimizer = make_optimizer(
-        o.learning_rate, weight_decay=o.weight_decay, clip_norm=o.clip_norm,
-        partial=hasattr(defence, "trained"),
-    )  # fmt: skip
+    optimizer = optimizer_of(config.optimizer, config.optimizer.learning_rate, defence)
 
     def build(params: Any) -> TrainState:
         step = jnp.zeros((), jnp.int32)
@@ -194,7 +189,7 @@ def abstract_step(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Step:
 
     state = jax.eval_shape(build, params)
     shardings = state_shardings(state, params)
-    state = jax.tree.map(lambda x, s: _like(x.shape, x.dtype, s), state, shardings)
+    state = placed(state, shardings)
     parts, length = batch_rows(mesh), config.data.max_length
 
     def batch(size: int) -> Batch:
@@ -211,10 +206,16 @@ def abstract_step(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Step:
 
 def stream_sizes(config: ConfigDict, defence: Defence) -> dict[str, int]:
     """Records a step of the user's stream and of those that the defence asks for."""
-    train = config.train
-    sizes = {"harmful": train.harmful_batch_size, "alignment": train.alignment_batch_size, "benign": train.batch_size}  # fmt: skip
-    repeats = getattr(defence, "repeats", {})
-    return {"user": train.batch_size} | {n: sizes[n] * repeats.get(n, 1) for n in defence.streams}
+    sizes, repeats = batch_sizes(config.train), getattr(defence, "repeats", {})
+    return {name: sizes[name] * repeats.get(name, 1) for name in ("user", *defence.streams)}
+
+
+def abstract_weights(
+    config: ConfigDict, shapes: Mapping[str, tuple[int, ...]], mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """All weights by path, in the dtype they are kept in: float32 where they are trained."""
+    kept = jnp.dtype("float32" if config.train.full_parameters else config.model.dtype)
+    return {p: _like(s, kept, weight_sharding(mesh, p, s)) for p, s in shapes.items()}
 
 
 def fresh_adapter(model: Model, config: ConfigDict) -> Any:
@@ -224,7 +225,12 @@ def fresh_adapter(model: Model, config: ConfigDict) -> Any:
         lambda key: lora.init(model, o.rank, o.alpha, o.targets, key=key), jax.random.key(0)
     )
     everywhere = replicated(model.mesh)
-    return jax.tree.map(lambda x: _like(x.shape, x.dtype, everywhere), made)
+    return placed(made, jax.tree.map(lambda _: everywhere, made))
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    """A tree of shapes with the places of another."""
+    return jax.tree.map(lambda x, s: _like(x.shape, x.dtype, s), shapes, shardings)
 
 
 def _like(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -303,11 +309,10 @@ def _turns(remat: str) -> int:
     return 3 if remat == "full" else 2
 
 
-def _passes_of(defence: Defence) -> Mapping[str, float | int]:
+def _passes_of(defence: Defence) -> dict[str, float]:
     """By stream, in batches as the step receives them."""
-    passes = getattr(defence, "passes", defence.facts.passes)
     repeats = getattr(defence, "repeats", {})
-    return {n: p / repeats.get(n, 1) for n, p in passes.items() if n in ("user", *defence.streams)}
+    return {name: n / repeats.get(name, 1) for name, n in passes_of(defence).items()}
 
 
 def _passes(step: Step) -> float:

@@ -17,6 +17,7 @@ from absl import logging
 
 from panacea_jax.data.batches import Batch, Stream, prefetch
 from panacea_jax.defences import Defence, Loss, Method
+from panacea_jax.defences.protocol import passes_of
 from panacea_jax.models.adapter import Adapter
 from panacea_jax.models.model import Model
 from panacea_jax.parallel import batch_sharding
@@ -117,8 +118,7 @@ def finetune(
     # ---- loop
     writer = MetricsWriter(folder, start) if folder is not None else None
     needed = {name: streams[name] for name in ("user", *defence.streams)}
-    passes = getattr(defence, "passes", defence.facts.passes)
-    passes = {name: n / needed[name].repeats for name, n in passes.items() if name in needed}
+    passes = {name: n / needed[name].repeats for name, n in passes_of(defence).items()}
     watch = _Watch(model, params, passes, writer, log_every, steps)
     intervals = getattr(defence, "intervals", {})
     notes: dict[str, Any] = {"seed": seed}

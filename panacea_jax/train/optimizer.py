@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
+from ml_collections import ConfigDict
 
 from panacea_jax.errors import InputError
 
@@ -153,3 +154,13 @@ def make_optimizer(
         return Partial(*chain)
     adamw = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     return optax.chain(clip, adamw) if clip_norm else adamw
+
+
+def optimizer_of(
+    section: ConfigDict, rate: float | optax.Schedule, defence: object
+) -> optax.GradientTransformation:
+    """The optimizer of an ``optimizer`` section at a learning rate, in the form that a defence needs."""
+    return make_optimizer(
+        rate, weight_decay=section.weight_decay, b1=section.b1, b2=section.b2, eps=section.eps,
+        clip_norm=section.clip_norm, partial=hasattr(defence, "trained"),
+    )  # fmt: skip

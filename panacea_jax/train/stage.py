@@ -35,7 +35,7 @@ from panacea_jax.progress import say
 from panacea_jax.train.checkpoints import Checkpoints
 from panacea_jax.train.loop import Result, finetune
 from panacea_jax.train.once import apply_once
-from panacea_jax.train.optimizer import learning_rate, make_optimizer
+from panacea_jax.train.optimizer import learning_rate, optimizer_of
 from panacea_jax.workdir import Stage, read_manifest, sha256_folder
 
 # Which configuration sections decide the outcome of a stage: a change of any other may resume it.
@@ -203,20 +203,28 @@ def stage_records(
         sources["user"] = ("config.data.alignment", records, train.batch_size)
     elif isinstance(defence, Defence):
         sources["user"] = (*user_records(config, stage), train.batch_size)
-    extra = {
-        "harmful": (data.num_harmful, train.harmful_batch_size),
-        "alignment": (data.num_alignment, train.alignment_batch_size),
-        "benign": (0, train.batch_size),
-    }
+    counts = {"harmful": data.num_harmful, "alignment": data.num_alignment, "benign": 0}
+    sizes = batch_sizes(train)
     for name in (*defence.streams, *mixed(defence)):
-        key, (n, size) = f"config.data.{name}", extra[name]
-        sources[name] = (key, _first(training_records(data[name], key), n, key, data), size)
+        key = f"config.data.{name}"
+        records = _first(training_records(data[name], key), counts[name], key, data)
+        sources[name] = (key, records, sizes[name])
     for name in getattr(defence, "paired_streams", ()):
         _check_pairs(name, *sources["user"], *sources[name])
     for name in mixed(defence):
         key, records, size = sources["user"]
         sources["user"] = (key, records + sources.pop(name)[1], size)
     return sources
+
+
+def batch_sizes(train: ConfigDict) -> dict[str, int]:
+    """Records of one batch of each stream, by a ``train`` section."""
+    return {
+        "user": train.batch_size,
+        "harmful": train.harmful_batch_size,
+        "alignment": train.alignment_batch_size,
+        "benign": train.batch_size,
+    }
 
 
 def mixed(defence: Method) -> tuple[str, ...]:
@@ -392,11 +400,8 @@ def _train(
     if isinstance(defence, Realign):
         steps = defence.steps
     o = config.optimizer
-    optimizer = make_optimizer(
-        learning_rate(o.learning_rate, steps, o.schedule, o.warmup_ratio),
-        weight_decay=o.weight_decay, b1=o.b1, b2=o.b2, eps=o.eps, clip_norm=o.clip_norm,
-        partial=hasattr(defence, "trained"),
-    )  # fmt: skip
+    rate = learning_rate(o.learning_rate, steps, o.schedule, o.warmup_ratio)
+    optimizer = optimizer_of(o, rate, defence)
     checkpoints = Checkpoints(
         folder / "checkpoints", config.checkpoint.every, config.checkpoint.keep
     )

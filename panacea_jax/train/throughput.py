@@ -2,25 +2,27 @@
 
 import jax
 
-# Dense bf16 peak, FLOP/s per chip, from the makers' data sheets. A device that is not listed has no MFU.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
+from panacea_jax.parallel.topology import CHIPS
+
+# The chip that a device's kind begins with. A device that is not listed has no MFU.
+KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "NVIDIA A100": "a100",
+    "NVIDIA H100": "h100",
+    "NVIDIA H200": "h200",
 }
 
 
 def peak_flops(device: jax.Device) -> float | None:
     """Peak of one device, by the longest listed name that its kind begins with."""
-    names = [name for name in PEAK_FLOPS if device.device_kind.startswith(name)]
-    return PEAK_FLOPS[max(names, key=len)] if names else None
+    names = [name for name in KINDS if device.device_kind.startswith(name)]
+    return CHIPS[KINDS[max(names, key=len)]].flops if names else None
 
 
 def train_flops_per_token(matmul_parameters: int, full_parameters: bool) -> int:
