@@ -56,6 +56,7 @@ def time_ours(model: Model, prompts: list[list[int]], args: argparse.Namespace) 
         results = decode.generate(
             model, model.weights, None, prompts,
             batch_size=args.batch, max_new_tokens=args.new_tokens, eos_ids=[], pad_id=0, cache_dtype=args.cache_dtype or None,
+            shared=decode.common_prefix(prompts),
         )  # fmt: skip
         tokens = sum(len(ids) for _, ids, _ in results)
         seconds = time.perf_counter() - start

@@ -6,16 +6,19 @@ Exit codes: 0 done, 1 failed, 2 bad input (one line says what), 75 preempted and
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import config_path
 
 from panacea_jax import config as config_module
 from panacea_jax.errors import InputError
+from panacea_jax.parallel import processes
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130
 
@@ -26,6 +29,7 @@ class Command(NamedTuple):
     summary: str
     run: Callable[[flags.FlagValues, ConfigDict], Path | None]
     flags: tuple[str, ...] = ("workdir",)
+    several: bool = False  # whether several processes may run it together
 
 
 def _workdir(values: flags.FlagValues) -> Path:
@@ -137,23 +141,30 @@ def _plan(values: flags.FlagValues, config: ConfigDict) -> Path | None:
 
 COMMANDS = {
     "quickstart": Command("the whole experiment in a miniature world, no download, minutes on a laptop", _quickstart, ("workdir", "world")),
-    "run": Command("every stage of a recipe: align, finetune, heal, generate, judge, layers (perplexity if asked for)", _run),
-    "align": Command("safety alignment of the base on config.data.alignment", _align),
-    "finetune": Command("fine-tuning on user data with config.defence", _finetune),
-    "heal": Command("a post-fine-tuning defence on a finished adapter or model", _heal),
-    "generate": Command("answers to config.eval.tasks", _generate),
+    "run": Command("every stage of a recipe: align, finetune, heal, generate, judge, layers (perplexity if asked for)", _run, several=True),
+    "align": Command("safety alignment of the base on config.data.alignment", _align, several=True),
+    "finetune": Command("fine-tuning on user data with config.defence", _finetune, several=True),
+    "heal": Command("a post-fine-tuning defence on a finished adapter or model", _heal, several=True),
+    "generate": Command("answers to config.eval.tasks", _generate, several=True),
     "judge": Command("verdicts and scores.json from the answers", _judge),
     "score": Command(
         "figures from the verdicts that are there: again, of answers made elsewhere, or side by side", _score,
         ("workdir", "generations", "template", "against", "undefended", "aligned"),
     ),
-    "perplexity": Command("perplexity.json: the model's surprise at the answers of config.eval.tasks", _perplexity),
+    "perplexity": Command("perplexity.json: the model's surprise at the answers of config.eval.tasks", _perplexity, several=True),
     "layers": Command("layer safety coefficients: JSON, CSV, PNG", _layers, ("workdir", "epsilon", "checkpoint")),
     "convert": Command("base (+ adapter, + ε) to one merged Hugging Face folder", _convert, ("out", "epsilon")),
     "defences": Command("every defence: stage, data, passes a step, memory, paper", _defences, ()),
-    "doctor": Command("what this machine has, and what a configuration will use of it", _doctor, ()),
+    "doctor": Command("what this machine has, and what a configuration will use of it", _doctor, (), several=True),
     "plan": Command("memory and least time of a step on a machine that is not there", _plan, ("workdir", "topology", "search")),
 }  # fmt: skip
+
+# Where a process stands among several; without them the launcher's environment says so.
+PROCESS_FLAGS = {
+    "coordinator": "HOST:PORT of process 0, the same for all; auto on a TPU slice",
+    "num_processes": "how many there are",
+    "process_id": "which one this is, 0 …",
+}
 
 FLAG_HELP = {
     "workdir": "folder for the results; a run in it goes on where it stopped",
@@ -198,6 +209,9 @@ def _command_help(name: str) -> str:
         lines.append(
             "  --search=false  try meshes, batch sizes and remat policies; the cheapest that fits comes first"
         )
+    if command.several:
+        lines += ["", "as one of several processes (docs/processes.md):"]
+        lines += [f"  --{flag}=…  {text}" for flag, text in PROCESS_FLAGS.items()]
     lines += ["", "config keys (override with --config.KEY=VALUE):"]
     default = config_module.get_config()
     lines += [
@@ -220,6 +234,10 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[flags.FlagValues, Con
             flags.DEFINE_boolean("search", False, "try alternatives", flag_values=values)
         else:
             flags.DEFINE_string(name, "", FLAG_HELP[name], flag_values=values)
+    if COMMANDS[command].several:
+        flags.DEFINE_string("coordinator", "", PROCESS_FLAGS["coordinator"], flag_values=values)
+        for name in ("num_processes", "process_id"):
+            flags.DEFINE_integer(name, None, PROCESS_FLAGS[name], flag_values=values)
     recipe, arguments = _take_recipe(arguments)
     config = config_module.load_recipe(recipe) if recipe else config_module.get_config()
     for argument in arguments:
@@ -263,7 +281,16 @@ def _take_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``panacea``; ends the process with the command's exit code."""
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    try:
+        code = run(sys.argv[1:] if argv is None else argv)
+    except Exception:
+        if processes.joined():
+            traceback.print_exc()
+            processes.abandon(EXIT_FAILED)
+        raise
+    if code:
+        processes.abandon(code)
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -284,7 +311,13 @@ def run(arguments: Sequence[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         values, config = parse(name, rest)
+        if COMMANDS[name].several:
+            place = processes.find_place(
+                values.coordinator, values.num_processes, values.process_id
+            )
+            processes.join(place)
         path = COMMANDS[name].run(values, config)
+        processes.leave()
     except InputError as error:
         return _fail(str(error), EXIT_BAD_INPUT)
     except KeyboardInterrupt:
@@ -298,14 +331,18 @@ def run(arguments: Sequence[str]) -> int:
             return _fail(f"{error}; start the same command again to go on", EXIT_PREEMPTED)
         if isinstance(error, Diverged):
             return _fail(str(error), EXIT_FAILED)
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            processes.wait_for_verdict()
+        processes.leave(f"{type(error).__name__}: {error}")
         raise
-    if path is not None:
+    if path is not None and processes.first():
         print(os.path.relpath(path))
     return 0
 
 
 def _fail(message: str, code: int) -> int:
     print(f"panacea: {message}", file=sys.stderr, flush=True)
+    processes.leave("" if code == EXIT_PREEMPTED else message)
     return code
 
 

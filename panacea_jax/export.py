@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -18,7 +17,8 @@ from panacea_jax.models.config import read_config
 from panacea_jax.models.model import Model
 from panacea_jax.models.names import to_hf, to_ours
 from panacea_jax.models.peft import adapter_tensors, save_adapter
-from panacea_jax.models.weights import save_weights
+from panacea_jax.models.weights import save_weights, to_host
+from panacea_jax.parallel import processes
 from panacea_jax.train.checkpoints import read_checkpoint
 from panacea_jax.train.loop import Result
 
@@ -78,10 +78,9 @@ def save_model(model: Model, params: Any, folder: Path) -> None:
         weights = model.weights if params is None else params
     hf_config = read_config(model.folder)
     save_weights(weights, folder, hf_config, dtype=stored_dtype(hf_config))
-    for pattern in COMPANIONS:
-        for path in model.folder.glob(pattern):
-            if path.is_file():
-                shutil.copy(path, folder / path.name)
+    for path in (p for pattern in COMPANIONS for p in model.folder.glob(pattern)):
+        if path.is_file() and processes.first():
+            shutil.copy(path, folder / path.name)
 
 
 def stored_dtype(hf_config: Mapping[str, Any]) -> str:
@@ -110,7 +109,7 @@ def epsilon_tensors(epsilon: Any) -> dict[str, np.ndarray]:
         return adapter_tensors(epsilon)
     tensors = {}
     for path, stacked in flatten_dict(epsilon, sep="/").items():
-        values = np.asarray(jax.device_get(stacked))
+        values = to_host(stacked)
         per_layer = enumerate(values) if path.startswith("layers/") else [(None, values)]
         for layer, value in per_layer:
             name, transform = to_hf(path, layer)
@@ -119,11 +118,13 @@ def epsilon_tensors(epsilon: Any) -> dict[str, np.ndarray]:
 
 
 def save_epsilon(epsilon: Any, path: Path, metadata: dict[str, str]) -> None:
-    """Write ``epsilon.safetensors``; an adapter's rank and α go into its metadata."""
+    """Write ``epsilon.safetensors``; an adapter's rank and α go into its metadata. Of several processes the first writes."""
     if isinstance(epsilon, Adapter):
         metadata = metadata | {"rank": str(epsilon.rank), "alpha": str(epsilon.alpha)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(epsilon_tensors(epsilon), path, metadata=metadata)
+    tensors = epsilon_tensors(epsilon)
+    if processes.first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path, metadata=metadata)
 
 
 def load_epsilon(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from panacea_jax.evaluate.perplexity import has_answers, perplexity_stage
 from panacea_jax.evaluate.stage import judge_stage
 from panacea_jax.evaluate.tasks import set_names
 from panacea_jax.generate.stage import eval_records, generate_stage
+from panacea_jax.parallel import processes
 from panacea_jax.progress import say
 from panacea_jax.train.stage import check_stage, heal_stage, stage_records, train_stage
 
@@ -70,6 +71,10 @@ def run(config: ConfigDict, workdir: Path) -> Path:
     if config.compare.methods or config.compare.grid:
         from panacea_jax.comparison.run import compare_methods
 
+        if processes.count() > 1:
+            raise InputError(
+                "config.compare: runs in one process; give each machine seeds of its own (docs/comparison.md)"
+            )
         return compare_methods(config, workdir)
     check(config)
     main = stage_config(config, "finetune")
@@ -86,7 +91,7 @@ def run(config: ConfigDict, workdir: Path) -> Path:
         say("== generate")
         generate_stage(main, workdir)
         say("== judge")
-        judge_stage(main, workdir)
+        processes.once(lambda: judge_stage(main, workdir))
         if config.eval.perplexity:
             say("== perplexity")
             perplexity_stage(main, workdir)

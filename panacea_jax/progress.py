@@ -4,7 +4,6 @@ import sys
 import time
 from types import TracebackType
 
-import jax
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -16,12 +15,14 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
+from panacea_jax.parallel import processes
+
 SECONDS_BETWEEN_LINES = 30.0
 
 
 def say(text: str) -> None:
     """One line for the person who watches, on stderr (stdout is for results); only the first process speaks."""
-    if jax.process_index() == 0:
+    if processes.first():
         print(text, file=sys.stderr, flush=True)
 
 
@@ -32,7 +33,7 @@ class Progress:
         self._title, self._total, self._done, self._start = title, total, start, start
         self._began = self._last_line = time.monotonic()
         console = Console(stderr=True)
-        self._loud = jax.process_index() == 0
+        self._loud = processes.first()
         self._bar: RichProgress | None = None
         if self._loud and console.is_terminal:
             self._bar = RichProgress(

@@ -4,11 +4,12 @@ A stage that is done is skipped; one that was cut short goes on; a folder that s
 refused and left as it is.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax
 from ml_collections import ConfigDict
 
 from panacea_jax.errors import InputError
+from panacea_jax.parallel import processes
 
 MANIFEST = "manifest.json"
 PACKAGES = (
@@ -53,17 +55,23 @@ class Stage:
             inputs: sha256 by input (source spec or folder).
 
         Raises:
-            InputError: the folder cannot be written, is not ours, or was made by another configuration or from other inputs.
+            InputError: the folder cannot be written, is not ours, or was made by another configuration or from other inputs; or the
+                processes of this run disagree about any of it.
         """
         self.name, self.folder = name, workdir / name
         self._path = self.folder / MANIFEST
         self._config, self._inputs = _plain(config), dict(inputs)
-        self.done = False
-        if os.path.exists(
-            self._path
-        ):  # unlike Path.exists, False where a folder above is closed to us
-            self.done = self._compare(read_manifest(self.folder))
-            return
+        self.done = self._look(workdir)
+        processes.agree(
+            self.folder,
+            {"config": self._config, "inputs": self._inputs, "versions": versions(), "code": _code(), "done": self.done},
+        )  # fmt: skip
+
+    def _look(self, workdir: Path) -> bool:
+        """Whether the stage is done; that it can be written, if it is not there."""
+        # unlike Path.exists, False where a folder above is closed to us
+        if os.path.exists(self._path):
+            return self._compare(read_manifest(self.folder))
         if os.path.isdir(self.folder) and any(self.folder.iterdir()):
             raise InputError(
                 f"{self.folder}: not empty and without a {MANIFEST}: not ours, left alone"
@@ -75,13 +83,22 @@ class Stage:
             raise InputError(f"--workdir={workdir}: cannot be written ({nearest} is not a folder)")
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise InputError(f"--workdir={workdir}: cannot be written (no permission in {nearest})")
+        return False
 
     def begin(self) -> None:
         """Make the folder and note in it what is being made, unless that was done by an earlier try.
 
         Raises:
-            InputError: the folder cannot be written.
+            InputError: the folder cannot be written, or not every process sees it.
         """
+        processes.once(self._begin)
+        if not self._path.exists():
+            raise InputError(
+                f"--workdir={self.folder.parent}: process {jax.process_index()} does not see what process 0 writes; all need one "
+                "shared folder"
+            )
+
+    def _begin(self) -> None:
         if self._path.exists():
             return
         try:
@@ -97,7 +114,7 @@ class Stage:
             ("config", manifest["config"], self._config),
             ("input", manifest["inputs"], self._inputs),
         ):
-            changed = _first_change(old, new)
+            changed = processes.first_change(old, new)
             if changed:
                 raise InputError(
                     f"{self.folder}: made by another run ({what} {changed}); choose another --workdir"
@@ -106,7 +123,7 @@ class Stage:
 
     def finish(self, outcome: Mapping[str, Any]) -> None:
         """Mark the stage as done, with what is worth keeping of its outcome."""
-        self._write("done", outcome)
+        processes.once(lambda: self._write("done", outcome))
         self.done = True
 
     def _write(self, status: str, outcome: Mapping[str, Any]) -> None:
@@ -121,8 +138,7 @@ class Stage:
             "processes": jax.process_count(),
             "outcome": _plain(outcome),
         }
-        if jax.process_index() == 0:
-            write_text(self._path, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        write_text(self._path, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -158,6 +174,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
+def _code() -> str:
+    """Hash of the package's own files: versions tell development states apart by chance only."""
+    return sha256_folder(Path(__file__).parent, ("**/*.py",))
+
+
 def sha256_json(value: Any) -> str:
     """Hash of a JSON value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -187,19 +209,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for k, v in value.items():
-            yield from _leaves(v, f"{prefix}.{k}" if prefix else str(k))
-    else:
-        yield prefix, value
-
-
-def _first_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    a, b = dict(_leaves(old)), dict(_leaves(new))
-    for key in sorted(a.keys() | b.keys()):
-        if a.get(key) != b.get(key):
-            return f"{key}: {a.get(key)!r} there, {b.get(key)!r} now"
-    return ""

@@ -8,6 +8,7 @@ from flax.traverse_util import unflatten_dict
 from panacea_jax.analysis.layers import layer_coefficients, write
 from panacea_jax.errors import InputError
 from panacea_jax.export import load_epsilon
+from panacea_jax.parallel import processes
 from panacea_jax.train.checkpoints import read_checkpoint
 
 
@@ -80,4 +81,6 @@ def layers_stage(workdir: Path | None, epsilon: Path | None, checkpoint: Path | 
         results, home = from_workdir(workdir), workdir
     else:
         raise InputError("layers: give --workdir, --epsilon or --checkpoint")
-    return write(results, workdir or home)[0]
+    # Of several processes all read, since orbax waits for all; the first writes.
+    processes.once(lambda: write(results, workdir or home))
+    return (workdir or home) / "layers.json"

@@ -24,7 +24,7 @@ from panacea_jax.evaluate.tasks import find_task, set_names
 from panacea_jax.generate.stage import eval_records, find_params
 from panacea_jax.models import lora
 from panacea_jax.models.model import Model
-from panacea_jax.parallel import batch_sharding
+from panacea_jax.parallel import batch_sharding, processes
 from panacea_jax.parallel.sharding import batch_rows
 from panacea_jax.progress import Progress, say
 from panacea_jax.train.stage import model_inputs, open_model
@@ -142,7 +142,7 @@ def perplexity_stage(config: ConfigDict, workdir: Path) -> Path:
         "model": base,
         "adapter": adapter,
     }
-    if jax.process_index() == 0:
+    if processes.first():
         write_text(out, json.dumps(result, indent=1) + "\n")
     stage.finish({"adapter_sha256": sha256_folder(Path(adapter), ("*",)) if adapter else ""})
     return out

@@ -1,16 +1,19 @@
 """Decoding in batches that stay full, with a static key/value cache.
 
-Longest prompts first, ``ADMITTED`` of them at a time are read and put into free rows of the batch,
-which then grows by ``CHUNK`` tokens in one loop on the device. Rows that have ended are handed out and
+What all prompts begin with is read once. Longest prompts first, ``ADMITTED`` of them at a time are read
+and put into free rows of the batch, which then grows by ``CHUNK`` tokens in one loop on the device. Rows that have ended are handed out and
 given to the next prompts, and so on.
 
 What a prompt gets does not depend on its neighbours, to the bit. It is read in a batch whose shape its
-own length decides and continued in a batch whose shape ``batch_size`` and ``slots`` decide, no operation
-mixes rows, and stale slots behind a row's text have attention weight 0. The number of slots stays as it
-is for that reason: the compiler sums over another number of slots in another order.
+own length decides and continued in a batch of ``batch_size`` rows, no operation mixes rows, and slots
+behind a row's text have attention weight 0. Reading slots is most of a step's work on a CPU, so there the
+batch has only as many as its longest text needs at the time. Sums over slots are made in blocks, in order,
+and empty blocks change nothing. Elsewhere, and where blocks are so small that the compiler's choice of
+kernels depends on their number, the number of slots stays as it is.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,22 +26,59 @@ from jaxtyping import Array, Int, Key
 from panacea_jax.errors import InputError
 from panacea_jax.generate.sample import Sampling, choose, row_keys
 from panacea_jax.models.adapter import AdapterSet
-from panacea_jax.models.cache import KVCache, init_cache, insert
+from panacea_jax.models.attention import BLOCK
+from panacea_jax.models.cache import KVCache, Layers, copy_into, init_cache, insert, settle
 from panacea_jax.models.model import Model
 from panacea_jax.parallel import batch_sharding, replicated
 from panacea_jax.parallel.sharding import batch_rows
 
 # Prompts read together, and tokens decoded between two looks at which rows have ended.
 ADMITTED, CHUNK = 8, 16
+# Numbers in a block of the cache from which the kernels are the same for any number of blocks, by trying (test_attention.py).
+GROWS = 2**18
+# Sizes that the cache has at most where it grows; each is a compilation.
+SIZES = 6
+# Tokens that prompts must have in common for these to be kept apart.
+WORTH_SHARING = 16
 
 GREEDY = Sampling()
 Result = tuple[int, list[int], bool]
+
+
+def rung(needed: int, most: int, sizes: int) -> int:
+    """Slots of the batch where ``needed`` must fit and ``most`` are the most ever needed; of ``sizes`` at most, each a compilation."""
+    step = -(-most // (sizes * BLOCK)) * BLOCK
+    return min(-(-needed // step) * step, -(-most // BLOCK) * BLOCK)
+
+
+def _sizes(model: Model, count: int) -> int:
+    c = model.config
+    large = count * c.num_kv_heads * c.head_dim * BLOCK >= GROWS
+    return SIZES if large and model.mesh.devices.flat[0].platform == "cpu" else 1
+
+
+def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with, leaving each at least one of its own; 0 where they are too few to be worth it."""
+    first, last = min(map(list, prompts)), max(map(list, prompts))
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last))
+    found = min(sum(1 for _ in same), min(map(len, prompts)) - 1)
+    return found if found >= WORTH_SHARING else 0
 
 
 def bucket(length: int) -> int:
     """Length that a prompt is padded to: 16, 24, 32, 48, 64, 96 … (below 16 a compilation would cost more than padding)."""
     power = max(16, 1 << (length - 1).bit_length())
     return power * 3 // 4 if power > 16 and length <= power * 3 // 4 else power
+
+
+class Fresh(NamedTuple):
+    """Rows that were just read, P of them; the fields are those of :class:`Rows`."""
+
+    length: Int[Array, "P"]
+    last: Int[Array, "P"]
+    left: Int[Array, "P"]
+    key: Key[Array, "P"]
+    adapter: Int[Array, "P"]
 
 
 class Rows(NamedTuple):
@@ -74,6 +114,7 @@ def generate(
     indices: Sequence[int] | None = None,
     adapters: Sequence[int] | None = None,
     slots: int = 0,
+    shared: int = 0,
     cache_dtype: Any = None,
 ) -> Iterator[Result]:
     """Continue every prompt, longest first.
@@ -91,8 +132,10 @@ def generate(
         seed: of the draws.
         indices: number of each prompt, which with ``seed`` decides its draws; by default its place in ``prompts``.
         adapters: for a set of adapters, the number of each prompt's.
-        slots: tokens that a row can hold, rounded up to a multiple of 64; by default what the longest prompt needs. Give it where
-            prompts of one set come in several calls that must agree to the bit.
+        slots: tokens of the longest text, prompt and answer; by default of the longest one here. Give it where prompts of one set come in
+            several calls that must agree to the bit.
+        shared: how many tokens all prompts begin with that are to be read and kept once, see :func:`common_prefix`. 0 with a set of
+            adapters. Decides last bits like ``slots``.
         cache_dtype: of the cache; the compute dtype by default, or int8.
 
     Yields:
@@ -100,6 +143,7 @@ def generate(
 
     Raises:
         InputError: a prompt without tokens or with an id outside the vocabulary, or a size below 1.
+        ValueError: the prompts do not begin as ``shared`` says.
     """
     if batch_size < 1 or max_new_tokens < 1:
         raise InputError(
@@ -110,6 +154,9 @@ def generate(
         _check(i, prompt, model.config.vocab_size)
     if not prompts:
         return
+    if shared > common_prefix(prompts) or (shared and isinstance(params, AdapterSet)):
+        raise ValueError(f"the prompts and adapters do not share {shared} tokens")
+    begin, prompts = list(prompts[0][:shared]), [prompt[shared:] for prompt in prompts]
     indices = range(len(prompts)) if indices is None else indices
     adapters = [0] * len(prompts) if adapters is None else adapters
     ends = set(eos_ids)
@@ -124,30 +171,52 @@ def generate(
     texts: dict[int, list[int]] = {}
     prompt_in = np.full(count, -1)
     left = np.zeros(count, np.int32)
-    slots = -(-max(slots, len(prompts[queue[0]]) + max_new_tokens) // 64) * 64
+    lengths, ends_at = np.zeros(count, int), np.zeros(count, int)  # settled tokens; at most
+    most = max(slots - shared, len(prompts[queue[0]]) + max_new_tokens)
+    sizes = _sizes(model, count)
     apart = program.apart(weights, params)
-    rows = program.empty(count, slots, jnp.dtype(cache_dtype or model.dtype))
+    kept = program.share(weights, params, np.asarray([begin], np.int32)) if shared else ()
+    dtype = jnp.dtype(cache_dtype or model.dtype)
+    spare: dict[int, Layers] = {}
+    rows = program.empty(count, rung(1, most, sizes), dtype, kept)
 
     while queue or left.any():
         # ---- free rows go to the next prompts, a group of one bucket at a time
         free = np.flatnonzero(left == 0).tolist()
-        while queue and len(free) >= min(admitted, len(queue)):
+        new = []
+        ready = len(free) >= min(admitted, len(queue))
+        while ready and queue and free:
             width = bucket(len(prompts[queue[0]]))
-            group = [i for i in queue[:admitted] if bucket(len(prompts[i])) == width]
+            group = [
+                i for i in queue[: min(admitted, len(free))] if bucket(len(prompts[i])) == width
+            ]
             queue = queue[len(group) :]
             taken, free = free[: len(group)], free[len(group) :]
             read = program.read(
                 weights,
                 params,
+                kept,
                 *_right_padded([prompts[i] for i in group], admitted, width, pad_id),
                 _filled([indices[i] for i in group], admitted, 0),
                 _filled([adapters[i] for i in group], admitted, 0),
                 np.int32(seed),
                 np.int32(max_new_tokens),
             )
-            rows = program.admit(rows, read, _filled(taken, admitted, count))
+            new.append((read, _filled(taken, admitted, count)))
             prompt_in[taken], left[taken] = group, max_new_tokens
+            lengths[taken] = [len(prompts[i]) - 1 for i in group]
+            ends_at[taken] = lengths[taken] + max_new_tokens
             texts |= {i: [] for i in group}
+        needed = np.minimum(lengths + CHUNK, ends_at)[left > 0]  # a row that ends needs none
+        size = rung(int(needed.max()), most, sizes)
+        if size != rows.cache.slots:
+            # Arrays of other sizes are kept: to allocate one costs more than to copy it.
+            old, into = rows.cache.layers, spare.pop(size, None)
+            spare[rows.cache.slots] = old
+            into = into or program.empty(count, size, dtype, ()).cache.layers
+            rows = rows._replace(cache=rows.cache._replace(layers=program.fit(old, into)))
+        for read, target in new:
+            rows = program.admit(rows, *read, target)
         # ---- a chunk of tokens
         rows, out = program.extend(weights, params, apart, rows, eos)
         out, now_left = jax.device_get((out, rows.left))
@@ -155,6 +224,7 @@ def generate(
             texts[prompt_in[row]] += [t for t in out[row].tolist() if t >= 0]
         ended = np.flatnonzero((left > 0) & (now_left == 0)).tolist()
         left = np.array(now_left)
+        lengths += CHUNK  # of those that go on
         # ---- what has ended
         for row in ended:
             text = texts.pop(prompt_in[row])
@@ -213,9 +283,11 @@ class Programs(NamedTuple):
     """The compiled functions; each compiles anew for another width or number of slots only."""
 
     apart: Callable[[Any, Any], Any]
-    empty: Callable[[int, int, Any], Rows]
-    read: Callable[..., Rows]
-    admit: Callable[[Rows, Rows, np.ndarray], Rows]
+    share: Callable[[Any, Any, np.ndarray], Layers]
+    empty: Callable[[int, int, Any, Layers], Rows]
+    fit: Callable[[Layers, Layers], Layers]
+    read: Callable[..., tuple[Layers, Fresh]]
+    admit: Callable[[Rows, Layers, Fresh, np.ndarray], Rows]
     extend: Callable[..., tuple[Rows, Array]]
 
 
@@ -227,36 +299,47 @@ def _programs(static: _Static, sampling: Sampling, pad_id: int) -> Programs:
         # Adapters of several rows hold the same arrays whichever of them a row uses.
         return model.apart(weights, _params(params, jnp.zeros((1,), jnp.int32)))
 
+    @jax.jit
+    def share(weights: Any, params: Any, tokens: Int[Array, "1 T"]) -> Layers:
+        """What all prompts begin with."""
+        return model.read(weights, params, tokens, jnp.ones(tokens.shape, bool))
+
     @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-    def empty(count: int, slots: int, dtype: Any) -> Rows:
+    def empty(count: int, slots: int, dtype: Any, shared: Layers) -> Rows:
         zero = jnp.zeros((count,), jnp.int32)
-        cache = init_cache(model.config, count, slots, dtype)
+        cache = init_cache(model.config, count, slots, CHUNK, dtype, shared)
         return _placed(model, Rows(cache, zero, zero, row_keys(0, zero), zero))
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def fit(layers: Layers, into: Layers) -> Layers:
+        return _split(model, copy_into(layers, into))
 
     @jax.jit
     def read(
         weights: Any,
         params: Any,
+        shared: Layers,
         tokens: Int[Array, "P T"],
         length: Int[Array, "P"],
         index: Int[Array, "P"],
         adapter: Int[Array, "P"],
         seed: Int[Array, ""],
         left: Int[Array, ""],
-    ) -> Rows:
+    ) -> tuple[Layers, Fresh]:
         """Prompts but for their last tokens, which the first decoding step reads."""
         tokens = jax.lax.with_sharding_constraint(tokens, batch_sharding(model.mesh))
         valid = jnp.arange(tokens.shape[1]) < length[:, None] - 1
-        _, cache = model.hidden(weights, _params(params, adapter), tokens, None, valid, keep=True)
-        assert cache is not None
+        layers = model.read(weights, _params(params, adapter), tokens, valid, shared)
         last = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
-        keys = row_keys(seed, index)
-        return _placed(model, Rows(cache, last, jnp.full_like(length, left), keys, adapter))
+        left = jnp.full_like(length, left)
+        return layers, Fresh(length - 1, last, left, row_keys(seed, index), adapter)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def admit(rows: Rows, new: Rows, target: Int[Array, "P"]) -> Rows:
-        cache = insert(rows.cache, new.cache, target)
-        put = jax.tree.map(lambda old, x: old.at[target].set(x, mode="drop"), rows[1:], new[1:])
+    def admit(rows: Rows, layers: Layers, new: Fresh, target: Int[Array, "P"]) -> Rows:
+        cache = insert(rows.cache, layers, new.length, target)
+        put = jax.tree.map(
+            lambda old, x: old.at[target].set(x, mode="drop"), rows[1:], tuple(new[1:])
+        )
         return _placed(model, Rows(cache, *put))
 
     @functools.partial(jax.jit, donate_argnums=3)
@@ -274,11 +357,11 @@ def _programs(static: _Static, sampling: Sampling, pad_id: int) -> Programs:
             i, rows, out = state
             active = rows.left > 0
             x, cache = model.hidden(
-                weights, bound, rows.last[:, None], None, active[:, None], rows.cache, apart=apart
+                weights, bound, rows.last[:, None], cache=rows.cache, apart=apart
             )
             assert cache is not None
             logits = model.logits(weights, bound, x[:, 0])
-            token = choose(logits, rows.key, cache.length, sampling)
+            token = choose(logits, rows.key, cache.next, sampling)
             left = jnp.where(active & ~jnp.isin(token, eos), rows.left - 1, 0)
             out = jax.lax.dynamic_update_slice(
                 out, jnp.where(active, token, -1)[:, None], (jnp.zeros_like(i), i)
@@ -288,10 +371,11 @@ def _programs(static: _Static, sampling: Sampling, pad_id: int) -> Programs:
 
         out = jnp.full((rows.last.shape[0], CHUNK), -1, jnp.int32)
         _, rows, out = jax.lax.while_loop(going, step, (jnp.zeros((), jnp.int32), rows, out))
+        rows = rows._replace(cache=settle(rows.cache, jnp.sum(out >= 0, axis=1, dtype=jnp.int32)))
         whole = jax.lax.with_sharding_constraint(out, replicated(model.mesh))
         return _placed(model, rows), whole
 
-    return Programs(jax.jit(apart), empty, read, admit, extend)
+    return Programs(jax.jit(apart), share, empty, fit, read, admit, extend)
 
 
 def _params(params: Any, adapter: Int[Array, "B"]) -> Any:
@@ -300,9 +384,15 @@ def _params(params: Any, adapter: Int[Array, "B"]) -> Any:
 
 def _placed(model: Model, rows: Rows) -> Rows:
     """The cache's rows and heads split like the batch and the key/value projections, the rest on every device."""
-    tensor = "tensor" if model.config.num_kv_heads % model.mesh.shape["tensor"] == 0 else None
-    split = NamedSharding(model.mesh, PartitionSpec(("data", "fsdp"), tensor))
     place: Any = jax.lax.with_sharding_constraint
-    cache = KVCache(place(rows.cache.layers, split), rows.cache.length)
-    length, *rest = place((cache.length, *rows[1:]), replicated(model.mesh))
-    return Rows(cache._replace(length=length), *rest)
+    cache = rows.cache
+    length, fresh, *rest = place((cache.length, cache.fresh, *rows[1:]), replicated(model.mesh))
+    layers, recent = _split(model, (cache.layers, cache.recent))
+    shared = _split(model, cache.shared, rows=None)
+    return Rows(KVCache(layers, length, recent, fresh, shared), *rest)
+
+
+def _split(model: Model, tree: Any, rows: Any = ("data", "fsdp")) -> Any:
+    tensor = "tensor" if model.config.num_kv_heads % model.mesh.shape["tensor"] == 0 else None
+    place: Any = jax.lax.with_sharding_constraint
+    return place(tree, NamedSharding(model.mesh, PartitionSpec(rows, tensor)))

@@ -8,10 +8,11 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from panacea_jax.errors import InputError
-from panacea_jax.evaluate.records import Writer, encode_line
+from panacea_jax.evaluate.records import Writer, encode_line, resume
+from panacea_jax.parallel import processes
 
 
 class Answers:
@@ -22,39 +23,47 @@ class Answers:
     """
 
     def __init__(self, path: Path, prompts: Sequence[str]) -> None:
-        """Open the file and take over what an earlier run left in its journal.
+        """Open the file and take over what an earlier run left in its journal. Of several processes the first writes.
 
         Raises:
             InputError: the file or its journal is damaged or belongs to other prompts.
         """
         self._journal_path = path.with_suffix(".waiting.jsonl")
         waiting, size = _read(self._journal_path, prompts)
-        self._writer = Writer(path, prompts)
+        known = set(range(resume(path, prompts))) | waiting.keys()
+        self.missing = [i for i in range(len(prompts)) if i not in known]
+        self._files: tuple[Writer, BinaryIO] | None = None
+        processes.barrier()  # all have read the files before one changes them
+        if not processes.first():
+            return
+        writer = Writer(path, prompts)
         if self._journal_path.exists():
             os.truncate(self._journal_path, size)
-        known = set(range(self._writer.done)) | waiting.keys()
-        self.missing = [i for i in range(len(prompts)) if i not in known]
         for i, line in waiting.items():
-            if i >= self._writer.done:
-                self._writer.put(i, line)
-        self._journal = open(self._journal_path, "ab")  # noqa: SIM115 - closed by __exit__
+            if i >= writer.done:
+                writer.put(i, line)
+        self._files = writer, open(self._journal_path, "ab")  # noqa: SIM115 - closed by __exit__
 
     def put(self, i: int, line: Mapping[str, Any]) -> None:
         """Answer ``i`` is on disk when this returns."""
-        if i != self._writer.done:
-            self._journal.write(encode_line({"index": i, "line": line}))
-            self._journal.flush()
-            os.fsync(self._journal.fileno())
-        self._writer.put(i, line)
+        if self._files is None:
+            return
+        writer, journal = self._files
+        if i != writer.done:
+            journal.write(encode_line({"index": i, "line": line}))
+            journal.flush()
+            os.fsync(journal.fileno())
+        writer.put(i, line)
 
     def __enter__(self) -> "Answers":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._journal.close()
-        self._writer.close()
-        if kind is None:  # every answer is in the file
-            self._journal_path.unlink()
+        if self._files is not None:
+            for file in self._files:
+                file.close()
+            if kind is None:  # every answer is in the file
+                self._journal_path.unlink()
 
 
 def _read(path: Path, prompts: Sequence[str]) -> tuple[dict[int, dict[str, Any]], int]:

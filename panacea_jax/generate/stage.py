@@ -16,11 +16,13 @@ from panacea_jax.errors import InputError
 from panacea_jax.evaluate.alpaca_eval import write_model_outputs
 from panacea_jax.evaluate.lines import generation_line
 from panacea_jax.evaluate.tasks import answer_length, set_names
-from panacea_jax.generate.decode import generate
+from panacea_jax.generate.decode import common_prefix, generate
 from panacea_jax.generate.journal import Answers
 from panacea_jax.generate.sample import Sampling
 from panacea_jax.models import lora
+from panacea_jax.models.adapter import AdapterSet
 from panacea_jax.models.model import Model
+from panacea_jax.parallel import processes
 from panacea_jax.progress import Progress, say
 from panacea_jax.train.stage import base_of, model_inputs, open_model
 from panacea_jax.workdir import Stage, sha256_folder
@@ -167,7 +169,7 @@ def generate_stage(config: ConfigDict, workdir: Path) -> Path:
             batch_size=config.generate.batch_size, max_new_tokens=length, eos_ids=ends, pad_id=0,
             sampling=how, seed=seed, cache_dtype=CACHE_DTYPE[config.generate.cache_dtype],
         )  # fmt: skip
-        if parse(spec).task == "alpaca_eval":
+        if parse(spec).task == "alpaca_eval" and processes.first():
             for _, stage in stages:
                 generator = f"panacea_jax-{stage.folder.parent.resolve().name}"
                 write_model_outputs(stage.folder / f"{name}.jsonl", generator)
@@ -197,7 +199,8 @@ def _answer(
         results = generate(
             model, model.weights, params, [ids[i] for _, i in todo],
             adapters=[a for a, _ in todo], indices=[i for _, i in todo],
-            slots=max(map(len, ids)) + settings["max_new_tokens"], **settings,
+            slots=max(map(len, ids)) + settings["max_new_tokens"],
+            shared=0 if isinstance(params, AdapterSet) else common_prefix(ids), **settings,
         )  # fmt: skip
         for number, tokens, finished in results:
             a, i = todo[number]

@@ -1,9 +1,16 @@
 """The key/value cache of incremental decoding.
 
-A token lies in the slot of its position, so a row needs no more than its length to tell which slots
-count: those before it are its text, those behind it are stale or empty and no query sees them. Each
-layer has arrays of its own, because a loop then writes them in place and a matrix product reads them
-as they lie; out of one stack of all layers each of them would be copied at every token.
+A settled token lies in the slot of its position, so a row needs no more than its length to tell which
+slots count: those before it are its text, those behind it are stale or empty and no query sees them.
+
+A new token comes among the recent ones first. Rows have different lengths, hence writing one token of
+each row to its slot is a scatter, which costs more than the attention to a thousand tokens; among the
+recent ones all rows write to one place. :func:`settle` moves them every so many tokens.
+
+What all texts begin with is kept once, not in each row.
+
+Each layer has arrays of its own, because a loop then writes them in place and a matrix product reads
+them as they lie; out of one stack of all layers each of them would be copied at every token.
 """
 
 from typing import Any, NamedTuple
@@ -27,33 +34,60 @@ class Slots(NamedTuple):
     scale: Float[Array, "B KV S"] | None = None
 
 
+KeysValues = tuple[Slots, Slots]
+Layers = tuple[KeysValues, ...]
+
+
 class KVCache(NamedTuple):
     """Keys and values of the tokens read so far.
 
     Attributes:
-        layers: keys and values of each layer.
-        length: tokens of each row, hence its next slot.
+        layers: settled keys and values of each layer.
+        length: settled tokens of each row.
+        recent: keys and values of each layer that follow those.
+        fresh: how many of them there are, the same in each row.
+        shared: keys and values of each layer ``[1, KV, P, hd]`` of the tokens that come before all rows'; () where there are none.
     """
 
-    layers: tuple[tuple[Slots, Slots], ...]
+    layers: Layers
     length: Int[Array, "B"]
+    recent: Layers
+    fresh: Int[Array, ""]
+    shared: Layers = ()
 
     @property
     def slots(self) -> int:
-        """S, the most tokens that a row can hold."""
-        return int(self.layers[0][0].x.shape[2])
+        """S, the most settled tokens that a row can hold."""
+        return num_slots(self.layers)
+
+    @property
+    def next(self) -> Int[Array, "B"]:
+        """Position of each row's next token."""
+        return num_slots(self.shared) + self.length + self.fresh
 
 
-def init_cache(config: ModelConfig, batch: int, slots: int, dtype: Any) -> KVCache:
-    """An empty cache of ``slots`` tokens a row; ``dtype`` int8 for the quantised one."""
+def num_slots(layers: Layers) -> int:
+    """Tokens that each row of these arrays holds."""
+    return int(layers[0][0].x.shape[2]) if layers else 0
 
-    def empty() -> Slots:
+
+def init_cache(
+    config: ModelConfig, batch: int, slots: int, recent: int, dtype: Any, shared: Layers = ()
+) -> KVCache:
+    """An empty cache of ``slots`` settled and ``recent`` recent tokens a row; ``dtype`` int8 for the quantised one."""
+
+    def empty(slots: int) -> Slots:
         shape = (batch, config.num_kv_heads, slots)
         scale = jnp.zeros(shape, jnp.float32) if jnp.dtype(dtype) == jnp.int8 else None
         return Slots(jnp.zeros((*shape, config.head_dim), dtype), scale)
 
-    layers = tuple((empty(), empty()) for _ in range(config.num_layers))
-    return KVCache(layers, jnp.zeros((batch,), jnp.int32))
+    def layers(slots: int) -> Layers:
+        return tuple((empty(slots), empty(slots)) for _ in range(config.num_layers))
+
+    length, fresh = jnp.zeros((batch,), jnp.int32), jnp.zeros((), jnp.int32)
+    one = empty(1)
+    kept = tuple((like(k.x, one), like(v.x, one)) for k, v in shared)
+    return KVCache(layers(slots), length, layers(recent), fresh, kept)
 
 
 def quantise(x: Float[Array, "B KV T hd"]) -> Slots:
@@ -69,23 +103,53 @@ def like(x: Float[Array, "B KV T hd"], slots: Slots) -> Slots:
     return Slots(x.astype(slots.x.dtype)) if slots.scale is None else quantise(x)
 
 
-def write(slots: Slots, x: Float[Array, "B KV T hd"], start: Int[Array, "B"]) -> Slots:
-    """Write T new tokens of each row from its own slot ``start`` on."""
-    update: Any = jax.vmap(
-        lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, 1)
+def write(slots: Slots, x: Float[Array, "B KV T hd"], start: Int[Array, ""]) -> Slots:
+    """Write T new tokens of each row from slot ``start`` on, the same for all."""
+
+    def put(old: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=2)
+
+    return jax.tree.map(put, slots, like(x, slots))
+
+
+def settle(cache: KVCache, count: Int[Array, "B"]) -> KVCache:
+    """Move the recent tokens behind the settled ones; ``count`` of each row are kept.
+
+    A row that goes on needs slots for all the recent ones; of one without, which has ended, nothing sensible is left.
+    """
+    move: Any = jax.vmap(
+        lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=1)
     )
-    return jax.tree.map(lambda old, new: update(old, new, start), slots, like(x, slots))
+
+    def put(old: Array, new: Array) -> Array:
+        return move(old, new, cache.length)
+
+    layers = jax.tree.map(put, cache.layers, cache.recent)
+    return cache._replace(
+        layers=layers, length=cache.length + count, fresh=jnp.zeros_like(cache.fresh)
+    )
 
 
-def insert(cache: KVCache, new: KVCache, rows: Int[Array, "P"]) -> KVCache:
-    """Put the rows of another cache in the place of ``rows``; a row number outside is left out. Slots that are too many hold padding."""
-    slots = min(cache.slots, new.slots)
+def copy_into(layers: Layers, into: Layers) -> Layers:
+    """Settled tokens in arrays of another size, as many slots as both have."""
+    slots = min(num_slots(layers), num_slots(into))
+
+    def put(x: Array, y: Array) -> Array:
+        return y.at[:, :, :slots].set(x[:, :, :slots])
+
+    return jax.tree.map(put, layers, into)
+
+
+def insert(cache: KVCache, new: Layers, length: Int[Array, "P"], rows: Int[Array, "P"]) -> KVCache:
+    """Put newly read tokens in the place of ``rows``; a row number outside is left out. Slots that are too many hold padding."""
+    slots = min(cache.slots, num_slots(new))
 
     def put(old: Slots, x: Slots) -> Slots:
         fresh = like(x.x[:, :, :slots], old)
         return jax.tree.map(lambda o, n: o.at[rows, :, :slots].set(n, mode="drop"), old, fresh)
 
     layers = tuple(
-        (put(k, new_k), put(v, new_v)) for (k, v), (new_k, new_v) in zip(cache.layers, new.layers)
+        (put(k, new_k), put(v, new_v)) for (k, v), (new_k, new_v) in zip(cache.layers, new)
     )
-    return KVCache(layers, cache.length.at[rows].set(new.length, mode="drop"))
+    length = cache.length.at[rows].set(length, mode="drop")
+    return cache._replace(layers=layers, length=length)

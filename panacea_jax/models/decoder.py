@@ -19,9 +19,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from panacea_jax.errors import InputError
 from panacea_jax.models.attention import resolve
-from panacea_jax.models.cache import KVCache, Slots
+from panacea_jax.models.cache import KVCache, Layers, num_slots
 from panacea_jax.models.config import ModelConfig
-from panacea_jax.models.layers import Context, DecoderLayer, Linear, RMSNorm, wide
+from panacea_jax.models.layers import Context, DecoderLayer, LayerCache, Linear, RMSNorm, wide
 from panacea_jax.parallel.sharding import batch_rows, batch_sharding
 
 # Activations that a defence may ask for, [L, B, T, D]: outputs of the attention module (before the residual), of the MLP, of the layer.
@@ -30,7 +30,6 @@ READINGS = ("attn_out", "mlp_out", "block_out")
 SQUARES = ("input_squares", "low_squares")
 
 REMAT = ("none", "dots", "full")
-Layers = tuple[tuple[Slots, Slots], ...]
 
 
 class SomeOffsets(NamedTuple):
@@ -115,7 +114,6 @@ class Decoder(nnx.Module):
         adapter: Mapping[str, Any] | None = None,
         scale: Any = 1.0,
         cache: KVCache | None = None,
-        keep: bool = False,
         apart: Any = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Final hidden states (after the last norm), and the cache if there is one.
@@ -127,26 +125,47 @@ class Decoder(nnx.Module):
             adapter: LoRA factors ``{"self_attn": {"q_proj": {"a": [L, in, r], "b": [L, r, out]},
                 …}, "mlp": …}``.
             scale: α/r of the adapter.
-            cache: keys and values of earlier tokens; the new ones are written behind them. Then ``positions`` go on from its length,
-                and padding comes last.
-            keep: return the tokens' own keys and values as a cache of T slots; padding must come last.
+            cache: keys and values of earlier tokens; the new ones come behind the recent ones. Then ``positions`` go on from theirs, and
+                no token is padding.
             apart: with a cache, what :meth:`apart` gave; by default it is made here.
         """
         x = self.embed(tokens)
         if cache is None:
             context, windows = self._context(positions, positions, valid, None, scale)
-            x, kv, _ = self._scan_layers(x, context, windows, adapter or {}, keep, None, self.remat)
-            length = jnp.zeros((tokens.shape[0],), jnp.int32)
+            x, _, _ = self._scan_layers(x, context, windows, adapter or {}, False, None, self.remat)
         else:
-            slots = jnp.arange(cache.slots, dtype=jnp.int32)[None]
-            length = cache.length
-            known = slots < (length + tokens.shape[1])[:, None]
-            context, windows = self._context(positions, slots, known, length, scale)
-            x, kv = self._each_layer(x, context, windows, apart or self.apart(adapter), cache)
-        if kv is not None:
-            cache = KVCache(kv, length + jnp.sum(valid, axis=1, dtype=jnp.int32))
+            (b, t), first = tokens.shape, num_slots(cache.shared)
+            settled = jnp.arange(cache.slots, dtype=jnp.int32)
+            recent = jnp.arange(num_slots(cache.recent), dtype=jnp.int32)
+            known = [settled < cache.length[:, None], recent[None] < cache.fresh + t]
+            where = [first + settled[None], first + cache.length[:, None] + recent]
+            seen, at = _after(cache.shared, _joined(known, b), _joined(where, b))
+            context, windows = self._context(positions, at, seen, cache.fresh, scale)
+            x, new = self._each_layer(x, context, windows, apart or self.apart(adapter), cache)
+            cache = cache._replace(recent=new, fresh=cache.fresh + t)
         with jax.named_scope("norm"):
             return self.norm(x), cache
+
+    def read(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        valid: Bool[Array, "B T"],
+        adapter: Mapping[str, Any] | None = None,
+        scale: Any = 1.0,
+        shared: Layers = (),
+    ) -> Layers:
+        """Keys and values of the tokens in every layer, behind those that all rows share; padding comes last. For the other arguments
+        see :meth:`hidden`.
+        """
+        seen, at = _after(shared, valid, positions)
+        context, windows = self._context(positions, at, seen, None, scale)
+        x = self.embed(tokens)
+        _, kv, _ = self._scan_layers(
+            x, context, windows, adapter or {}, True, None, self.remat, shared
+        )
+        assert kv is not None
+        return kv
 
     def inspect(
         self,
@@ -217,7 +236,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"],
         key_positions: Int[Array, "_ S"],
         key_valid: Bool[Array, "B S"],
-        slot: Int[Array, "B"] | None,
+        slot: Int[Array, ""] | None,
         scale: Any,
     ) -> tuple[Context, Int[Array, "L"] | None]:
         """Rotary angles, mask and, where layers differ in it, the window of each layer."""
@@ -244,19 +263,21 @@ class Decoder(nnx.Module):
         keep: bool,
         offsets: Offsets | None,
         remat: str,
+        shared: Layers = (),
     ) -> tuple[Float[Array, "B T D"], Layers | None, dict[str, Any]]:
-        """Scan one layer's program over the stacked weights, adapters, windows and offsets."""
+        """Scan one layer's program over the stacked weights, adapters, windows, offsets and shared keys and values."""
         graph, stacked = nnx.split(self.layers)
         n = self.config.num_layers
         some = offsets if isinstance(offsets, SomeOffsets) else None
         offset_xs = offsets if some is None else _places(some.layers, n)
 
         def body(x: Any, per_layer: Any) -> tuple[Any, Any]:
-            weights, factors, window, offset = per_layer
+            weights, factors, window, offset, earlier = per_layer
+            cache = None if earlier is None else LayerCache((earlier,))
             if some is not None:
                 offset = some.values.at[offset].get(mode="fill", fill_value=0)
             layer = nnx.merge(graph, weights)
-            x, kv = layer(x, context._replace(offset=offset), window, factors, None)
+            x, kv = layer(x, context._replace(offset=offset), window, factors, cache)
             return self._by_rows(x), (kv if keep else None, _collect(layer))
 
         if remat == "full":
@@ -265,7 +286,9 @@ class Decoder(nnx.Module):
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         with jax.named_scope("layers"):
-            x, (kv, read) = jax.lax.scan(body, x, (stacked, dict(adapter), windows, offset_xs))
+            stack = jax.tree.map(lambda *x: jnp.stack(x), *shared) if shared else None
+            xs = (stacked, dict(adapter), windows, offset_xs, stack)
+            x, (kv, read) = jax.lax.scan(body, x, xs)
         return x, tuple(_of_layer(kv, i) for i in range(n)) if keep else None, read
 
     def apart(self, adapter: Mapping[str, Any] | None) -> tuple[Any, ...]:
@@ -283,16 +306,35 @@ class Decoder(nnx.Module):
         apart: tuple[Any, ...],
         cache: KVCache,
     ) -> tuple[Float[Array, "B T D"], Layers]:
-        """The layers one after the other, through the cache."""
+        """The layers one after the other, through the cache; with their recent keys and values."""
         graph, _ = nnx.split(self.layers)
         written = []
-        for i, ((weights, factors), layer_cache) in enumerate(zip(apart, cache.layers)):
+        for i, (weights, factors) in enumerate(apart):
             window = None if windows is None else windows[i]
+            earlier = (*cache.shared[i : i + 1], cache.layers[i])
+            layer_cache = LayerCache(earlier, cache.recent[i])
             with jax.named_scope(f"layer_{i}"):
                 x, kv = nnx.merge(graph, weights)(x, context, window, factors, layer_cache)
                 x = self._by_rows(x)
             written.append(kv)
         return x, tuple(written)
+
+
+def _joined(parts: list[Array], rows: int) -> Array:
+    """``[B or 1, Sᵢ]`` side by side."""
+    return jnp.concatenate([jnp.broadcast_to(x, (rows, x.shape[1])) for x in parts], axis=1)
+
+
+def _after(
+    shared: Layers, valid: Bool[Array, "B S"], positions: Int[Array, "B S"]
+) -> tuple[Bool[Array, "B R"], Int[Array, "B R"]]:
+    """Which keys count, and their positions, with the shared ones in front."""
+    count = num_slots(shared)
+    if not count:
+        return valid, positions
+    ahead = jnp.arange(count, dtype=jnp.int32)[None]
+    rows = len(valid)
+    return _joined([ahead >= 0, valid], rows), _joined([ahead, positions], rows)
 
 
 def _places(layers: Int[Array, "S"], n: int) -> Int[Array, "L"]:

@@ -12,9 +12,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from panacea_jax.models.attention import attend
-from panacea_jax.models.cache import Slots, write
+from panacea_jax.models.attention import attend, attend_in_parts
+from panacea_jax.models.cache import KeysValues, Slots, write
 from panacea_jax.models.config import ModelConfig
+
+
+class LayerCache(NamedTuple):
+    """What one layer has read: stretches that stay as they are, and the one that new tokens go into."""
+
+    earlier: tuple[KeysValues, ...]
+    recent: KeysValues | None = None
 
 
 class Context(NamedTuple):
@@ -23,6 +30,7 @@ class Context(NamedTuple):
     Attributes:
         offset: added to the output of the attention module, before the residual (Vaccine).
         readings: names of the activations to hand out, see :func:`read`.
+        slot: where new tokens come among the recent ones of the cache.
         valid: False for padding; only where sums over tokens are read.
     """
 
@@ -30,7 +38,7 @@ class Context(NamedTuple):
     sin: Float[Array, "B T half"]
     mask: Bool[Array, "B T S"]
     distance: Int[Array, "B T S"] | None
-    slot: Int[Array, "B"] | None
+    slot: Int[Array, ""] | None
     scale: Any
     offset: Float[Array, "B T D"] | None = None
     readings: tuple[str, ...] = ()
@@ -142,9 +150,11 @@ class Attention(nnx.Module):
         context: Context,
         window: Int[Array, ""] | None,
         adapter: Mapping[str, Any],
-        cache: tuple[Slots, Slots] | None,
-    ) -> tuple[Float[Array, "B T D"], tuple[Slots, Slots]]:
-        """Attend, through the layer's cache if there is one; returns the output, and the keys and values attended to."""
+        cache: LayerCache | None,
+    ) -> tuple[Float[Array, "B T D"], KeysValues]:
+        """Attend, also to what the layer's cache holds; returns the output, and the keys and values that are new, behind the recent ones
+        if there are such.
+        """
         c = self.config
 
         def project(name: str, linear: Linear) -> Array:
@@ -156,21 +166,23 @@ class Attention(nnx.Module):
         v = project("v_proj", self.v_proj)
         # Heads before slots: a decoding step then reads the cache as it lies, without a copy.
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-        if cache is not None and context.slot is not None:
-            keys, values = write(cache[0], k, context.slot), write(cache[1], v, context.slot)
-        else:
-            keys, values = Slots(k), Slots(v)
         mask = context.mask
         if window is not None and context.distance is not None:
             mask = mask & ((window == 0) | (context.distance < window))
-        out = attend(
-            q, keys.x, values.x, mask, c.query_scale, c.attention_softcap, keys.scale, values.scale
-        )
+        new = Slots(k), Slots(v)
+        if cache is None:
+            out = attend(q, k, v, mask, c.query_scale, c.attention_softcap)
+        else:
+            if cache.recent is not None and context.slot is not None:
+                recent_k, recent_v = cache.recent
+                new = write(recent_k, k, context.slot), write(recent_v, v, context.slot)
+            keys, values = zip(*cache.earlier, new)
+            out = attend_in_parts(q, keys, values, mask, c.query_scale, c.attention_softcap)
         out = self.o_proj(out.reshape(*x.shape[:2], -1), adapter.get("o_proj"), context)
         if context.offset is not None:
             out = out + context.offset.astype(out.dtype)
         read(self, context, "attn_out", out)
-        return out, (keys, values)
+        return out, new
 
 
 class MLP(nnx.Module):
@@ -215,8 +227,8 @@ class DecoderLayer(nnx.Module):
         context: Context,
         window: Int[Array, ""] | None,
         adapter: Mapping[str, Any],
-        cache: tuple[Slots, Slots] | None,
-    ) -> tuple[Float[Array, "B T D"], tuple[Slots, Slots]]:
+        cache: LayerCache | None,
+    ) -> tuple[Float[Array, "B T D"], KeysValues]:
         """Apply to the residual stream ``x``; returns it, and the layer's keys and values."""
         with jax.named_scope("self_attn"):
             normed = self.input_layernorm(x)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from panacea_jax.errors import InputError
-from panacea_jax.models.cache import KVCache
+from panacea_jax.models.cache import KVCache, Layers, num_slots
 from panacea_jax.models.config import ModelConfig
 from panacea_jax.models.decoder import Decoder, Offsets
 from panacea_jax.models.hub import local_folder
@@ -68,7 +68,7 @@ class Model:
             tokens: token ids.
             positions: position of each token; by default its index among the valid ones of its row, counted on from the cache's.
             valid: False for padding; by default all are valid.
-            cache: keys and values of earlier tokens; padding then comes last.
+            cache: keys and values of earlier tokens; no token is padding then.
         """
         decoder, inputs = self._bind(weights, params, tokens, positions, valid, cache)
         return decoder(**inputs, cache=cache)
@@ -81,12 +81,24 @@ class Model:
         positions: Int[Array, "B T"] | None = None,
         valid: Bool[Array, "B T"] | None = None,
         cache: KVCache | None = None,
-        keep: bool = False,
         apart: Any = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Final hidden states ``[B, T, D]``; arguments as :meth:`apply` and :meth:`Decoder.hidden`."""
         decoder, inputs = self._bind(weights, params, tokens, positions, valid, cache)
-        return decoder.hidden(**inputs, cache=cache, keep=keep, apart=apart)
+        return decoder.hidden(**inputs, cache=cache, apart=apart)
+
+    def read(
+        self,
+        weights: Any,
+        params: Any,
+        tokens: Int[Array, "B T"],
+        valid: Bool[Array, "B T"],
+        shared: Layers = (),
+    ) -> Layers:
+        """Keys and values of tokens that follow those that all rows share, see :meth:`Decoder.read`."""
+        positions = default_positions(valid) + num_slots(shared)
+        decoder, inputs = self._bind(weights, params, tokens, positions, valid, None)
+        return decoder.read(**inputs, shared=shared)
 
     def inspect(
         self,
@@ -140,7 +152,8 @@ class Model:
             valid = jnp.ones(tokens.shape, bool)
         if positions is None:
             positions = default_positions(valid)
-            positions = positions if cache is None else positions + cache.length[:, None]
+            if cache is not None:
+                positions = positions + cache.next[:, None]
         inputs = {"tokens": tokens, "positions": positions, "valid": valid}
         inputs |= {"adapter": adapter, "scale": scale}
         decoder = nnx.merge(self.graphdef, full)

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from panacea_jax.errors import InputError
 from panacea_jax.models.adapter import BLOCK_OF, Adapter
 from panacea_jax.models.model import Model, abstract
-from panacea_jax.parallel import replicated
+from panacea_jax.parallel import processes, replicated
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _NAME = re.compile(
@@ -51,7 +51,7 @@ def adapter_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
 def save_adapter(
     adapter: Adapter, folder: Path, base: str, notes: Mapping[str, str] | None = None
 ) -> None:
-    """Write a PEFT folder that ``peft.PeftModel.from_pretrained`` takes.
+    """Write a PEFT folder that ``peft.PeftModel.from_pretrained`` takes. Of several processes the first writes.
 
     Args:
         adapter: what to write.
@@ -59,6 +59,8 @@ def save_adapter(
         base: path or hub id of the base model, noted in the config.
         notes: further metadata of the safetensors file, see ``read_notes``.
     """
+    if not processes.first():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     alpha = int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha
     config = {

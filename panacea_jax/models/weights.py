@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from panacea_jax.errors import InputError
 from panacea_jax.models import tensorfile
 from panacea_jax.models.names import HARMLESS, to_hf, to_ours
+from panacea_jax.parallel import processes
 
 Shapes = Mapping[str, tuple[int, ...]]
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -247,10 +248,10 @@ def save_weights(
         raise InputError(f"{target}: already there; nothing is overwritten")
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        if jax.process_index() == 0:
+        if processes.first():
             partial.mkdir(parents=True)
         kept = _write_tensors(weights, partial, dtype, max_shard_bytes)
-        if jax.process_index() == 0:
+        if processes.first():
             described = {**hf_config, "dtype" if "dtype" in hf_config else "torch_dtype": kept}
             (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
             os.replace(partial, target)
@@ -284,12 +285,12 @@ def _write_tensors(
         for i in range(count)
     ]
     for file, shard in zip(files, shards):
-        if jax.process_index() == 0:
+        if processes.first():
             tensorfile.write(folder / file, shard)
         else:  # gathering is collective
             for entry in shard:
                 entry[3]()
-    if count > 1 and jax.process_index() == 0:
+    if count > 1 and processes.first():
         weight_map = {entry[0]: file for file, shard in zip(files, shards) for entry in shard}
         total = sum(map(_size, entries))
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -329,7 +330,7 @@ class _Fetched:
         """A function that returns one layer as Hugging Face stores it."""
 
         def read() -> np.ndarray:
-            host = _to_host(self.array) if self.host is None else self.host
+            host = to_host(self.array) if self.host is None else self.host
             self.host = None if last else host
             part = host if layer is None else host[layer]
             if how != "transpose":
@@ -341,7 +342,7 @@ class _Fetched:
         return read
 
 
-def _to_host(array: jax.Array) -> np.ndarray:
+def to_host(array: jax.Array) -> np.ndarray:
     """The whole array in host memory, gathered from all processes if need be."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))

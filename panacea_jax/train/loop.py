@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
+from jax.experimental import multihost_utils
 
 from panacea_jax.data.batches import Batch, Stream, prefetch
 from panacea_jax.defences import Defence, Loss, Method
 from panacea_jax.defences.protocol import passes_of
 from panacea_jax.models.adapter import Adapter
 from panacea_jax.models.model import Model
-from panacea_jax.parallel import batch_sharding
+from panacea_jax.parallel import batch_sharding, processes
 from panacea_jax.progress import Progress
 from panacea_jax.train import throughput
 from panacea_jax.train.checkpoints import Checkpoints
@@ -113,10 +114,11 @@ def finetune(
     else:
         state = _look("first_pass", model, defence, streams, state)
     start = int(state.step)
-    key = jax.device_put(jax.random.key(seed), jax.tree.leaves(shardings)[-1])
+    # Not device_put, which cannot place a key on the devices of other processes.
+    key = jax.jit(lambda: jax.random.key(seed), out_shardings=jax.tree.leaves(shardings)[-1])()
 
     # ---- loop
-    writer = MetricsWriter(folder, start) if folder is not None else None
+    writer = MetricsWriter(folder, start) if folder is not None and processes.first() else None
     needed = {name: streams[name] for name in ("user", *defence.streams)}
     passes = {name: n / needed[name].repeats for name, n in passes_of(defence).items()}
     watch = _Watch(model, params, passes, writer, log_every, steps)
@@ -140,6 +142,7 @@ def finetune(
         for host, device in batches:
             state, metrics = step_fn(state, model.weights, device, key)
             done += 1
+            processes.finished_step(done)
             watch.step(done, host, metrics, state.params)
             if compiled != (size := step_fn._cache_size()):  # type: ignore[attr-defined]
                 compiled = size
@@ -150,14 +153,15 @@ def finetune(
                 step_bytes = max(step_bytes, _memory(step_fn, state, model.weights, device, key))
             bar.advance(watch.summary)
             # The last step is saved below, when the defence has had its last word on ε.
-            last = done == steps
-            if checkpoints is not None and not last and (checkpoints.due(done) or stop.is_set()):
+            last, stopping = done == steps, stop.asked(done)
+            if checkpoints is not None and not last and (checkpoints.due(done) or stopping):
                 watch.flush()  # a state is saved only after its loss was seen to be finite
                 checkpoints.save(state, notes)
-            if stop.is_set() and not last:
+            if stopping and not last:
                 saved = "nothing" if checkpoints is None else "the state"
                 raise Preempted(f"stopped by SIGTERM after step {done}; {saved} is saved")
         watch.flush()
+        processes.finished_step(0)
         state = _look("last_pass", model, defence, streams, state)
         if checkpoints is not None:
             checkpoints.save(state, notes)
@@ -224,13 +228,18 @@ def _look(
 
 
 class _Stop:
+    """Whether SIGTERM came."""
+
     def __init__(self) -> None:
         self._set = False
 
     def set(self, *_: Any) -> None:
         self._set = True
 
-    def is_set(self) -> bool:
+    def asked(self, step: int) -> bool:
+        """Whether to stop after this step; several processes, of which perhaps one alone was told to stop, agree on the step."""
+        if processes.count() > 1:
+            return bool(multihost_utils.reached_preemption_sync_point(step))
         return self._set
 
 
@@ -238,6 +247,9 @@ class _Stop:
 def _sigterm() -> Iterator[_Stop]:
     """Turn SIGTERM into a flag for the length of the loop; outside the main thread signals cannot be caught."""
     stop = _Stop()
+    if processes.count() > 1:  # jax.distributed catches the signal itself
+        yield stop
+        return
     try:
         previous = signal.signal(signal.SIGTERM, stop.set)
     except ValueError:

@@ -29,7 +29,7 @@ from panacea_jax.models import lora
 from panacea_jax.models.full import full_parameters
 from panacea_jax.models.model import Model, load
 from panacea_jax.models.peft import save_adapter
-from panacea_jax.parallel import make_mesh
+from panacea_jax.parallel import make_mesh, processes
 from panacea_jax.parallel.sharding import batch_rows
 from panacea_jax.progress import say
 from panacea_jax.train.checkpoints import Checkpoints
@@ -323,7 +323,7 @@ def merged_base(config: ConfigDict, workdir: Path) -> Path:
     folder = stage.folder / "model"
     if not stage.done:
         stage.begin()
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier try that was cut short
+        _clear(folder)
         convert(config, folder, None)
         stage.finish({})
     return folder
@@ -419,7 +419,7 @@ def export(config: ConfigDict, folder: Path, result: Result, epsilon_mean: Any =
         logging.warning("%s", WITHOUT_EPSILON)
     params = result.params if bare else result.deployed
     if config.train.full_parameters:
-        shutil.rmtree(folder / "model", ignore_errors=True)  # of an earlier try that was cut short
+        _clear(folder / "model")
         save_model(result.model, params, folder / "model")
     else:
         save_adapter(params, folder / "adapter", str(config.model.path), epsilon_note(result, bare))
@@ -434,6 +434,11 @@ def export(config: ConfigDict, folder: Path, result: Result, epsilon_mean: Any =
                 folder / "epsilon_mean.safetensors",
                 {"kind": "mean", "defence": defence},
             )
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier try, cut short, left of an export."""
+    processes.once(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def heal_config(config: ConfigDict, workdir: Path) -> ConfigDict:

@@ -73,6 +73,46 @@ def test_ids_equal_transformers(pair):
     assert len(got[0][0]) <= 6 and len(got[3][0]) <= 2
 
 
+def test_a_shared_beginning_is_read_once(pair):
+    """Texts that begin alike, decoded with the beginning in the cache once; also where a part of them comes alone."""
+    theirs, ours = pair
+    rng = np.random.default_rng(8)
+    begin = rng.integers(1, VOCAB, 21).tolist()
+    prompts = [begin + rng.integers(1, VOCAB, n).tolist() for n in (9, 16, 1, 12, 2)]
+    shared = decode.common_prefix(prompts)
+    assert shared == 21
+    got = _ours(ours, prompts, batch_size=3, shared=shared)
+    assert got == {i: (ids, False) for i, ids in enumerate(_theirs(theirs, prompts))}
+    some = _ours(ours, prompts[1:3], batch_size=3, shared=shared, slots=37 + NEW)
+    assert some == {0: got[1], 1: got[2]}
+    with pytest.raises(ValueError, match="do not share 21 tokens"):
+        _ours(ours, [prompts[0], prompts[1][1:]], shared=21)
+
+
+def test_common_prefix():
+    long = list(range(40))
+    assert decode.common_prefix([long, long]) == 39  # each keeps a token of its own
+    assert decode.common_prefix([long, [*long[:16], 99, 99]]) == 16
+    assert decode.common_prefix([long, [*long[:15], 99]]) == 0  # not worth it
+    assert decode.common_prefix([long]) == 39
+
+
+def test_slots_grow_and_shrink(pair, monkeypatch):
+    """As on a CPU with a large cache: texts of 3 to 150 tokens through three rows."""
+    theirs, ours = pair
+    rng = np.random.default_rng(4)
+    prompts = [rng.integers(1, VOCAB, n).tolist() for n in (3, 150, 70, 9, 100, 45, 5)]
+    rung, sizes = decode.rung, []
+    monkeypatch.setattr(decode, "GROWS", 0)
+    monkeypatch.setattr(decode, "rung", lambda *x: sizes.append(rung(*x)) or sizes[-1])
+    got = _ours(ours, prompts, batch_size=3)
+    assert got == {i: (ids, False) for i, ids in enumerate(_theirs(theirs, prompts))}
+    assert list(dict.fromkeys(sizes)) == [64, 192, 128] and 64 in sizes[2:]
+    assert [rung(n, 182, 4) for n in (1, 64, 65, 182)] == [64, 64, 128, 192]
+    assert [rung(n, 1000, 4) for n in (1, 300, 999)] == [256, 512, 1024]
+    assert rung(1, 182, 1) == 192
+
+
 def test_ids_equal_recomputation(pair):
     """Without a cache, the whole text read anew for every token."""
     _, ours = pair
@@ -135,8 +175,8 @@ def _admitted(model, prompt, rows, row, company, width=32):
     zero = np.zeros(8, np.int32)
     program = _programs(model)
     size = np.int32(NEW)
-    read = program.read(model.weights, None, tokens, length, zero, zero, np.int32(0), size)
-    return program.admit(program.empty(rows, 64, jnp.dtype("float32")), read, target)
+    read = program.read(model.weights, None, (), tokens, length, zero, zero, np.int32(0), size)
+    return program.admit(program.empty(rows, 64, jnp.dtype("float32"), ()), *read, target)
 
 
 def test_logits_are_the_same_bits_in_any_company_and_row(pair):
@@ -145,8 +185,7 @@ def test_logits_are_the_same_bits_in_any_company_and_row(pair):
 
     @jax.jit
     def next_logits(weights, rows):
-        every = jnp.ones((rows.last.shape[0], 1), bool)
-        x, _ = ours.hidden(weights, None, rows.last[:, None], None, every, rows.cache)
+        x, _ = ours.hidden(weights, None, rows.last[:, None], cache=rows.cache)
         return ours.logits(weights, None, x[:, 0])
 
     def bits(row, company):
@@ -226,10 +265,10 @@ def test_int8_cache_is_close_but_not_exact(small):
 
     def logits(dtype):
         rows = _admitted(small, prompts[0], 9, 2, 1)
-        empty = init_cache(small.config, 9, 64, dtype)
-        cache = insert(empty, rows.cache, jnp.arange(9))
-        every = jnp.ones((9, 1), bool)
-        x, _ = small.hidden(small.weights, None, rows.last[:, None], None, every, cache)
+        empty = init_cache(small.config, 9, 64, 16, dtype)
+        layers = rows.cache.layers
+        cache = insert(empty, layers, rows.cache.length, jnp.arange(9))
+        x, _ = small.hidden(small.weights, None, rows.last[:, None], cache=cache)
         return np.asarray(small.logits(small.weights, None, x[:, 0])[2])
 
     exact, rounded = logits("float32"), logits("int8")

@@ -15,7 +15,7 @@ import torch
 
 from panacea_jax.errors import InputError
 from panacea_jax.models import model as models
-from panacea_jax.models.cache import init_cache
+from panacea_jax.models.cache import init_cache, settle
 from panacea_jax.models.config import ModelConfig
 from tests.families import FAMILIES, VOCAB, build, save
 
@@ -73,13 +73,15 @@ def test_incremental_equals_whole(pair):
     tokens = jnp.asarray(_tokens(2, 14))
     whole = _apply(ours)(ours.weights, tokens, jnp.ones(tokens.shape, bool))
     step = jax.jit(lambda w, t, p, c: ours.apply(w, None, t, p, cache=c))
-    cache = init_cache(ours.config, 2, 20, jnp.float32)
+    cache = init_cache(ours.config, 2, 20, 10, jnp.float32)
     parts = []
-    for start, stop in ((0, 9), (9, 10), (10, 11), (11, 12)):
+    for start, stop in ((0, 8), (8, 10), (10, 11), (11, 12)):
         positions = jnp.broadcast_to(jnp.arange(start, stop), (2, stop - start))
         logits, cache = step(ours.weights, tokens[:, start:stop], positions, cache)
         parts.append(logits)
-    assert cache.length.tolist() == [12, 12]
+        if stop in (10, 11):
+            cache = settle(cache, jnp.full(2, cache.fresh))
+    assert cache.length.tolist() == [11, 11] and cache.fresh == 1
     np.testing.assert_allclose(np.concatenate(parts, 1), whole[:, :12], atol=2e-5, rtol=0)
 
 

@@ -62,7 +62,7 @@ def main(folder):
     start = lora.init(single_model, 2, 4, TARGETS, key=jax.random.key(0))
     q = model.weights["layers"]["self_attn"]["q_proj"]["kernel"]
     prompts = [[3 + (7 * i + j) % 35 for j in range(1 + 3 * i)] for i in range(9)]
-    cache = decode._programs(decode._Static(model), decode.GREEDY, 0).empty(8, 64, model.dtype)
+    cache = decode._programs(decode._Static(model), decode.GREEDY, 0).empty(8, 64, model.dtype, ())
     keys = cache.cache.layers[0][0].x
     answers = [
         sorted(

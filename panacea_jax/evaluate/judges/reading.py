@@ -19,7 +19,7 @@ from panacea_jax.models.config import ModelConfig, read_config
 from panacea_jax.models.hub import local_folder
 from panacea_jax.models.model import Model, load
 from panacea_jax.models.weights import find_tensors
-from panacea_jax.parallel import batch_sharding, make_mesh, replicated
+from panacea_jax.parallel import batch_sharding, make_mesh, processes, replicated
 from panacea_jax.parallel.sharding import batch_rows
 
 # The shortest bucket: below it, another compilation would cost more than the padding.
@@ -77,11 +77,15 @@ class JudgeModel:
 
     @functools.cached_property
     def model(self) -> Model:
-        """The model with its weights, on the mesh of the configuration."""
+        """The model with its weights, on the mesh of the configuration; of several processes the first judges, on its own devices."""
         c = self._config
+        if processes.count() == 1:
+            mesh = make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+        else:
+            mesh = make_mesh(1, -1, 1, jax.local_devices())
         return load(
             self.folder,
-            mesh=make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor),
+            mesh=mesh,
             dtype=c.model.dtype,
             attention=c.model.attention,
             classifier=self._classifier,
