@@ -4,9 +4,9 @@
 #
 #   launch/tpu_pod.sh NAME ZONE run --config=configs/llama2_7b.py:gsm8k --workdir=/mnt/runs/llama2_7b
 #
-# Single-host slices only (v5e-8, v6e-8, v4-8, …). A slice of several hosts needs one process a host,
-# started together, which this package does not do yet: such a slice is refused here, because every
-# host would train its own model into the same folder.
+# Single-host slices only (v5e-8, v6e-8, v4-8, …). A slice of several hosts needs one process a host
+# with --coordinator=auto (docs/processes.md) and a work directory that all of them see, which this
+# script does not arrange: it refuses such a slice.
 #
 # Not yet run on a TPU. Needs gcloud with a project set, and Python 3.11 or newer on the VM. The work
 # directory lies on the VM, so put it on a disk that outlives it; commit what you want to run, since

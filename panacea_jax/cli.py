@@ -342,7 +342,10 @@ def run(arguments: Sequence[str]) -> int:
 
 def _fail(message: str, code: int) -> int:
     print(f"panacea: {message}", file=sys.stderr, flush=True)
-    processes.leave("" if code == EXIT_PREEMPTED else message)
+    if code == EXIT_PREEMPTED:
+        processes.barrier()  # the first one's end would cut the others off from their coordinator
+        message = ""
+    processes.leave(message)
     return code
 
 

@@ -166,7 +166,8 @@ def test_every_stage_in_two_processes(place, cache, tmp_path):
 @pytest.mark.parametrize(("count", "devices"), [(1, 1), (2, 4)])
 def test_a_checkpoint_of_four_goes_on_elsewhere(place, cache, four, tmp_path, count, devices):
     workdir = _cut(four, tmp_path / "run", 20)
-    mesh = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2") if devices > 1 else ()
+    sizes = {"data": 2, "fsdp": 2, "tensor": 2} if devices > 1 else {}
+    mesh = [f"--config.mesh.{axis}={size}" for axis, size in sizes.items()]
     arguments = _finetune(place, workdir, *mesh)
     run = Together(cache, tmp_path / "logs", count, arguments, devices=devices)
     assert run.wait() == [0] * count, run.said(0)
