@@ -175,6 +175,19 @@ def test_a_checkpoint_of_four_goes_on_elsewhere(place, cache, four, tmp_path, co
     assert _error(_adapter(workdir), _adapter(four)) < 1e-5
 
 
+@pytest.mark.slow
+def test_all_parameters_in_two_processes(place, cache, tmp_path):
+    """The exported model and ε are gathered from shards that no process holds alone."""
+    more = ("--config.train.full_parameters=True", "--config.optimizer.learning_rate=1e-3", "--config.train.steps=6")  # fmt: skip
+    for count in (1, 2):
+        arguments = ["finetune", *place.flags(*more), f"--workdir={tmp_path / str(count)}"]
+        run = Together(cache, tmp_path / f"logs{count}", count, arguments)
+        assert run.wait() == [0] * count, [run.said(i) for i in range(count)]
+    for file in ("model/model.safetensors", "epsilon.safetensors"):
+        one, two = (load_file(tmp_path / str(n) / "finetune" / file) for n in (1, 2))
+        assert _error(two, one) < 1e-5
+
+
 def _cut(finished, workdir, step):
     """A copy of a finished run as if it had been stopped after ``step``."""
     import shutil
