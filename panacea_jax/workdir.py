@@ -62,10 +62,11 @@ class Stage:
         self._path = self.folder / MANIFEST
         self._config, self._inputs = _plain(config), dict(inputs)
         self.done = self._look(workdir)
-        processes.agree(
-            self.folder,
-            {"config": self._config, "inputs": self._inputs, "versions": versions(), "code": _code(), "done": self.done},
-        )  # fmt: skip
+        if processes.count() > 1:  # alone there is nothing to hash our code for
+            processes.agree(
+                self.folder,
+                {"config": self._config, "inputs": self._inputs, "versions": versions(), "code": _code(), "done": self.done},
+            )  # fmt: skip
 
     def _look(self, workdir: Path) -> bool:
         """Whether the stage is done; that it can be written, if it is not there."""

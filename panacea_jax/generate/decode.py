@@ -1,8 +1,8 @@
 """Decoding in batches that stay full, with a static key/value cache.
 
 What all prompts begin with is read once. Longest prompts first, ``ADMITTED`` of them at a time are read
-and put into free rows of the batch, which then grows by ``CHUNK`` tokens in one loop on the device. Rows that have ended are handed out and
-given to the next prompts, and so on.
+and put into free rows of the batch, which then grows by ``CHUNK`` tokens in one loop on the device. Rows
+that have ended are handed out and given to the next prompts, and so on.
 
 What a prompt gets does not depend on its neighbours, to the bit. It is read in a batch whose shape its
 own length decides and continued in a batch of ``batch_size`` rows, no operation mixes rows, and slots

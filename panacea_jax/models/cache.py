@@ -1,10 +1,11 @@
 """The key/value cache of incremental decoding.
 
-A settled token lies in the slot of its position, so a row needs no more than its length to tell which
-slots count: those before it are its text, those behind it are stale or empty and no query sees them.
+A settled token lies in the slot of its position, counted from the end of what all texts share, so a row
+needs no more than its length to tell which slots count: those before it are its text, those behind it are
+stale or empty and no query sees them.
 
 A new token comes among the recent ones first. Rows have different lengths, hence writing one token of
-each row to its slot is a scatter, which costs more than the attention to a thousand tokens; among the
+each row to its slot is a scatter, which took a third of a step of the 58 M model on a CPU; among the
 recent ones all rows write to one place. :func:`settle` moves them every so many tokens.
 
 What all texts begin with is kept once, not in each row.

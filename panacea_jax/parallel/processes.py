@@ -64,8 +64,8 @@ def find_place(
     if num_processes is not None or process_id is not None:
         raise InputError("--coordinator is not set: HOST:PORT of process 0")
     several = (
-        int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1
-        or int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
+        (_number("SLURM_STEP_NUM_TASKS") or 1) > 1
+        or (_number("OMPI_COMM_WORLD_SIZE") or 1) > 1
         or "," in env.get("TPU_WORKER_HOSTNAMES", "")
     )
     return Place(None, None, None) if several else None
