@@ -21,6 +21,8 @@ from panacea_jax.errors import InputError
 
 # Seconds between two signs of life, and without one until a process counts as gone.
 HEARTBEAT, SILENCE = 2.0, 20.0
+# Seconds that process 0 stays to let the others read why it ends: the service ends with it, and jax then kills them without a word.
+LAST_WORDS = 5 * HEARTBEAT
 # Seconds without a finished step after which it is said who stands where; a compilation of a large model takes minutes.
 STALLED = 300.0
 # Seconds that processes wait for each other where all must pass: loading or writing a large model lies in between.
@@ -198,7 +200,7 @@ def abandon(code: int) -> None:
 def wait_for_verdict() -> None:
     """After a collective has failed: wait for the guard, which ends this process if somebody is gone."""
     if _guard is not None:
-        time.sleep(SILENCE + 3 * HEARTBEAT)
+        time.sleep(SILENCE + 3 * HEARTBEAT + LAST_WORDS)
 
 
 class _Guard(threading.Thread):
@@ -232,7 +234,7 @@ class _Guard(threading.Thread):
         except Exception:  # the coordinator is gone already
             return
         if message and self._index == 0:
-            time.sleep(3 * HEARTBEAT)  # the service ends with this process; let the others read
+            time.sleep(LAST_WORDS)
 
     def _say(self, end: str = "") -> None:
         self._beat += 1
@@ -270,6 +272,8 @@ class _Guard(threading.Thread):
             "checkpoint",
             file=sys.stderr, flush=True,
         )  # fmt: skip
+        if self._index == 0:
+            self.leave(why)
         os._exit(1)  # the main thread may hang in a collective
 
 
