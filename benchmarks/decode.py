@@ -25,6 +25,7 @@ from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.generate import decode
 from panacea_jax.models.config import ModelConfig
 from panacea_jax.models.model import Model, init
+from panacea_jax.parallel import make_mesh
 
 SMALL = {
     "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8,
@@ -124,6 +125,12 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="small")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batch", type=int, default=64, help="rows of ours")
+    parser.add_argument(
+        "--tensor",
+        type=int,
+        default=1,
+        help="devices that share the heads (of a CPU: as many are made of its cores); the rest share rows",
+    )
     parser.add_argument("--cache_dtype", default="", help='"" or int8')
     parser.add_argument(
         "--theirs",
@@ -140,6 +147,7 @@ def main() -> None:
     )
     args = parser.parse_args()
 
+    jax.config.update("jax_num_cpu_devices", args.tensor)
     prompts = read_prompts(args)
     config = {
         "model_type": "llama",
@@ -148,7 +156,12 @@ def main() -> None:
         "rms_norm_eps": 1e-5,
         **SHAPES[args.shape],
     }
-    model = init(ModelConfig.from_dict(config), jax.random.key(0), dtype=args.dtype)
+    model = init(
+        ModelConfig.from_dict(config),
+        jax.random.key(0),
+        mesh=make_mesh(tensor=args.tensor),
+        dtype=args.dtype,
+    )
     parameters = model.config.num_parameters() / 1e6
     lengths = sorted(map(len, prompts))
     print(

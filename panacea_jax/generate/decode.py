@@ -34,7 +34,7 @@ from panacea_jax.parallel.sharding import batch_rows
 
 # Prompts read together, and tokens decoded between two looks at which rows have ended.
 ADMITTED, CHUNK = 8, 16
-# Numbers in a block of the cache from which the kernels are the same for any number of blocks, by trying (test_attention.py).
+# Numbers in a device's block of the cache from which the kernels are the same for any number of blocks, by trying (test_attention.py).
 GROWS = 2**18
 # Sizes that the cache has at most where it grows; each is a compilation.
 SIZES = 6
@@ -53,7 +53,8 @@ def rung(needed: int, most: int, sizes: int) -> int:
 
 def _sizes(model: Model, count: int) -> int:
     c = model.config
-    large = count * c.num_kv_heads * c.head_dim * BLOCK >= GROWS
+    share = batch_rows(model.mesh) * (model.mesh.shape["tensor"] if _heads_split(model) else 1)
+    large = count * c.num_kv_heads * c.head_dim * BLOCK // share >= GROWS
     return SIZES if large and model.mesh.devices.flat[0].platform == "cpu" else 1
 
 
@@ -393,6 +394,11 @@ def _placed(model: Model, rows: Rows) -> Rows:
 
 
 def _split(model: Model, tree: Any, rows: Any = ("data", "fsdp")) -> Any:
-    tensor = "tensor" if model.config.num_kv_heads % model.mesh.shape["tensor"] == 0 else None
+    tensor = "tensor" if _heads_split(model) else None
     place: Any = jax.lax.with_sharding_constraint
     return place(tree, NamedSharding(model.mesh, PartitionSpec(rows, tensor)))
+
+
+def _heads_split(model: Model) -> bool:
+    """Whether the tensor axis splits the cache's heads."""
+    return bool(model.config.num_kv_heads % model.mesh.shape["tensor"] == 0)
