@@ -29,8 +29,8 @@ from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges import make_judge
 from panacea_jax.models import lora
-from panacea_jax.models.attention import resolve
 from panacea_jax.models.config import ModelConfig, read_config
+from panacea_jax.models.fused import choose
 from panacea_jax.models.model import Model, abstract
 from panacea_jax.models.weights import find_tensors
 from panacea_jax.parallel import make_mesh, weight_sharding
@@ -232,13 +232,8 @@ def _attention(report: _Report, config: ConfigDict, model: ModelConfig | None) -
         )
         return
     with report.noting():
-        used = resolve(asked, model)
-        why = (
-            "as asked"
-            if used == asked
-            else f"auto picks it for {model.model_type} on {jax.default_backend()}"
-        )
-        report.table("attention", ("", ""), [("back-end", f"{used}: {why}")])
+        backend = choose(asked, model, config.model.dtype, jax.devices()[0])
+        report.table("attention", ("", ""), [("back-end", f"{backend.name}: {backend.why}")])
 
 
 def _sharding(

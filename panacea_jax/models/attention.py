@@ -1,4 +1,4 @@
-"""Attention back-ends. ``"xla"`` is the plain reference that every other one is tested against."""
+"""Attention in plain JAX (``"xla"``): the reference that the back-ends of fused.py are tested against, and the way through a cache."""
 
 import functools
 import itertools
@@ -9,28 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from panacea_jax.errors import InputError
 from panacea_jax.models.cache import Slots
-from panacea_jax.models.config import ModelConfig
-
-
-def resolve(attention: str, config: ModelConfig) -> str:
-    """The back-end to use for ``config.model.attention``; ``"auto"`` picks the best one for the
-    model and machine.
-
-    Raises:
-        InputError: unknown name, or a back-end that is not available.
-    """
-    if attention in ("auto", "xla"):
-        return "xla"
-    if attention in ("cudnn", "splash"):
-        raise InputError(
-            f"config.model.attention = {attention}: not available yet for {config.model_type}; "
-            "use auto or xla"
-        )
-    raise InputError(
-        f"config.model.attention = {attention}: unknown; one of auto, xla, cudnn, splash"
-    )
 
 
 def attend(

@@ -18,9 +18,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from panacea_jax.errors import InputError
-from panacea_jax.models.attention import resolve
 from panacea_jax.models.cache import KVCache, Layers, num_slots
 from panacea_jax.models.config import ModelConfig
+from panacea_jax.models.fused import BACKENDS, choose, fused_attention
 from panacea_jax.models.layers import Context, DecoderLayer, LayerCache, Linear, RMSNorm, wide
 from panacea_jax.parallel.sharding import batch_rows, batch_sharding
 
@@ -62,7 +62,7 @@ class Decoder(nnx.Module):
         dtype: compute dtype; weights of any float dtype are cast to it where they are used.
         remat: what the backward pass recomputes: ``"none"``, ``"dots"`` (all but matmul outputs) or
             ``"full"`` (whole layers).
-        attention: back-end, see :func:`panacea_jax.models.attention.resolve`.
+        attention: back-end, see :func:`panacea_jax.models.fused.choose`.
 
     Raises:
         InputError: unknown ``remat`` or ``attention``.
@@ -78,7 +78,9 @@ class Decoder(nnx.Module):
         # Set where weights are bound: the graph is the same on every mesh.
         self.mesh: Mesh | None = None
         self.remat = remat
-        self.attention = resolve(attention, config)
+        if attention not in BACKENDS:
+            raise InputError(f"config.model.attention = {attention}: one of {', '.join(BACKENDS)}")
+        self.attention = attention
         self.embed_tokens = Embedding(config)
         self.layers = DecoderLayer((config.num_layers,), config)
         self.norm = RMSNorm((), config)
@@ -131,7 +133,7 @@ class Decoder(nnx.Module):
         """
         x = self.embed(tokens)
         if cache is None:
-            context, windows = self._context(positions, positions, valid, None, scale)
+            context, windows = self._whole_context(positions, valid, scale)
             x, _, _ = self._scan_layers(x, context, windows, adapter or {}, False, None, self.remat)
         else:
             (b, t), first = tokens.shape, num_slots(cache.shared)
@@ -158,8 +160,11 @@ class Decoder(nnx.Module):
         """Keys and values of the tokens in every layer, behind those that all rows share; padding comes last. For the other arguments
         see :meth:`hidden`.
         """
-        seen, at = _after(shared, valid, positions)
-        context, windows = self._context(positions, at, seen, None, scale)
+        if shared:
+            seen, at = _after(shared, valid, positions)
+            context, windows = self._context(positions, at, seen, None, scale)
+        else:
+            context, windows = self._whole_context(positions, valid, scale)
         x = self.embed(tokens)
         _, kv, _ = self._scan_layers(
             x, context, windows, adapter or {}, True, None, self.remat, shared
@@ -190,7 +195,7 @@ class Decoder(nnx.Module):
             The hidden states, and by name what was asked for, stacked over layers.
         """
         x = self.embed(tokens)
-        context, windows = self._context(positions, positions, valid, None, scale)
+        context, windows = self._whole_context(positions, valid, scale)
         context = context._replace(readings=readings, valid=valid)
         x, _, read = self._scan_layers(
             x, context, windows, adapter or {}, False, offsets, remat or self.remat
@@ -253,6 +258,23 @@ class Decoder(nnx.Module):
                 windows = jnp.asarray(self.config.windows, jnp.int32)
         per_layer = None if windows is None else distance
         return Context(jnp.cos(angles), jnp.sin(angles), mask, per_layer, slot, scale), windows
+
+    def _whole_context(
+        self, positions: Int[Array, "B T"], valid: Bool[Array, "B T"], scale: Any
+    ) -> tuple[Context, Int[Array, "L"] | None]:
+        """The same for whole texts, which see nothing but themselves: a fused back-end may attend."""
+        context, windows = self._context(positions, positions, valid, None, scale)
+        if self.mesh is None:
+            return context, windows
+        device = self.mesh.devices.flat[0]
+        backend = choose(self.attention, self.config, self.dtype, device).name
+        if backend != "xla":
+            segments = valid.astype(jnp.int32)
+            fused = fused_attention(
+                backend, self.config, self.mesh, segments, context.mask, context.distance
+            )
+            context = context._replace(fused=fused)
+        return context, windows
 
     def _scan_layers(
         self,

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from panacea_jax.models.attention import attend, attend_in_parts
 from panacea_jax.models.cache import KeysValues, Slots, write
 from panacea_jax.models.config import ModelConfig
+from panacea_jax.models.fused import Fused
 
 
 class LayerCache(NamedTuple):
@@ -32,6 +33,7 @@ class Context(NamedTuple):
         readings: names of the activations to hand out, see :func:`read`.
         slot: where new tokens come among the recent ones of the cache.
         valid: False for padding; only where sums over tokens are read.
+        fused: what attends in place of the plain way where there is no cache.
     """
 
     cos: Float[Array, "B T half"]
@@ -43,6 +45,7 @@ class Context(NamedTuple):
     offset: Float[Array, "B T D"] | None = None
     readings: tuple[str, ...] = ()
     valid: Bool[Array, "B T"] | None = None
+    fused: Fused | None = None
 
 
 def read(module: nnx.Module, context: Context, name: str, value: Array) -> None:
@@ -170,7 +173,9 @@ class Attention(nnx.Module):
         if window is not None and context.distance is not None:
             mask = mask & ((window == 0) | (context.distance < window))
         new = Slots(k), Slots(v)
-        if cache is None:
+        if cache is None and context.fused is not None:
+            out = context.fused(q, k, v, window)
+        elif cache is None:
             out = attend(q, k, v, mask, c.query_scale, c.attention_softcap)
         else:
             if cache.recent is not None and context.slot is not None:

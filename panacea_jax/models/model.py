@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
@@ -22,6 +23,7 @@ from panacea_jax.errors import InputError
 from panacea_jax.models.cache import KVCache, Layers, num_slots
 from panacea_jax.models.config import ModelConfig
 from panacea_jax.models.decoder import Decoder, Offsets
+from panacea_jax.models.fused import choose
 from panacea_jax.models.hub import local_folder
 from panacea_jax.models.weights import load_weights
 from panacea_jax.parallel import make_mesh, weight_sharding
@@ -234,6 +236,8 @@ def load(
     config = ModelConfig.from_folder(path, classifier=classifier)
     graphdef, shapes = abstract(config, dtype, remat, attention)
     mesh = make_mesh() if mesh is None else mesh
+    backend = choose(attention, config, dtype, mesh.devices.flat[0])
+    logging.info("attention: %s (%s)", *backend)
     kept = _dtype(weights_dtype or dtype)
     weights = load_weights(path, shapes, kept, _shardings(mesh, shapes))
     return Model(config, graphdef, weights, jnp.dtype(dtype), mesh, path)

@@ -7,11 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from panacea_jax.errors import InputError
 from panacea_jax.generate.decode import GROWS
 from panacea_jax.models import attention
 from panacea_jax.models.cache import Slots, quantise
-from panacea_jax.models.config import ModelConfig
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
@@ -88,13 +86,3 @@ def test_empty_blocks_change_no_bit(shape, form):
     want = result(64)
     for size in (128, 192, 320):
         assert result(size) == want
-
-
-def test_resolve():
-    config = ModelConfig("llama", 8, 8, 8, 1, 1, 1, 8, 1.0)
-    assert attention.resolve("auto", config) == attention.resolve("xla", config) == "xla"
-    for name in ("cudnn", "splash"):
-        with pytest.raises(InputError, match=f"config.model.attention = {name}: not available"):
-            attention.resolve(name, config)
-    with pytest.raises(InputError, match="flash: unknown; one of auto, xla"):
-        attention.resolve("flash", config)

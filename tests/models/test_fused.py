@@ -1,0 +1,152 @@
+"""The fused back-ends against the plain one: splash in Pallas' interpreter, cuDNN's wiring with JAX's own attention in its place."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from panacea_jax.errors import InputError
+from panacea_jax.models import fused
+from panacea_jax.models import model as models
+from panacea_jax.models.config import ModelConfig
+from tests.families import FAMILIES, VOCAB, build, save
+
+ROOT = Path(__file__).parents[2]
+# Rows of 150 tokens, two splash blocks, with padding behind, before and in neither.
+LENGTH, VALID = 150, ((0, 150), (0, 97), (31, 150))
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def plain(request, tmp_path_factory):
+    folder = save(build(request.param, seed=5), tmp_path_factory.mktemp("hf") / request.param)
+    return models.load(folder, dtype="float32", attention="xla")
+
+
+def with_attention(model, attention):
+    """The same weights with another back-end."""
+    graphdef, _ = models.abstract(model.config, "float32", "none", attention)
+    return dataclasses.replace(model, graphdef=graphdef)
+
+
+def inputs():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, VOCAB, (len(VALID), LENGTH)).astype(np.int32)
+    valid = np.zeros(tokens.shape, bool)
+    for row, (start, stop) in enumerate(VALID):
+        valid[row, start:stop] = True
+    return jnp.asarray(tokens), jnp.asarray(valid)
+
+
+def logits_and_gradients(model):
+    """Of the valid positions; the loss weighs every logit differently."""
+    tokens, valid = inputs()
+
+    def loss(weights):
+        logits, _ = model.apply(weights, None, tokens, valid=valid)
+        logits = jnp.where(valid[..., None], logits, 0)
+        return jnp.sum(jnp.sin(7 * logits)), logits
+
+    (_, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(model.weights)
+    return logits, gradients
+
+
+def assert_same(got, want):
+    (logits, gradients), (their_logits, theirs) = got, want
+    np.testing.assert_allclose(logits, their_logits, atol=2e-5, rtol=1e-5)
+    pairs = zip(jax.tree.leaves(gradients), jax.tree.leaves(theirs), strict=True)
+    for ours, other in (tuple(map(np.asarray, pair)) for pair in pairs):
+        assert np.linalg.norm(ours - other) <= 2e-5 * np.linalg.norm(other)
+
+
+def test_splash_equals_plain(plain, monkeypatch):
+    """Windows of 5 tokens on all layers, on some and on none, soft caps, one to four key/value heads."""
+    monkeypatch.setattr(fused, "INTERPRET", True)
+    used = []
+    kernel = fused._kernel
+    monkeypatch.setattr(fused, "_kernel", lambda *x: used.append(x) or kernel(*x))
+    got = logits_and_gradients(with_attention(plain, "splash"))
+    assert_same(got, logits_and_gradients(plain))
+    found = {window for _, _, window, _ in used}
+    assert found == {w if w < LENGTH else 0 for w in plain.config.windows or (0,)}
+
+
+def test_cudnn_wiring_equals_plain(plain, monkeypatch):
+    """Masks, layout and scale of the call; the kernel itself needs a GPU."""
+    theirs = jax.nn.dot_product_attention
+
+    def stand_in(*args, implementation, **kwargs):
+        assert implementation == "cudnn"
+        return theirs(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    monkeypatch.setattr(
+        fused, "_cudnn_obstacle", lambda config, *_: "caps" if config.attention_softcap else ""
+    )
+    model = with_attention(plain, "cudnn")
+    if plain.config.attention_softcap:
+        with pytest.raises(InputError, match="attention = cudnn: caps; use auto or xla"):
+            logits_and_gradients(model)
+        return
+    assert_same(logits_and_gradients(model), logits_and_gradients(plain))
+
+
+def test_splash_over_eight_devices(tmp_path):
+    """Rows and heads split; the key/value heads too, or on every device where there is but one."""
+    for family in ("gemma", "gemma2"):
+        save(build(family, seed=5), tmp_path / family)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.models.sharded_splash", str(tmp_path)],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["8", "gemma", "gemma2"]
+
+
+TPU = SimpleNamespace(platform="tpu")
+H100 = SimpleNamespace(platform="gpu", compute_capability="9.0")
+A100 = SimpleNamespace(platform="gpu", compute_capability="8.0")
+V100 = SimpleNamespace(platform="gpu", compute_capability="7.0")
+CPU = SimpleNamespace(platform="cpu")
+LLAMA = ModelConfig("llama", 8, 8, 8, 1, 1, 1, 128, 1.0)
+GEMMA = dataclasses.replace(LLAMA, model_type="gemma", head_dim=256)
+GEMMA2 = dataclasses.replace(GEMMA, model_type="gemma2", attention_softcap=50.0)
+
+
+@pytest.mark.parametrize(
+    ("device", "model", "dtype", "name", "why"),
+    [
+        (CPU, LLAMA, "float32", "xla", "a cpu has no other"),
+        (TPU, GEMMA2, "bfloat16", "splash", "the tpu and the model allow it"),
+        (TPU, LLAMA, "float16", "xla", "not splash: it takes bfloat16 and float32, not float16"),
+        (H100, GEMMA, "bfloat16", "cudnn", "the gpu and the model allow it"),
+        (A100, LLAMA, "bfloat16", "cudnn", "the gpu and the model allow it"),
+        (A100, GEMMA, "bfloat16", "xla", "not cudnn: it takes heads of up to 128 in steps of 8, not 256"),
+        (H100, GEMMA2, "bfloat16", "xla", "not cudnn: it cannot cap scores as gemma2 does"),
+        (H100, LLAMA, "float32", "xla", "not cudnn: it takes bfloat16 and float16, not float32"),
+        (V100, LLAMA, "float16", "xla", "not cudnn: it needs compute capability 8.0, this GPU has 7.0"),
+    ],
+)  # fmt: skip
+def test_auto_says_which_and_why(device, model, dtype, name, why):
+    assert fused.choose("auto", model, dtype, device) == (name, why)
+    assert fused.choose("xla", model, dtype, device) == ("xla", "as asked")
+    if name != "xla":
+        assert fused.choose(name, model, dtype, device) == (name, "as asked")
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    folder = save(build("gemma2"), tmp_path / "gemma2")
+    for asked, why in (
+        ("splash", "it needs a TPU, this is a cpu; use auto or xla"),
+        ("cudnn", "it needs an NVIDIA GPU, this is a cpu; use auto or xla"),
+        ("flash", "one of auto, xla, cudnn, splash"),
+    ):
+        with pytest.raises(InputError, match=f"config.model.attention = {asked}: {why}"):
+            models.load(folder, dtype="float32", attention=asked)
