@@ -172,7 +172,8 @@ def abstract_step(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Step:
         mesh: devices, there or not.
     """
     full = config.train.full_parameters
-    graphdef, shapes = abstract(model, config.model.dtype, config.model.remat)
+    c = config.model
+    graphdef, shapes = abstract(model, c.dtype, c.remat, c.attention)
     static = Model(model, graphdef, None, jnp.dtype(config.model.dtype), mesh)
     base = unflatten_dict(abstract_weights(config, shapes, mesh), sep="/")
     params = base if full else fresh_adapter(static, config)

@@ -39,6 +39,7 @@ def main(meshes, remat):
             "largest_gather": max(gathers, default=0),
             "layer": 4 * (model.matmul_parameters() - 256 * 128) // 3,
             "flops": planning.modelled_flops(step, remat),
+            "counted_flops": compiled.cost_analysis()["flops"],
             "arguments": compiled.memory_analysis().argument_size_in_bytes,
             "resident": {k: n for k, n in planning.resident(step).items() if k != "start of training"},
             "kinds": {c.kind: 0 for c in exchanged} | {

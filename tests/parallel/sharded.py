@@ -19,7 +19,8 @@ from panacea_jax.parallel.sharding import batch_rows
 from panacea_jax.train.loop import finetune
 from panacea_jax.train.optimizer import make_optimizer
 
-STEPS = 3
+STEPS = 10
+MESHES = ((8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2))
 TARGETS = ("q", "o", "up", "down")
 
 
@@ -57,8 +58,15 @@ def error(a, b):
 
 def main(folder):
     devices = jax.devices()
-    model, sharded = train(folder, make_mesh(2, 2, 2))
     single_model, single = train(folder, make_mesh(1, 1, 1, devices=devices[:1]))
+    found = {}
+    for mesh in MESHES:
+        model, sharded = train(folder, make_mesh(*mesh))
+        found["×".join(map(str, mesh))] = {
+            "error": error(adapter_tensors(sharded.params), adapter_tensors(single.params)),
+            "error_epsilon": error(adapter_tensors(sharded.epsilon), adapter_tensors(single.epsilon)),
+            "compilations": sharded.compilations,
+        }  # fmt: skip
     start = lora.init(single_model, 2, 4, TARGETS, key=jax.random.key(0))
     q = model.weights["layers"]["self_attn"]["q_proj"]["kernel"]
     prompts = [[3 + (7 * i + j) % 35 for j in range(1 + 3 * i)] for i in range(9)]
@@ -82,8 +90,7 @@ def main(folder):
     ]
     print(json.dumps({
         "devices": len(devices),
-        "error": error(adapter_tensors(sharded.params), adapter_tensors(single.params)),
-        "error_epsilon": error(adapter_tensors(sharded.epsilon), adapter_tensors(single.epsilon)),
+        "meshes": found,
         "moved": error(adapter_tensors(single.deployed), adapter_tensors(single.params)),
         "trained": float(np.linalg.norm(np.asarray(single.params.layers["mlp"]["up_proj"]["b"] - start.layers["mlp"]["up_proj"]["b"]))),
         "shard": q.addressable_shards[0].data.shape,

@@ -83,7 +83,7 @@ def test_bytes_per_device():
 
 @pytest.mark.slow
 def test_eight_devices_train_what_one_does(tmp_path):
-    """mesh data = fsdp = tensor = 2: the same adapter, ε and greedy answers; each device holds a quarter of a matrix."""
+    """Ten Panacea steps on four meshes: the same adapter and ε; on 2×2×2 the same greedy answers, and a quarter of a matrix a device."""
     folder = write_model(tmp_path / "base")
     flags = "--xla_force_host_platform_device_count=8"
     done = subprocess.run(
@@ -95,8 +95,10 @@ def test_eight_devices_train_what_one_does(tmp_path):
     assert found["devices"] == 8
     assert found["whole"] == [2, 32, 32] and found["shard"] == [2, 16, 16]
     assert found["trained"] > 1e-3 and found["moved"] > 1e-3
-    assert found["error"] < 1e-5
-    assert found["error_epsilon"] < 1e-4
+    assert set(found["meshes"]) == {"8×1×1", "1×8×1", "1×4×2", "2×2×2"}
+    for mesh, run in found["meshes"].items():
+        assert run["error"] < 1e-5 and run["error_epsilon"] < 1e-4, (mesh, run)
+        assert run["compilations"] == 1, mesh
     [whole, shard] = found["cache"]
     assert shard == [
         whole[0] // 4,
