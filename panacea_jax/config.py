@@ -20,11 +20,12 @@ from panacea_jax.defences import DEFENCES, Method
 from panacea_jax.defences.spec import Part, Stack, candidates, parse_stack
 from panacea_jax.errors import InputError
 from panacea_jax.models.adapter import target_names
+from panacea_jax.models.fused import BACKENDS
+from panacea_jax.models.quantise import KINDS
 from panacea_jax.train.optimizer import SCHEDULES
 
 DTYPES = ("bfloat16", "float32")
 REMAT = ("none", "dots", "full")
-ATTENTION = ("auto", "xla", "cudnn", "splash")
 TEMPLATES = ("alpaca", "chat")
 LORA_POLICIES = ("single", "merged")
 CACHE_DTYPES = ("auto", "int8")
@@ -117,6 +118,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "dtype": "bfloat16",
             "attention": "auto",
             "remat": "none",
+            "quantization": "",  # "int8" or "nf4": bits that the projections of a frozen base are held in
         },
         "lora": {
             "rank": 32,
@@ -258,7 +260,8 @@ def validate(config: ConfigDict) -> None:
             make_defence(part.defence, section)
     _one_of(config.model.dtype, "model.dtype", DTYPES)
     _one_of(config.model.remat, "model.remat", REMAT)
-    _one_of(config.model.attention, "model.attention", ATTENTION)
+    _one_of(config.model.attention, "model.attention", BACKENDS)
+    _validate_quantization(config)
     _one_of(config.data.template, "data.template", TEMPLATES)
     judge = config.judge
     _one_of(judge.name, "judge.name", JUDGES)
@@ -298,6 +301,20 @@ def validate(config: ConfigDict) -> None:
     _validate_generate(config.generate)
     _at_least(config.eval.num_examples, "eval.num_examples", 0)
     _validate_compare(config.compare)
+
+
+def _validate_quantization(config: ConfigDict) -> None:
+    kind = config.model.quantization
+    _one_of(kind, "model.quantization", ("", *KINDS))
+    for obstacle, asked in (
+        ("train.full_parameters trains", config.train.full_parameters),
+        ("align.train.full_parameters trains", config.align.train.full_parameters),
+        ("lora.policy = merged adds to", config.lora.policy == "merged"),
+        ("generate.merge adds to", config.generate.merge),
+        ("heal.defence.name = safelora compares", config.heal.defence.name == "safelora"),
+    ):
+        said = f"a frozen base; {obstacle} its weights"
+        _require(not (kind and asked), "model.quantization", kind, said)
 
 
 def _one_of(value: str, key: str, choices: tuple[str, ...]) -> None:

@@ -35,7 +35,7 @@ from panacea_jax.models.model import Model, abstract
 from panacea_jax.models.weights import find_tensors
 from panacea_jax.parallel import make_mesh, weight_sharding
 from panacea_jax.parallel.plan import abstract_weights, fresh_adapter, placed, tree_bytes
-from panacea_jax.parallel.sharding import batch_rows, bytes_per_device
+from panacea_jax.parallel.sharding import batch_rows
 from panacea_jax.train.optimizer import optimizer_of
 from panacea_jax.train.stage import training_records, user_records
 from panacea_jax.train.step import state_shardings
@@ -240,16 +240,16 @@ def _sharding(
     report: _Report, config: ConfigDict, mesh: Mesh, shapes: dict[str, tuple[int, ...]]
 ) -> None:
     """Where each base weight lies: the mesh axis of each of its dimensions, "-" for none."""
-    dtype = _base_dtype(config)
+    kept = abstract_weights(config, shapes, mesh)
     rows = []
     for path, shape in sorted(shapes.items()):
         sharding = weight_sharding(mesh, path, shape)
         spec = (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))
         axes = ", ".join(axis or "-" for axis in spec)
-        rows.append(
-            (path, _shape(shape), axes, _mib(bytes_per_device(sharding, shape, dtype.itemsize)))
-        )
-    report.table(f"weights ({dtype.name})", ("path", "shape", "axes", "#per device"), rows)
+        rows.append((path, _shape(shape), axes, _mib(tree_bytes(kept[path]))))
+    bits = config.model.quantization
+    held = _base_dtype(config).name + (f", projections {bits}" if bits else "")
+    report.table(f"weights ({held})", ("path", "shape", "axes", "#per device"), rows)
 
 
 def _base_dtype(config: ConfigDict) -> Any:

@@ -104,6 +104,7 @@ def test_command_lines(arguments, wanted, refused):
         ("seed", "4294967296"),
         ("model.dtype", "int8"),
         ("model.remat", "some"),
+        ("model.quantization", "int4"),
         ("model.attention", "flash"),
         ("lora.rank", "0"),
         ("lora.rank", "-4"),

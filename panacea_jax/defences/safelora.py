@@ -24,6 +24,7 @@ from panacea_jax.errors import InputError
 from panacea_jax.models.adapter import BLOCK_OF, Adapter
 from panacea_jax.models.hub import local_folder
 from panacea_jax.models.peft import load_adapter
+from panacea_jax.models.quantise import whole
 from panacea_jax.models.tensorfile import Tensor
 from panacea_jax.models.weights import find_tensors, load_layer
 
@@ -119,7 +120,7 @@ class SafeLora:
         state = SafeLoraState({}, {})
         for target in params.targets:
             block = BLOCK_OF[target]
-            kernel = loss.weights["layers"][block][target]["kernel"]
+            kernel = whole(loss.weights["layers"][block][target]["kernel"], "Safe LoRA")
             pair = params.layers[block][target]
             merged = shift.layers[block][target] if shift and target in shift.targets else None
             projected, cosine = [], []

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from panacea_jax.errors import InputError
+from panacea_jax.models.quantise import whole
 
 BLOCK_OF = {
     "q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
@@ -131,7 +132,7 @@ def merge(weights: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     out = jax.tree.map(lambda x: x, dict(weights))
     for name in adapter.targets:
         block = BLOCK_OF[name]
-        kernel = out["layers"][block][name]["kernel"]
+        kernel = whole(out["layers"][block][name]["kernel"], "merging an adapter")
         out["layers"][block][name]["kernel"] = jax.jit(merged, out_shardings=kernel.sharding)(
             kernel, adapter.layers[block][name]
         )

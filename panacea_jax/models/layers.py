@@ -16,6 +16,7 @@ from panacea_jax.models.attention import attend, attend_in_parts
 from panacea_jax.models.cache import KeysValues, Slots, write
 from panacea_jax.models.config import ModelConfig
 from panacea_jax.models.fused import Fused
+from panacea_jax.models.quantise import Quantised
 
 
 class LayerCache(NamedTuple):
@@ -101,7 +102,11 @@ class Linear(nnx.Module):
     ) -> Float[Array, "B T F"]:
         """Apply to ``x``; ``adapter`` is ``{"a": [D, r], "b": [r, F]}`` or None."""
         read_squares(self, context, "input_squares", x)
-        y = x @ self.kernel[...].astype(x.dtype)
+        kernel = self.kernel[...]
+        if isinstance(kernel, Quantised):
+            y = kernel.product(x)
+        else:
+            y = x @ kernel.astype(x.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if adapter is not None:

@@ -25,6 +25,7 @@ from panacea_jax.models.config import ModelConfig
 from panacea_jax.models.decoder import Decoder, Offsets
 from panacea_jax.models.fused import choose
 from panacea_jax.models.hub import local_folder
+from panacea_jax.models.quantise import is_quantised, quantiser
 from panacea_jax.models.weights import load_weights
 from panacea_jax.parallel import make_mesh, weight_sharding
 
@@ -206,6 +207,13 @@ def _shardings(mesh: Mesh, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, A
     return {path: weight_sharding(mesh, path, shape) for path, shape in shapes.items()}
 
 
+def _quantised(mesh: Mesh, kind: str, path: str, weight: jax.Array) -> Any:
+    """What becomes of a weight that was just loaded."""
+    if not kind or not is_quantised(path):
+        return weight
+    return quantiser(mesh, path, weight.shape, kind)(weight)
+
+
 def load(
     folder: str | PurePath,
     *,
@@ -215,6 +223,7 @@ def load(
     remat: str = "none",
     attention: str = "auto",
     classifier: bool = False,
+    quantization: str = "",
 ) -> Model:
     """Load a Hugging Face folder (or hub id), each weight straight to the devices that hold a part
     of it.
@@ -228,6 +237,7 @@ def load(
         attention: see :class:`Decoder`.
         classifier: the folder holds a sequence classifier: its labels take the vocabulary's place
             in the logits.
+        quantization: hold the projections in "int8" or "nf4", see :mod:`panacea_jax.models.quantise`.
 
     Raises:
         InputError: the folder, its config or a tensor is not usable; names it.
@@ -239,7 +249,8 @@ def load(
     backend = choose(attention, config, dtype, mesh.devices.flat[0])
     logging.info("attention: %s (%s)", *backend)
     kept = _dtype(weights_dtype or dtype)
-    weights = load_weights(path, shapes, kept, _shardings(mesh, shapes))
+    finish = functools.partial(_quantised, mesh, quantization)
+    weights = load_weights(path, shapes, kept, _shardings(mesh, shapes), finish)
     return Model(config, graphdef, weights, jnp.dtype(dtype), mesh, path)
 
 

@@ -33,7 +33,11 @@ _TILE = 64
 
 
 def load_weights(
-    folder: Path, shapes: Shapes, dtype: Any, shardings: Mapping[str, jax.sharding.Sharding]
+    folder: Path,
+    shapes: Shapes,
+    dtype: Any,
+    shardings: Mapping[str, jax.sharding.Sharding],
+    finish: Callable[[str, jax.Array], Any] = lambda _, array: array,
 ) -> dict[str, Any]:
     """Stream a folder's weights to where they live.
 
@@ -42,6 +46,7 @@ def load_weights(
         shapes: what the model needs, by path.
         dtype: dtype of the result; stored values are converted.
         shardings: placement of each array, by path.
+        finish: what becomes of an array, by its path, before the next one is loaded.
 
     Returns:
         Nested dict of arrays, layers stacked on axis 0.
@@ -52,9 +57,9 @@ def load_weights(
     """
     found = _match(find_tensors(folder), shapes, folder)
     flat = {
-        path: _load_array(shape, np.dtype(dtype), shardings[path], found[path], _transform(path))
+        path: finish(path, _load_array(shape, np.dtype(dtype), shardings[path], found[path], _transform(path)))
         for path, shape in shapes.items()
-    }
+    }  # fmt: skip
     return unflatten_dict(flat, sep="/")
 
 

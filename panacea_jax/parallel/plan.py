@@ -26,7 +26,7 @@ from panacea_jax.data.batches import Batch
 from panacea_jax.defences import Defence
 from panacea_jax.defences.protocol import passes_of
 from panacea_jax.errors import InputError
-from panacea_jax.models import lora
+from panacea_jax.models import lora, quantise
 from panacea_jax.models.config import ModelConfig
 from panacea_jax.models.hub import local_folder
 from panacea_jax.models.model import Model, abstract
@@ -213,10 +213,15 @@ def stream_sizes(config: ConfigDict, defence: Defence) -> dict[str, int]:
 
 def abstract_weights(
     config: ConfigDict, shapes: Mapping[str, tuple[int, ...]], mesh: Mesh
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """All weights by path, in the dtype they are kept in: float32 where they are trained."""
+) -> dict[str, Any]:
+    """All weights by path, as they are kept: float32 where they are trained, the projections in few bits if so configured."""
     kept = jnp.dtype("float32" if config.train.full_parameters else config.model.dtype)
-    return {p: _like(s, kept, weight_sharding(mesh, p, s)) for p, s in shapes.items()}
+    bits = config.model.quantization
+    return {
+        path: quantise.abstract(mesh, path, shape, bits) if bits and quantise.is_quantised(path)
+        else _like(shape, kept, weight_sharding(mesh, path, shape))
+        for path, shape in shapes.items()
+    }  # fmt: skip
 
 
 def fresh_adapter(model: Model, config: ConfigDict) -> Any:

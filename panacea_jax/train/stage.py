@@ -121,6 +121,7 @@ def open_model(config: ConfigDict, mesh: Mesh | None = None) -> Model:
         weights_dtype="float32" if config.train.full_parameters else None,
         remat=config.model.remat,
         attention=config.model.attention,
+        quantization=config.model.quantization,
     )
 
 
