@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Run on a TPU VM that exists already: copy this commit there, install it once, run, start again
-# after preemption.
+# Run on a TPU slice that exists already: copy this commit to all its hosts, install it there once,
+# run, start again after preemption.
 #
 #   launch/tpu_pod.sh NAME ZONE run --config=configs/llama2_7b.py:gsm8k --workdir=/mnt/runs/llama2_7b
 #
-# Single-host slices only (v5e-8, v6e-8, v4-8, …). A slice of several hosts needs one process a host
-# with --coordinator=auto (docs/processes.md) and a work directory that all of them see, which this
-# script does not arrange: it refuses such a slice.
+# A slice of several hosts (v5e-16 and up) gets one process a host. Their --workdir must be one
+# folder that all of them see, a Filestore share for instance, mounted beforehand; `panacea` ends with
+# 2 if it is not. Put it on a disk that outlives the slice in any case.
 #
-# Not yet run on a TPU. Needs gcloud with a project set, and Python 3.11 or newer on the VM. The work
-# directory lies on the VM, so put it on a disk that outlives it; commit what you want to run, since
-# `git archive` sends HEAD.
+# Not yet run on a TPU. Needs gcloud with a project set, an ssh-agent that holds its key, and Python
+# 3.11 or newer on the hosts. Commit what you want to run, since `git archive` sends HEAD. To stop a
+# run so that it saves: gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all --command='pkill panacea'
 set -euo pipefail
 
 if [ "$#" -lt 3 ]; then
@@ -22,18 +22,24 @@ zone=$2
 shift 2
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# Ends with the code of the first host that failed.
 on_all() { gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"; }
 
 addresses=$(gcloud compute tpus tpu-vm describe "$name" --zone="$zone" \
   --flatten='networkEndpoints[]' --format='value(networkEndpoints.ipAddress)')
-workers=$(printf '%s\n' "$addresses" | grep -c .) || workers=0
-if [ "$workers" != 1 ]; then
-  echo "launch/tpu_pod.sh: $name has $workers hosts; only slices of one host are supported so far" >&2
+hosts=$(printf '%s\n' "$addresses" | grep -c .) || hosts=0
+if [ "$hosts" = 0 ]; then
+  echo "launch/tpu_pod.sh: $name has no hosts; is it there and ready?" >&2
   exit 2
 fi
 
-# The code, over whatever is there: .venv and results are not part of the archive and stay.
-git archive --format=tar HEAD | on_all 'mkdir -p panacea_jax && tar -xf - -C panacea_jax'
+# The code, over whatever is there: .venv and results are not part of the archive and stay. It goes as
+# part of the command, since the standard input of one gcloud cannot serve several hosts.
+archive=$(mktemp)
+trap 'rm -f "$archive"' EXIT
+git archive --format=tar.gz --output="$archive" HEAD
+gcloud compute tpus tpu-vm scp "$archive" "$name:panacea_jax.tar.gz" --zone="$zone" --worker=all
+on_all 'mkdir -p panacea_jax && tar -xzf panacea_jax.tar.gz -C panacea_jax'
 
 # Once per pyproject.toml.
 on_all 'cd panacea_jax
@@ -48,6 +54,20 @@ on_all 'cd panacea_jax
   echo "no Python 3.11 or newer on this VM; install one first" >&2
   exit 2'
 
-# local.sh starts again on 75. The quoting keeps every argument whole through ssh.
-arguments=$(printf '%q ' "$@")
-on_all "cd panacea_jax && PATH=\"\$PWD/.venv/bin:\$PATH\" launch/local.sh $arguments"
+# On one host local.sh starts again; several must do so together, from here. The lock: gcloud repeats
+# the command when a connection breaks, while the first one may live on.
+command=launch/local.sh
+together=
+if [ "$hosts" -gt 1 ]; then
+  command=panacea
+  together=--coordinator=auto
+fi
+arguments=$(printf '%q ' "$@") # keeps every argument whole through ssh
+status=75
+while [ "$status" = 75 ]; do
+  status=0
+  on_all "cd panacea_jax && PATH=\"\$PWD/.venv/bin:\$PATH\" \
+    flock --nonblock --conflict-exit-code=2 .venv/.running $command $arguments$together" || status=$?
+  if [ "$status" = 75 ]; then echo "launch/tpu_pod.sh: preempted, starting again" >&2; fi
+done
+exit "$status"

@@ -6,6 +6,7 @@ compare what they were started with, and give signs of life that do not depend o
 
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -86,15 +87,16 @@ def join(place: Place | None) -> None:
     """Join the others and start to watch them; before any computation.
 
     Raises:
-        InputError: they cannot be reached.
+        InputError: they cannot be reached. (When they do not come within 300 s, jax aborts the process itself.)
     """
     global _guard
     if place is None:
         return
     try:
         jax.distributed.initialize(
-            place.coordinator, place.num_processes, place.process_id, heartbeat_timeout_seconds=60
-        )
+            place.coordinator, place.num_processes, place.process_id, _local_devices(),
+            heartbeat_timeout_seconds=60,
+        )  # fmt: skip
     except (ValueError, RuntimeError) as error:
         where = place.coordinator or "the launcher's environment"
         raise InputError(
@@ -102,6 +104,18 @@ def join(place: Place | None) -> None:
         ) from error
     _guard = _Guard()
     _guard.start()
+
+
+def _local_devices() -> list[int] | None:
+    """The empty list, to jax: every device that this process sees. None leaves it to jax, which reads ``JAX_LOCAL_DEVICE_IDS`` and
+    otherwise gives each process that SLURM or Open MPI has started one GPU: right only where several of them share a machine."""
+    env = os.environ
+    # 1(x4) is one task on each of four nodes.
+    several = not re.fullmatch(r"1(\(x\d+\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    several |= (_number("OMPI_COMM_WORLD_LOCAL_SIZE") or 1) > 1
+    if several or "JAX_LOCAL_DEVICE_IDS" in env:
+        return None
+    return []
 
 
 def joined() -> bool:

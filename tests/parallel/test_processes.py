@@ -253,7 +253,8 @@ def test_processes_that_disagree_stop(place, cache, tmp_path):
 
 ENVIRONMENT = (
     "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_STEP_NUM_TASKS",
-    "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES",
+    "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "JAX_LOCAL_DEVICE_IDS",
 )  # fmt: skip
 
 
@@ -293,6 +294,29 @@ def test_the_place_is_found(env):
 def test_half_a_place_is_refused(env, arguments, said):
     with pytest.raises(InputError, match=said.replace("…", ".")):
         processes.find_place(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "all_of_them"),
+    [
+        ("SLURM_STEP_TASKS_PER_NODE", "1", True),
+        ("SLURM_STEP_TASKS_PER_NODE", "1(x4)", True),
+        ("SLURM_STEP_TASKS_PER_NODE", "8(x4)", False),
+        ("SLURM_STEP_TASKS_PER_NODE", "1,2", False),
+        ("OMPI_COMM_WORLD_LOCAL_SIZE", "1", True),
+        ("OMPI_COMM_WORLD_LOCAL_SIZE", "4", False),
+        ("JAX_LOCAL_DEVICE_IDS", "3", False),
+    ],
+)
+def test_one_process_a_machine_takes_all_its_devices(env, monkeypatch, name, value, all_of_them):
+    """jax alone would give a process under SLURM one GPU, whatever the number of tasks on its node."""
+    env(name, value)
+    given = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **_: given.append(a))
+    monkeypatch.setattr(processes._Guard, "start", lambda self: None)
+    monkeypatch.setattr(processes, "_guard", None)
+    processes.join(processes.Place("h:1", 2, 0))
+    assert given == [("h:1", 2, 0, [] if all_of_them else None)]
 
 
 def test_first_change():
