@@ -51,3 +51,32 @@ def test_all_devices_in_order_by_default():
 def test_impossible_sizes(count, sizes, wanted):
     with pytest.raises(InputError, match=wanted):
         make_mesh(*sizes, devices=devices(count))
+
+
+class Tpu:
+    """A chip of a slice, as far as laying out a mesh looks."""
+
+    platform, device_kind, core_on_chip = "tpu", "TPU v5 lite", 0
+
+    def __init__(self, slice_index, x, y):
+        self.slice_index, self.coords = slice_index, (x, y, 0)
+        self.id = self.process_index = 4 * slice_index + 2 * y + x
+
+
+def slices(count):
+    return [Tpu(s, x, y) for s in range(count) for y in range(2) for x in range(2)]
+
+
+def test_only_data_crosses_slices():
+    grid = make_mesh(2, 2, 2, devices=slices(2)).devices
+    for i in range(2):
+        assert {device.slice_index for device in grid[i].flat} == {i}
+    with pytest.raises(InputError, match=r"data = 1: there are 2 slices, .* a multiple of 2"):
+        make_mesh(1, 4, 2, devices=slices(2))
+
+
+def test_axes_follow_the_torus():
+    """Round the ring, each device of a 2 × 2 slice is next to the one before."""
+    ring = [device.coords for device in make_mesh(1, 4, 1, devices=slices(1)).devices.flat]
+    steps = [sum(abs(a - b) for a, b in zip(x, y)) for x, y in zip(ring, ring[1:] + ring[:1])]
+    assert steps == [1, 1, 1, 1]
