@@ -24,10 +24,12 @@ from rich.table import Table
 from panacea_jax.config import make_defence
 from panacea_jax.data.batches import Batch
 from panacea_jax.defences import Defence
+from panacea_jax.defences.loss import CHUNK
 from panacea_jax.defences.protocol import passes_of
 from panacea_jax.errors import InputError
 from panacea_jax.models import lora, quantise
 from panacea_jax.models.config import ModelConfig
+from panacea_jax.models.fused import choose
 from panacea_jax.models.hub import local_folder
 from panacea_jax.models.model import Model, abstract
 from panacea_jax.parallel.hlo import collectives
@@ -39,7 +41,7 @@ from panacea_jax.parallel.sharding import (
     replicated,
     weight_sharding,
 )
-from panacea_jax.parallel.topology import Topology, topology
+from panacea_jax.parallel.topology import Chip, Topology, topology
 from panacea_jax.progress import Progress
 from panacea_jax.train.optimizer import optimizer_of
 from panacea_jax.train.stage import batch_sizes
@@ -61,6 +63,7 @@ class Step(NamedTuple):
     weights: Any
     batches: dict[str, Batch]
     key: Any
+    attention: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,13 +166,19 @@ def plan(
 # ---- one plan
 
 
-def abstract_step(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Step:
+def abstract_step(
+    config: ConfigDict, model: ModelConfig, mesh: Mesh, target: Chip | None = None
+) -> Step:
     """The arguments of the fine-tuning step for the longest batch, nothing allocated.
 
     Args:
         config: validated configuration.
         model: shapes of the base.
         mesh: devices, there or not.
+        target: the GPU whose place the mesh's devices take.
+
+    Raises:
+        InputError: a defence without steps, or an attention back-end that the devices do not have.
     """
     full = config.train.full_parameters
     c = config.model
@@ -202,7 +211,8 @@ def abstract_step(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Step:
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = _like(key.shape, key.dtype, replicated(mesh))
     weights = None if full else base
-    return Step(static, defence, optimizer, shardings, state, weights, batches, key)
+    backend = choose(c.attention, model, c.dtype, target or mesh.devices.flat[0]).name
+    return Step(static, defence, optimizer, shardings, state, weights, batches, key, backend)
 
 
 def stream_sizes(config: ConfigDict, defence: Defence) -> dict[str, int]:
@@ -266,7 +276,7 @@ def tree_bytes(tree: Any) -> int:
 
 def _plan(config: ConfigDict, model: ModelConfig, machine: Topology, compiled: bool = True) -> Plan:
     mesh = _mesh(config, machine)
-    step = abstract_step(config, model, mesh)
+    step = abstract_step(config, model, mesh, None if machine.devices else machine.chip)
     kept = resident(step)
     modelled = modelled_temporary(step, config.model.remat)
     temporary, arguments, seconds = modelled, None, None
@@ -369,7 +379,8 @@ def modelled_temporary(step: Step, remat: str) -> int:
     """Bytes of one device that come and go in a step.
 
     The largest pass counts: the residual stream of each layer, which the backward pass starts from; what one layer (of all, without
-    remat) keeps of attention and MLP; logits and their gradient in float32. Then two layers' gathered weights, and gradients.
+    remat) keeps of attention and MLP; a chunk of logits and their gradient in float32. Then a layer's gathered (or, from
+    few bits, brought back) weights, the head's if gathered, and gradients.
     """
     c, sizes, width = step.model.config, step.model.mesh.shape, step.model.dtype.itemsize
     data, fsdp, tensor = (sizes[axis] for axis in AXES)
@@ -379,14 +390,19 @@ def modelled_temporary(step: Step, remat: str) -> int:
         tokens = rows / (data * fsdp) * length
         heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         stream = tokens * c.hidden_size * width
-        scores = tokens * length * c.num_heads / tensor * (4 + width)
+        # A fused kernel holds no scores.
+        plain = step.attention == "xla"
+        scores = tokens * length * c.num_heads / tensor * (4 + width) * plain
         inside = tokens * (2 * heads + 2 * kv + 3 * c.intermediate_size) / tensor * width
         inside += 4 * stream + scores
         kept = inside if remat == "full" else c.num_layers * (inside - scores * (remat == "dots"))
-        logits = tokens * c.vocab_size / tensor * (2 * 4 + width)
+        chunk = tokens * min(1, CHUNK / length)
+        logits = chunk * c.vocab_size / tensor * (2 * 4 + width)
         largest = max(largest, c.num_layers * stream + kept + logits)
     per_layer = (c.matmul_parameters() - c.hidden_size * c.vocab_size) / c.num_layers
-    gathered = (2 * per_layer + c.hidden_size * c.vocab_size) * width / tensor * (fsdp > 1)
+    few_bits = any(x.dtype.itemsize == 1 for x in jax.tree.leaves(step.weights))
+    gathered = per_layer * (fsdp > 1 or few_bits) + c.hidden_size * c.vocab_size * (fsdp > 1)
+    gathered *= width / tensor
     gradients = 2 if _passes(step) > 1 else 1
     return int(largest + gathered + gradients * tree_bytes(step.state.params))
 

@@ -20,6 +20,8 @@ class Chip(NamedTuple):
         bandwidth: bytes/s of HBM.
         links: bytes/s that the chip can send to its neighbours, all links together, one way.
         devices: JAX devices a chip.
+        platform: as JAX names it.
+        compute_capability: of an NVIDIA GPU.
     """
 
     flops: float
@@ -27,22 +29,25 @@ class Chip(NamedTuple):
     bandwidth: float
     links: float
     devices: int = 1
+    platform: str = "tpu"
+    compute_capability: str = ""
 
 
 GB = 1e9
-# TPU: cloud.google.com/tpu/docs, pages "TPU v4" … "TPU7x" (interconnect figures there are both ways together). H100 SXM, H200, A100:
-# NVIDIA's data sheets, NVLink halved likewise.
+# TPU: cloud.google.com/tpu/docs, pages "TPU v4" … "TPU7x" (interconnect figures there are both ways together). H100 SXM, H200, A100, L4:
+# NVIDIA's data sheets, dense figures, NVLink (L4: PCIe) halved likewise.
 CHIPS = {
     "v4": Chip(275e12, 32 * 2**30, 1228 * GB, 150 * GB),
     "v5e": Chip(197e12, 16 * 2**30, 819 * GB, 100 * GB),
     "v5p": Chip(459e12, 95 * 2**30, 2765 * GB, 300 * GB),
     "v6e": Chip(918e12, 32 * 2**30, 1640 * GB, 224 * GB),
     "tpu7x": Chip(2307e12, 192 * 2**30, 7380 * GB, 600 * GB, devices=2),
-    "a100": Chip(312e12, 80 * 2**30, 2039 * GB, 300 * GB),
-    "h100": Chip(989e12, 80 * 2**30, 3350 * GB, 450 * GB),
-    "h200": Chip(989e12, 141 * 2**30, 4800 * GB, 450 * GB),
+    "l4": Chip(121e12, 24e9, 300 * GB, 32 * GB, 1, "gpu", "8.9"),
+    "a100": Chip(312e12, 80 * 2**30, 2039 * GB, 300 * GB, 1, "gpu", "8.0"),
+    "h100": Chip(989e12, 80 * 2**30, 3350 * GB, 450 * GB, 1, "gpu", "9.0"),
+    "h200": Chip(989e12, 141 * 2**30, 4800 * GB, 450 * GB, 1, "gpu", "9.0"),
 }
-GPUS = ("a100", "h100", "h200")
+GPUS = tuple(name for name, chip in CHIPS.items() if chip.platform == "gpu")
 
 
 class Topology(NamedTuple):
