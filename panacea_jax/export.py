@@ -1,5 +1,6 @@
 """What leaves a run: the adapter or model to deploy (ε applied), and ε on its own."""
 
+import functools
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,15 +10,16 @@ import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from panacea_jax.errors import InputError
-from panacea_jax.models.adapter import BLOCK_OF, Adapter, merge
+from panacea_jax.models.adapter import BLOCK_OF, Adapter
 from panacea_jax.models.config import read_config
 from panacea_jax.models.model import Model
-from panacea_jax.models.names import to_hf, to_ours
+from panacea_jax.models.names import to_ours
 from panacea_jax.models.peft import adapter_tensors, save_adapter
-from panacea_jax.models.weights import save_weights, to_host
+from panacea_jax.models.tensorfile import Entry
+from panacea_jax.models.weights import entries, save_weights, write_file
 from panacea_jax.parallel import processes
 from panacea_jax.train.checkpoints import read_checkpoint
 from panacea_jax.train.loop import Result
@@ -72,12 +74,10 @@ def save_model(model: Model, params: Any, folder: Path) -> None:
         raise InputError(
             "export: the model did not come from a Hugging Face folder, so there is no config.json to write"
         )
-    if isinstance(params, Adapter):
-        weights = merge(model.weights, params)
-    else:
-        weights = model.weights if params is None else params
+    adapter = params if isinstance(params, Adapter) else None
+    weights = params if isinstance(params, Mapping) else model.weights
     hf_config = read_config(model.folder)
-    save_weights(weights, folder, hf_config, dtype=stored_dtype(hf_config))
+    save_weights(weights, folder, hf_config, adapter=adapter, dtype=stored_dtype(hf_config))
     for path in (p for pattern in COMPANIONS for p in model.folder.glob(pattern)):
         if path.is_file() and processes.first():
             shutil.copy(path, folder / path.name)
@@ -105,26 +105,26 @@ def epsilon_note(result: Result, without_epsilon: bool) -> dict[str, str]:
 
 def epsilon_tensors(epsilon: Any) -> dict[str, np.ndarray]:
     """ε by PEFT name for an adapter, by Hugging Face name for all weights."""
-    if isinstance(epsilon, Adapter):
-        return adapter_tensors(epsilon)
-    tensors = {}
-    for path, stacked in flatten_dict(epsilon, sep="/").items():
-        values = to_host(stacked)
-        per_layer = enumerate(values) if path.startswith("layers/") else [(None, values)]
-        for layer, value in per_layer:
-            name, transform = to_hf(path, layer)
-            tensors[name] = np.ascontiguousarray(value.T if transform == "transpose" else value)
-    return tensors
+    return {e.name: np.ascontiguousarray(e.values()) for e in _epsilon_entries(epsilon)}
+
+
+def _epsilon_entries(epsilon: Any) -> list[Entry]:
+    if not isinstance(epsilon, Adapter):
+        return list(entries(epsilon))
+    tensors = adapter_tensors(epsilon)
+    return [
+        Entry(name, x.shape, x.dtype, functools.partial(np.asarray, x))
+        for name, x in tensors.items()
+    ]
 
 
 def save_epsilon(epsilon: Any, path: Path, metadata: dict[str, str]) -> None:
     """Write ``epsilon.safetensors``; an adapter's rank and α go into its metadata. Of several processes the first writes."""
     if isinstance(epsilon, Adapter):
         metadata = metadata | {"rank": str(epsilon.rank), "alpha": str(epsilon.alpha)}
-    tensors = epsilon_tensors(epsilon)
     if processes.first():
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path, metadata=metadata)
+    write_file(path, _epsilon_entries(epsilon), metadata)
 
 
 def load_epsilon(path: Path) -> dict[str, Any]:

@@ -121,19 +121,20 @@ def target_names(targets: Sequence[object]) -> tuple[str, ...]:
     return tuple(name for name in BLOCK_OF if name in names)
 
 
+def merged(kernel: jax.Array, pair: Mapping[str, jax.Array], scale: float | jax.Array) -> jax.Array:
+    """``W + (α/r) A B`` of one layer or of all, summed in float32 and cast back to W's dtype."""
+    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+    delta = jnp.matmul(pair["a"].astype(wide), pair["b"].astype(wide), precision="highest")
+    return (kernel.astype(wide) + scale * delta).astype(kernel.dtype)
+
+
 def merge(weights: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
-    """Base weights with ``W + (α/r) A B``, summed in float32 and cast back to the base's dtype."""
-
-    def merged(kernel: jax.Array, ab: Mapping[str, jax.Array]) -> jax.Array:
-        wide = jnp.promote_types(kernel.dtype, jnp.float32)
-        delta = jnp.matmul(ab["a"].astype(wide), ab["b"].astype(wide), precision="highest")
-        return (kernel.astype(wide) + adapter.scale * delta).astype(kernel.dtype)
-
+    """Base weights with :func:`merged` kernels."""
     out = jax.tree.map(lambda x: x, dict(weights))
     for name in adapter.targets:
         block = BLOCK_OF[name]
         kernel = whole(out["layers"][block][name]["kernel"], "merging an adapter")
         out["layers"][block][name]["kernel"] = jax.jit(merged, out_shardings=kernel.sharding)(
-            kernel, adapter.layers[block][name]
+            kernel, adapter.layers[block][name], adapter.scale
         )
     return out

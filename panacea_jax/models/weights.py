@@ -1,35 +1,40 @@
 """Weights between Hugging Face folders and devices.
 
-Reading: each device's shard of each stacked array is filled from byte ranges of the safetensors
-files, one array at a time, so the host never holds more than one stacked array. Writing goes the
-other way and is atomic.
+Reading: each device's shard of each stacked array is filled from its own byte ranges of the
+safetensors files. Writing goes the other way and is atomic. Beside what the devices keep (on a CPU
+that is host memory too) the host holds one layer of one array, or one array without layers.
 """
 
+import functools
 import json
+import math
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
 from panacea_jax.errors import InputError
 from panacea_jax.models import tensorfile
+from panacea_jax.models.adapter import Adapter, merged
 from panacea_jax.models.names import HARMLESS, to_hf, to_ours
+from panacea_jax.models.quantise import whole
 from panacea_jax.parallel import processes
 
 Shapes = Mapping[str, tuple[int, ...]]
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt)(\.index\.json)?$")
-# Tile of a transposed copy: 2.4 times as fast as row by row on a matrix that does not fit the
-# cache.
-_TILE = 64
+# Bytes of a stacked array beyond which it goes to accelerators layer by layer; below, compiling for
+# its shape would take longer than loading it.
+WHOLE = 64 * 2**20
 
 
 def load_weights(
@@ -87,10 +92,7 @@ def load_layer(
         raise InputError(
             f"{tensor.file}: tensor {name} has shape {tensor.shape}, the aligned model's is {stored}"
         )
-    assert isinstance(like.sharding, jax.sharding.NamedSharding)
-    spec = jax.sharding.PartitionSpec(*like.sharding.spec[1:])
-    sharding = jax.sharding.NamedSharding(like.sharding.mesh, spec)
-    return _load_array(shape, np.dtype(like.dtype), sharding, [tensor], how)
+    return _load_array(shape, np.dtype(like.dtype), _of_layer(like.sharding), [tensor], how)
 
 
 def _transform(path: str) -> str:
@@ -159,7 +161,7 @@ def _match(
             raise InputError(f"{tensor.file}: extra tensor {name}: config.json has no such {kind}")
     found: dict[str, list[tensorfile.Tensor]] = {path: [] for path in shapes}
     for name, (path, _) in wanted.items():
-        tensors[name].view()  # refuses an element type that cannot be loaded
+        _ = tensors[name].element  # refuses one that cannot be loaded
         found[path].append(tensors[name])
     return found
 
@@ -170,6 +172,11 @@ def _tied_head(name: str, shapes: Shapes) -> bool:
     """
     mapped = to_ours(name)
     return mapped is not None and mapped[0] == "lm_head/kernel" and mapped[0] not in shapes
+
+
+def hf_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Shape of each Hugging Face tensor of a model, by name."""
+    return {name: shape for name, (_, shape) in _wanted(shapes)}
 
 
 def _wanted(shapes: Shapes) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
@@ -190,38 +197,77 @@ def _load_array(
     how: str,
 ) -> jax.Array:
     """One array, each shard from the byte ranges that it needs."""
+    stacked = len(shape) > len(tensors[0].shape)
+    if stacked and math.prod(shape) * dtype.itemsize > WHOLE and _apart(sharding):
+        return _load_by_layer(shape, dtype, sharding, tensors, how)
     done: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
     def shard(index: Any) -> np.ndarray:
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape))
         if bounds not in done:  # replicas ask again for what was read
-            out = np.empty([stop - start for start, stop in bounds], dtype)
-            stacked = len(shape) > len(tensors[0].shape)
+            out = _empty([stop - start for start, stop in bounds], dtype)
             inner = bounds[1:] if stacked else bounds
             chosen = tensors[slice(*bounds[0])] if stacked else tensors
             for part, tensor in zip(out if stacked else [out], chosen):
-                _fill(part, tensor.view(), inner, how)
+                _fill(part, tensor, inner, how)
             done[bounds] = out
         return done[bounds]
 
-    return jax.make_array_from_callback(shape, sharding, shard)
+    # Waiting, since the host's buffers live until the devices have them.
+    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, shard))
+
+
+def _apart(sharding: jax.sharding.Sharding) -> bool:
+    """Whether the devices have a memory of their own."""
+    devices: Any = sharding.device_set
+    return any(device.platform != "cpu" for device in devices)
+
+
+def _empty(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
+    """An array that jax's CPU backend takes as it is, without a copy: it begins at a multiple of 64 bytes."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _load_by_layer(
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    sharding: jax.sharding.Sharding,
+    tensors: list[tensorfile.Tensor],
+    how: str,
+) -> jax.Array:
+    """The same, put together on the devices."""
+    one = _of_layer(sharding)
+    array = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+    put = jax.jit(_put, donate_argnums=0, out_shardings=sharding)
+    for layer, tensor in enumerate(tensors):
+        array = put(array, _load_array(shape[1:], dtype, one, [tensor], how), layer)
+    return jax.block_until_ready(array)
+
+
+def _put(stacked: jax.Array, piece: jax.Array, layer: int | jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stacked, piece, layer, 0)
+
+
+def _of_layer(sharding: jax.sharding.Sharding) -> jax.sharding.NamedSharding:
+    """Placement of one layer of an array that lies so; the layers themselves are never split."""
+    assert isinstance(sharding, jax.sharding.NamedSharding)
+    spec = jax.sharding.PartitionSpec(*sharding.spec[1:])
+    return jax.sharding.NamedSharding(sharding.mesh, spec)
 
 
 def _fill(
-    out: np.ndarray, source: np.ndarray, bounds: tuple[tuple[int, int], ...], how: str
+    out: np.ndarray, tensor: tensorfile.Tensor, bounds: Sequence[tuple[int, int]], how: str
 ) -> None:
-    """Copy the part of ``source`` within our ``bounds`` into ``out``, converting to its dtype."""
-    slices = tuple(slice(*b) for b in bounds)
-    if source.dtype == out.dtype:  # plain integers copy several times as fast as bfloat16
-        bits = np.dtype(f"u{out.dtype.itemsize}")
-        source, out = source.view(bits), out.view(bits)
-    if how != "transpose":
-        out[...] = source[slices]
-        return
-    part = source[slices[::-1]].T
-    for i in range(0, out.shape[0], _TILE):
-        for j in range(0, out.shape[1], _TILE):
-            out[i : i + _TILE, j : j + _TILE] = part[i : i + _TILE, j : j + _TILE]
+    """Read the part of ``tensor`` within our ``bounds`` into ``out``, converting to its dtype."""
+    transposed = how == "transpose"
+    stored = out.T if transposed else out
+    done = 0
+    for block in tensor.blocks(bounds[::-1] if transposed else bounds):
+        tensorfile.copy(stored[done : done + len(block)], block)
+        done += len(block)
 
 
 def save_weights(
@@ -229,6 +275,7 @@ def save_weights(
     folder: str | PurePath,
     hf_config: Mapping[str, Any],
     *,
+    adapter: Adapter | None = None,
     dtype: Any = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
@@ -242,6 +289,7 @@ def save_weights(
         weights: nested dict of arrays.
         folder: to be made; may exist if it is empty.
         hf_config: contents of ``config.json``; its dtype is set to the one written.
+        adapter: merged into the weights on the way.
         dtype: dtype to convert to; as they are by default.
         max_shard_bytes: largest file, unless a single tensor is larger.
 
@@ -255,7 +303,7 @@ def save_weights(
     try:
         if processes.first():
             partial.mkdir(parents=True)
-        kept = _write_tensors(weights, partial, dtype, max_shard_bytes)
+        kept = _write_folder(list(entries(weights, adapter, dtype)), partial, max_shard_bytes)
         if processes.first():
             described = {**hf_config, "dtype" if "dtype" in hf_config else "torch_dtype": kept}
             (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
@@ -267,84 +315,96 @@ def save_weights(
     return target
 
 
-_Entry = tuple[str, tuple[int, ...], np.dtype[Any], Callable[[], np.ndarray]]
-
-
-def _write_tensors(
-    weights: Mapping[str, Any], folder: Path, dtype: Any, max_shard_bytes: int
-) -> str:
+def _write_folder(tensors: Sequence[tensorfile.Entry], folder: Path, max_shard_bytes: int) -> str:
     """Write all tensors and, for several files, the index; returns the dtype of the largest."""
-    entries = list(_entries(flatten_dict(weights, sep="/"), dtype))
-    shards: list[list[_Entry]] = [[]]
+    shards: list[list[tensorfile.Entry]] = [[]]
     room = max_shard_bytes
-    for entry in entries:
-        size = _size(entry)
-        if shards[-1] and size > room:
+    for tensor in tensors:
+        if shards[-1] and tensor.size > room:
             shards.append([])
             room = max_shard_bytes
-        shards[-1].append(entry)
-        room -= size
+        shards[-1].append(tensor)
+        room -= tensor.size
     count = len(shards)
     files = [
         _SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
         for i in range(count)
     ]
     for file, shard in zip(files, shards):
-        if processes.first():
-            tensorfile.write(folder / file, shard)
-        else:  # gathering is collective
-            for entry in shard:
-                entry[3]()
+        write_file(folder / file, shard)
     if count > 1 and processes.first():
-        weight_map = {entry[0]: file for file, shard in zip(files, shards) for entry in shard}
-        total = sum(map(_size, entries))
+        weight_map = {tensor.name: file for file, shard in zip(files, shards) for tensor in shard}
+        total = sum(tensor.size for tensor in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-    return str(max(entries, key=_size)[2])
+    return str(max(tensors, key=lambda tensor: tensor.size).dtype)
 
 
-def _size(entry: _Entry) -> int:
-    return int(np.prod(entry[1], dtype=np.int64)) * entry[2].itemsize
+def write_file(
+    file: Path, tensors: Sequence[tensorfile.Entry], metadata: Mapping[str, str] = tensorfile.FORMAT
+) -> None:
+    """Write one safetensors file. Of several processes, which must all call, the first writes."""
+    if processes.first():
+        tensorfile.write(file, tensors, metadata)
+    else:
+        for tensor in tensors:  # gathering is collective
+            tensor.values()
 
 
-def _entries(flat: Mapping[str, jax.Array], dtype: Any) -> Iterator[_Entry]:
-    """What to write: all layers of an array in a row, so that each array is fetched from the
-    devices once.
+def entries(
+    weights: Mapping[str, Any], adapter: Adapter | None = None, dtype: Any = None
+) -> Iterator[tensorfile.Entry]:
+    """The Hugging Face tensors of a nested dict of arrays, for :func:`write_file`; arguments as of
+    :func:`save_weights`.
     """
-    for path, array in flat.items():
+    pairs = flatten_dict(adapter.layers, is_leaf=lambda _, x: "a" in x) if adapter else {}
+    scale = adapter.scale if adapter else 1.0
+    for path, held in flatten_dict(weights, sep="/").items():
+        array = whole(held, "writing the model")
         kept = np.dtype(array.dtype if dtype is None else dtype)
-        fetch = _Fetched(array)
-        layers: list[int | None] = list(range(array.shape[0])) if _stacked(path) else [None]
-        inner = array.shape[1:] if _stacked(path) else array.shape
-        for layer in layers:
+        if not _stacked(path):
+            name, how = to_hf(path)
+            yield _entry(name, array.shape, how, kept, functools.partial(_itself, array))
+            continue
+        pair = pairs.get(tuple(path.split("/")[1:-1]))
+        for layer in range(array.shape[0]):
             name, how = to_hf(path, layer)
-            shape = tuple(inner[::-1] if how == "transpose" else inner)
-            yield name, shape, kept, fetch.reader(layer, how, kept, last=layer == layers[-1])
+            part = functools.partial(_layer, array, layer, pair, scale)
+            yield _entry(name, array.shape[1:], how, kept, part)
 
 
-class _Fetched:
-    """An array brought to the host when its first layer is asked for, and let go after its last."""
+def _entry(
+    name: str,
+    shape: tuple[int, ...],
+    how: str,
+    dtype: np.dtype[Any],
+    part: Callable[[], jax.Array],
+) -> tensorfile.Entry:
+    """What to write of an array of ours."""
 
-    def __init__(self, array: jax.Array) -> None:
-        self.array = array
-        self.host: np.ndarray | None = None
+    def values() -> np.ndarray:
+        host = to_host(part())
+        return host.T if how == "transpose" else host
 
-    def reader(
-        self, layer: int | None, how: str, dtype: np.dtype[Any], last: bool
-    ) -> Callable[[], np.ndarray]:
-        """A function that returns one layer as Hugging Face stores it."""
+    return tensorfile.Entry(name, shape[::-1] if how == "transpose" else shape, dtype, values)
 
-        def read() -> np.ndarray:
-            host = to_host(self.array) if self.host is None else self.host
-            self.host = None if last else host
-            part = host if layer is None else host[layer]
-            if how != "transpose":
-                return part.astype(dtype)
-            out = np.empty(part.shape[::-1], dtype)
-            _fill(out, part, tuple((0, n) for n in out.shape), "transpose")
-            return out
 
-        return read
+def _itself(array: jax.Array) -> jax.Array:
+    return array
+
+
+@jax.jit
+def _layer(
+    stacked: jax.Array,
+    layer: int | jax.Array,
+    pair: Mapping[str, jax.Array] | None,
+    scale: float | jax.Array,
+) -> jax.Array:
+    """One layer of a stacked array, with its adapter's product if it has one."""
+    one, pair = jax.tree.map(
+        lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), (stacked, pair)
+    )
+    return one if pair is None else merged(one, pair, scale)
 
 
 def to_host(array: jax.Array) -> np.ndarray:

@@ -300,4 +300,6 @@ def test_reads_what_the_safetensors_package_writes(tmp_path):
     found = tensorfile.read_header(tmp_path / "x.safetensors")
     assert found.keys() == arrays.keys()
     for name, array in arrays.items():
-        np.testing.assert_array_equal(found[name].view(), array)
+        bounds = [(0, n) for n in array.shape]
+        got = [np.zeros((0, *array.shape[1:])), *found[name].blocks(bounds)]
+        np.testing.assert_array_equal(np.concatenate(got), array)
