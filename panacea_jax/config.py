@@ -139,7 +139,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "num_alignment": 5000,  # 0: all
             "max_length": 256,
             "shuffle": True,
-            "packing": False,
+            "packing": False,  # True: several short records of a step share a row
             "off_by_one": False,  # True: slices of n - 1 records, as the reference code
             "template": "alpaca",  # or chat: the tokenizer's own
         },
@@ -286,9 +286,6 @@ def validate(config: ConfigDict) -> None:
     for key in ("num_examples", "num_harmful", "num_alignment"):
         _at_least(data[key], f"data.{key}", 0)
     _at_least(data.max_length, "data.max_length", 2)
-    _require(
-        not data.packing, "data.packing", data.packing, "sequence packing is not available yet"
-    )
     for axis, size in config.mesh.items():
         _require(
             size == -1 or size >= 1,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from panacea_jax.defences import DEFENCES
 from tests import runs
 from tests.runs import Place, panacea
 
@@ -118,7 +119,6 @@ def test_command_lines(arguments, wanted, refused):
         ("data.num_examples", "-1"),
         ("data.max_length", "1"),
         ("data.template", "llama"),
-        ("data.packing", "True"),
         ("defence.name", "panaceea"),
         ("defence.rho", "-1"),
         ("defence.rho", "nan"),
@@ -231,6 +231,15 @@ def test_defences_of_another_stage(refused, finetune, place):
         "heal", *place.flags("--config.defence.name=panacea"), "--workdir=new"
     )
     assert "not heal" in refused("heal", *place.flags("--config.defence.name=sft"), "--workdir=new")
+
+
+@pytest.mark.parametrize("name", ["repnoise", "random_vaccine"])
+def test_packing_where_rows_count(name, refused, place):
+    packed = place.flags("--config.data.packing=True")
+    method = DEFENCES[name].facts.title
+    for command, key in (("align", "defence"), ("run", "align.defence")):
+        line = refused(command, *packed, f"--config.{key}.name={name}", "--workdir=new")
+        assert f"config.data.packing = True: {method} " in line
 
 
 def test_keys_that_exclude_each_other(refused, finetune, place):

@@ -83,7 +83,7 @@ def test_model_and_memory(config: ConfigDict, capsys: pytest.CaptureFixture[str]
     output = capsys.readouterr().out
     assert cells(output, "architecture") == ["LlamaForCausalLM"]
     assert cells(output, "parameters") == [f"{PARAMETERS:,}"]
-    assert cells(output, "back-end") == ["xla: auto picks it for llama on cpu"]
+    assert cells(output, "back-end") == ["xla: a cpu has no other"]
     kernel = 4 * L * D * F // jax.device_count()
     assert cells(output, "layers/mlp/up_proj/kernel") == [
         "2 × 8 × 16",
@@ -173,7 +173,7 @@ def test_hub_model_is_named_only(capsys: pytest.CaptureFixture[str]):
     ("change", "message"),
     [
         ({"model.path": "./no/such/folder"}, r"config\.model\.path: .*no such file or folder"),
-        ({"model.attention": "cudnn"}, r"config\.model\.attention = cudnn: not available"),
+        ({"model.attention": "cudnn"}, r"config\.model\.attention = cudnn: it needs an NVIDIA GPU"),
         ({"lora.init_from": "./no/adapter"}, "adapter"),
     ],
 )

@@ -1,7 +1,8 @@
 """Batches of few shapes: rows padded on the right to a rung of a short ladder of lengths.
 
 Every shape is one compilation of the step, and every padded token is computed for nothing; a ladder
-of about eight rungs keeps both small.
+of about eight rungs keeps both small. Packing puts several records into one row, which leaves fewer
+rows; what a step takes, and what its loss is, stays the same.
 """
 
 import functools
@@ -9,11 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Int32
 
 from panacea_jax.data.encode import Example
 from panacea_jax.data.order import indices
+from panacea_jax.data.packing import first_fit
 from panacea_jax.data.prefetch import prefetch as prefetch
 from panacea_jax.errors import InputError
 
@@ -23,13 +26,24 @@ class Batch(NamedTuple):
 
     Attributes:
         tokens: Ids; 0 where not valid.
-        loss_mask: True on the tokens that are to be predicted (output and EOS).
+        loss_mask: True on the tokens that are to be predicted (output and EOS), never on a record's
+            first.
         valid: True on real tokens; rows of padding are False throughout.
+        segments: In packed rows the number of each token's record, 1, 2, … from the left, 0 where
+            not valid; None where a row is one record.
     """
 
     tokens: Int32[Any, "B T"]
     loss_mask: Bool[Any, "B T"]
     valid: Bool[Any, "B T"]
+    segments: Int32[Any, "B T"] | None = None
+
+    @property
+    def records(self) -> Any:
+        """How many records it holds, a scalar integer."""
+        if self.segments is None:
+            return self.valid.any(axis=1).sum()
+        return self.segments.max(axis=1).sum()
 
 
 def lengths(max_length: int) -> tuple[int, ...]:
@@ -72,6 +86,7 @@ class Stream:
         order: Take records in the order of the stream of this name, which must be as long and have
             as large a batch; "": an order of its own.
         repeats: Batches that a step receives, woven into one: see `unweave`.
+        packing: Steps get their records packed into as few rows as first fit finds.
     """
 
     name: str
@@ -84,6 +99,7 @@ class Stream:
     row_multiple: int = 1
     order: str = ""
     repeats: int = 1
+    packing: bool = False
 
     def __post_init__(self) -> None:
         if not self.examples:
@@ -112,27 +128,56 @@ class Stream:
         """Rows of a batch: B rounded up to a multiple of `row_multiple`."""
         return -(-self.batch_size // self.row_multiple) * self.row_multiple
 
+    @property
+    def row_counts(self) -> tuple[int, ...]:
+        """Rows that a packed batch may have: about a quarter, a half, three quarters and all of `rows`."""
+        parts, each = self.rows // self.row_multiple, self.row_multiple
+        return tuple(sorted({-(-parts * quarters // 4) * each for quarters in range(1, 5)}))
+
     def batch(self, step: int) -> Batch:
-        """The batch [rows, T] of a step, as numpy arrays; with `repeats` k, [rows · k, T]."""
+        """The batch [rows, T] of a step, as numpy arrays; with `repeats` k, [rows · k, T].
+
+        With `packing` it may have fewer rows, see `row_counts`.
+        """
         n, name = len(self.examples), self.order or self.name
         several = [
-            indices(self.seed, name, i, self.batch_size, n, self.shuffle).tolist()
-            for i in range(step * self.repeats, (step + 1) * self.repeats)
+            [
+                self.examples[i]
+                for i in indices(self.seed, name, t, self.batch_size, n, self.shuffle)
+            ]
+            for t in range(step * self.repeats, (step + 1) * self.repeats)
         ]
-        length = self._length([i for chosen in several for i in chosen])
-        batches = [pad([self.examples[i] for i in c], length, self.rows) for c in several]
-        return Batch(*(np.stack(x, axis=1).reshape(-1, length) for x in zip(*batches)))
+        if self.packing:
+            batches = self._packed(several)
+        else:
+            length = self._length([example for chosen in several for example in chosen])
+            batches = [pad(chosen, length, self.rows) for chosen in several]
+        return jax.tree.map(lambda *x: np.stack(x, axis=1).reshape(-1, x[0].shape[1]), *batches)
 
     def once(self) -> Iterator[Batch]:
-        """Every record once, in the set's order; rows without tokens fill up the last batch."""
+        """Every record once, in the set's order and a row each; rows without tokens fill up the last batch."""
         for start in range(0, len(self.examples), self.batch_size):
-            chosen = range(start, min(start + self.batch_size, len(self.examples)))
-            yield pad([self.examples[i] for i in chosen], self._length(list(chosen)), self.rows)
+            chosen = self.examples[start : start + self.batch_size]
+            yield pad(chosen, self._length(chosen), self.rows)
 
-    def _length(self, chosen: list[int]) -> int:
+    def _length(self, chosen: Sequence[Example]) -> int:
         if self.fixed_length:
             return rung(self.longest, self.ladder)
-        return rung(max(len(self.examples[i].tokens) for i in chosen), self.ladder)
+        return rung(max(len(example.tokens) for example in chosen), self.ladder)
+
+    def _packed(self, several: Sequence[Sequence[Example]]) -> list[Batch]:
+        """Batches of one shape: rows as long as unpacked ones or as the stream's longest, whichever gives fewer tokens."""
+        shapes = []
+        own = self._length([example for chosen in several for example in chosen])
+        for length in {own, rung(self.longest, self.ladder)}:
+            packed = [first_fit([len(e.tokens) for e in chosen], length) for chosen in several]
+            rows = rung(max(map(len, packed)), self.row_counts)
+            shapes.append((rows * length, length, rows, packed))
+        _, length, rows, packed = min(shapes)
+        return [
+            pack([[chosen[i] for i in row] for row in found], length, rows)
+            for chosen, found in zip(several, packed)
+        ]
 
 
 def unweave(batch: Batch, repeats: int) -> Batch:
@@ -140,20 +185,28 @@ def unweave(batch: Batch, repeats: int) -> Batch:
 
     Row r of batch k is row r · repeats + k of the whole, so a device that holds an equal share of the whole holds its share of each.
     """
-    return Batch(*(x.reshape(-1, repeats, x.shape[1]).swapaxes(0, 1) for x in batch))
+    return jax.tree.map(lambda x: x.reshape(-1, repeats, x.shape[1]).swapaxes(0, 1), batch)
 
 
 def pad(examples: Sequence[Example], length: int, rows: int) -> Batch:
-    """Examples as one batch [rows, length]; InputError if they do not fit."""
-    if len(examples) > rows:
-        raise InputError(f"{len(examples)} examples do not fit in {rows} rows")
+    """Examples as one batch [rows, length], one a row; InputError if they do not fit."""
+    return pack([[example] for example in examples], length, rows)._replace(segments=None)
+
+
+def pack(groups: Sequence[Sequence[Example]], length: int, rows: int) -> Batch:
+    """Groups of examples as one batch [rows, length], one a row, with segments; InputError if they do not fit."""
+    if len(groups) > rows:
+        raise InputError(f"{len(groups)} examples do not fit in {rows} rows")
     tokens = np.zeros((rows, length), np.int32)
     loss_mask = np.zeros((rows, length), np.bool_)
-    valid = np.zeros((rows, length), np.bool_)
-    for row, example in enumerate(examples):
-        n = len(example.tokens)
-        rung(n, (length,))
-        tokens[row, :n] = example.tokens
-        loss_mask[row, example.prompt_length : n] = True
-        valid[row, :n] = True
-    return Batch(tokens, loss_mask, valid)
+    segments = np.zeros((rows, length), np.int32)
+    for row, group in enumerate(groups):
+        end = 0
+        for number, example in enumerate(group, 1):
+            start, end = end, end + len(example.tokens)
+            rung(end, (length,))
+            tokens[row, start:end] = example.tokens
+            # Nothing comes before a first token: it must not be predicted from another record.
+            loss_mask[row, start + max(example.prompt_length, 1) : end] = True
+            segments[row, start:end] = number
+    return Batch(tokens, loss_mask, segments > 0, segments)

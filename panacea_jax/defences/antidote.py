@@ -48,7 +48,7 @@ def _sums(loss: Loss, params: Params, batch: Batch) -> tuple[Squares, Int[Array,
     for name in pruning.matrices(params):
         projection, _, factor = name.removeprefix("layers.").rpartition(".")
         sums[name] = seen["low_squares" if factor == "b" else "input_squares"][projection]
-    return sums, jnp.sum(batch.valid.any(axis=1))
+    return sums, batch.records
 
 
 def mean_squares(loss: Loss, params: Params, batches: Iterable[Any]) -> Squares:

@@ -81,7 +81,7 @@ class Kl:
     ) -> Gradient:
         """``∇ [L_task(w) + λ D]``."""
         batch = batches["user"]
-        records = jnp.maximum(batch.valid.any(axis=1).sum(), 1)
+        records = jnp.maximum(batch.records, 1)
 
         def logits(w: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T-1 V"]:
             # Position t predicts token t + 1; the last one predicts nothing.

@@ -71,7 +71,7 @@ class Loss:
     ) -> Forward:
         """Hidden states and, of ``decoder.READINGS`` and ``decoder.SQUARES``, the activations asked for."""
         inputs = (self.weights, params, batch.tokens, batch.valid)
-        return Forward(*self.model.inspect(*inputs, offsets, readings, self.remat))
+        return Forward(*self.model.inspect(*inputs, offsets, readings, self.remat, batch.segments))
 
     def hidden_states(
         self, params: Any, batch: Batch, readings: tuple[str, ...] = ()

@@ -55,6 +55,7 @@ class Method(Protocol):
     * ``mixed``: names of sets whose records join the user's, where ``streams`` names those that stay apart (VLGuard).
     * ``trained(params, state) -> mask``: which layers of which tensors a step trains, called with the state that ``gradient`` returned; the
       form of the mask is that of ``train.optimizer.Partial``. The others stand still, without weight decay or a change of their moments.
+    * ``unpackable``: what it does that packed rows would change, in words, see ``check_packing``. Other methods may not look at rows.
 
     and, of its streams,
 
@@ -112,6 +113,15 @@ def passes_of(defence: Any) -> dict[str, float | int]:
     """Passes a step by stream, in batches, of a method with its hyper-parameters; only streams that it has."""
     passes = getattr(defence, "passes", defence.facts.passes)
     return {name: n for name, n in passes.items() if name in ("user", *defence.streams)}
+
+
+def check_packing(method: Method) -> None:
+    """Raises:
+    InputError: the method would compute something else on rows that hold several records.
+    """
+    why = getattr(method, "unpackable", "")
+    if why:
+        raise InputError(f"config.data.packing = True: {method.facts.title} {why}")
 
 
 def check_not_negative(**values: float | int) -> None:

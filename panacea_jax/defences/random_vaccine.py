@@ -39,6 +39,9 @@ class RandomVaccine:
         memory="the noise, one B×T×D tensor a layer",
         code="ρ is the variance, as its code",
     )
+    unpackable: ClassVar[str] = (
+        "draws noise for each place of a batch, so packed records get other noise"
+    )
 
     def __post_init__(self) -> None:
         check_not_negative(rho=self.rho)

@@ -142,6 +142,7 @@ class RepNoise:
         memory="MLP outputs and hidden states of the harmful batch, logits of one layer at a time",
         code="loss of the official code, paired; masks of padding and labels mended",
     )
+    unpackable: ClassVar[str] = "compares the rows of its batches, which must be one record each"
 
     def __post_init__(self) -> None:
         check_not_negative(alpha=self.alpha, beta=self.beta)

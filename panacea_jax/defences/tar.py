@@ -160,8 +160,8 @@ class Tar:
     ) -> tuple[Params, Metrics]:
         """``Σ w_i ∇ L_TR(θ_i)``, and what to log. Nothing differentiates through the attack, so it keeps no activations."""
         whole = unweave(harmful, self.inner_steps + 1)
-        attack = Batch(*(x[:-1].reshape(-1, self.inner_every, *x.shape[1:]) for x in whole))
-        held_out = Batch(*(x[-1] for x in whole))
+        attack = jax.tree.map(lambda x: x[:-1].reshape(-1, self.inner_every, *x.shape[1:]), whole)
+        held_out = jax.tree.map(lambda x: x[-1], whole)
         rates = self._rates
         rate = rates[0] if len(rates) == 1 else jax.random.choice(key, jnp.asarray(rates))
         adversary = optax.adamw(rate, weight_decay=ADVERSARY_WEIGHT_DECAY)

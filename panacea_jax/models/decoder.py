@@ -182,6 +182,7 @@ class Decoder(nnx.Module):
         offsets: Offsets | None = None,
         readings: tuple[str, ...] = (),
         remat: str | None = None,
+        segments: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
         """Final hidden states with activations perturbed and read on the way.
 
@@ -190,12 +191,13 @@ class Decoder(nnx.Module):
             offsets: added to the output of each attention module, before the residual.
             readings: which of ``READINGS`` and ``SQUARES`` to return.
             remat: what the backward pass recomputes; by default what the model was made for.
+            segments: numbers of the texts that share a row; a query sees keys of its own only. None: one text a row.
 
         Returns:
             The hidden states, and by name what was asked for, stacked over layers.
         """
         x = self.embed(tokens)
-        context, windows = self._whole_context(positions, valid, scale)
+        context, windows = self._whole_context(positions, valid, scale, segments)
         context = context._replace(readings=readings, valid=valid)
         x, _, read = self._scan_layers(
             x, context, windows, adapter or {}, False, offsets, remat or self.remat
@@ -260,16 +262,24 @@ class Decoder(nnx.Module):
         return Context(jnp.cos(angles), jnp.sin(angles), mask, per_layer, slot, scale), windows
 
     def _whole_context(
-        self, positions: Int[Array, "B T"], valid: Bool[Array, "B T"], scale: Any
+        self,
+        positions: Int[Array, "B T"],
+        valid: Bool[Array, "B T"],
+        scale: Any,
+        segments: Int[Array, "B T"] | None = None,
     ) -> tuple[Context, Int[Array, "L"] | None]:
-        """The same for whole texts, which see nothing but themselves: a fused back-end may attend."""
+        """The same for whole texts, one a row or one a segment, which see nothing but themselves: a fused back-end may attend."""
         context, windows = self._context(positions, positions, valid, None, scale)
+        if segments is None:
+            segments = valid.astype(jnp.int32)
+        else:
+            own = segments[:, :, None] == segments[:, None, :]
+            context = context._replace(mask=context.mask & own)
         if self.mesh is None:
             return context, windows
         device = self.mesh.devices.flat[0]
         backend = choose(self.attention, self.config, self.dtype, device).name
         if backend != "xla":
-            segments = valid.astype(jnp.int32)
             fused = fused_attention(
                 backend, self.config, self.mesh, segments, context.mask, context.distance
             )

@@ -112,10 +112,17 @@ class Model:
         offsets: Offsets | None = None,
         readings: tuple[str, ...] = (),
         remat: str | None = None,
+        segments: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-        """Final hidden states with activations perturbed and read on the way, see :meth:`Decoder.inspect`."""
-        decoder, inputs = self._bind(weights, params, tokens, None, valid, None)
-        return decoder.inspect(**inputs, offsets=offsets, readings=readings, remat=remat)
+        """Final hidden states with activations perturbed and read on the way, see :meth:`Decoder.inspect`.
+
+        Positions begin at 0 in each of the ``segments``.
+        """
+        positions = None if segments is None else segment_positions(segments)
+        decoder, inputs = self._bind(weights, params, tokens, positions, valid, None)
+        return decoder.inspect(
+            **inputs, offsets=offsets, readings=readings, remat=remat, segments=segments
+        )
 
     def apart(self, weights: Any, params: Any) -> tuple[Any, ...]:
         """Weights and adapter factors of each layer by itself, see :meth:`Decoder.apart`."""
@@ -178,6 +185,13 @@ def split_params(weights: Any, params: Any) -> tuple[Any, Any, Any]:
 def default_positions(valid: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     """Index of each token among the valid ones of its row; padding before the first gets 0."""
     return jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def segment_positions(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Index of each token within its segment, a run of equal numbers."""
+    index = jnp.arange(segments.shape[1], dtype=jnp.int32)
+    starts = jnp.diff(segments, axis=1, prepend=-1) != 0
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
 @functools.lru_cache(maxsize=32)

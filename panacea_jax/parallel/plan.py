@@ -204,7 +204,8 @@ def abstract_step(
 
     def batch(size: int) -> Batch:
         rows = -(-size // parts) * parts
-        kinds = (jnp.int32, jnp.bool_, jnp.bool_)
+        segments = (jnp.int32,) if config.data.packing else ()
+        kinds = (jnp.int32, jnp.bool_, jnp.bool_, *segments)
         return Batch(*(_like((rows, length), kind, batch_sharding(mesh)) for kind in kinds))
 
     batches = {name: batch(size) for name, size in stream_sizes(config, defence).items()}

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from panacea_jax.data.batches import Batch, Stream, prefetch
 from panacea_jax.defences import Defence, Loss, Method
-from panacea_jax.defences.protocol import passes_of
+from panacea_jax.defences.protocol import check_packing, passes_of
 from panacea_jax.models.adapter import Adapter
 from panacea_jax.models.model import Model
 from panacea_jax.parallel import batch_sharding, processes
@@ -96,6 +96,7 @@ def finetune(
 
     Raises:
         KeyError: a stream that the defence needs is missing.
+        InputError: a packed stream, of which the defence would compute something else.
         Diverged: the loss is NaN or infinite; the step is named, the last good checkpoint stays.
         Preempted: SIGTERM; the state was saved.
     """
@@ -104,6 +105,8 @@ def finetune(
     missing = [name for name in ("user", *defence.streams) if name not in streams]
     if missing:
         raise KeyError(f"{type(defence).__name__} needs the data streams {missing}")
+    if any(stream.packing for stream in streams.values()):
+        check_packing(defence)
 
     # ---- state, resume
     state = init_state(params, defence, optimizer)
@@ -199,7 +202,7 @@ def _put(
     def place(x: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return batches, {name: Batch(*(place(x) for x in batch)) for name, batch in batches.items()}
+    return batches, jax.tree.map(place, dict(batches))
 
 
 def whole_sets(

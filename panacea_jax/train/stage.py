@@ -23,6 +23,7 @@ from panacea_jax.data.sources import Record, by_safety, fingerprint, load_record
 from panacea_jax.data.template import template_id
 from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.defences import Defence, Method, Realign, SafeLora, Sft
+from panacea_jax.defences.protocol import check_packing
 from panacea_jax.errors import InputError
 from panacea_jax.export import WITHOUT_EPSILON, epsilon_note, save_epsilon, save_model
 from panacea_jax.models import lora
@@ -52,7 +53,7 @@ def check_stage(config: ConfigDict, name: str, prefix: str = "") -> Method:
         prefix: where the stage's keys stand in what the user wrote, e.g. ``"heal."``.
 
     Raises:
-        InputError: a defence of another stage, or keys that exclude each other.
+        InputError: a defence of another stage, one that cannot be packed, or keys that exclude each other.
     """
     defence = make_defence(config.defence, prefix)
     allowed = ("align", "finetune") if isinstance(defence, Sft) else (defence.stage,)
@@ -60,6 +61,8 @@ def check_stage(config: ConfigDict, name: str, prefix: str = "") -> Method:
         raise InputError(
             f"config.{prefix}defence.name = {config.defence.name}: acts at the stage {defence.stage}, not {name}"
         )
+    if config.data.packing:
+        check_packing(defence)
     if isinstance(defence, SafeLora):
         try:
             defence.base_tensors()
@@ -284,6 +287,7 @@ def make_streams(
             row_multiple=rows,
             order="user" if name in paired else "",
             repeats=repeats.get(name, 1),
+            packing=data.packing,
         )
         for name, (key, chosen, size) in stage_records(config, stage, defence).items()
     }

@@ -47,7 +47,7 @@ def test_pad_by_hand():
     assert batch.tokens.tolist() == [[101, 102, 103, 0], [201, 202, 0, 0], [0, 0, 0, 0]]
     assert batch.loss_mask.astype(int).tolist() == [[0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert batch.valid.astype(int).tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
-    assert [a.dtype for a in batch] == [np.int32, np.bool_, np.bool_]
+    assert [a.dtype for a in batch[:3]] == [np.int32, np.bool_, np.bool_] and batch.segments is None
     with pytest.raises(InputError, match="do not fit"):
         pad([example(1, 5, 1)], length=4, rows=1)
     with pytest.raises(InputError, match="2 examples do not fit in 1 rows"):

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from panacea_jax.data.batches import Batch
 from panacea_jax.defences import Booster, BoosterVaccine, Loss, Sft, Vaccine
 from panacea_jax.errors import InputError
 from tests.defences.five_steps import (
@@ -57,7 +56,7 @@ def test_limits_of_the_pair(wide_setting):
     """λ = 0 and α = 0 leave Vaccine, ρ = 0 leaves Booster."""
     model, adapter, _, _ = wide_setting
     loss = Loss.of(model)
-    batches = {n: Batch(*map(jnp.asarray, s.batch(0))) for n, s in streams().items()}
+    batches = {n: jax.tree.map(jnp.asarray, s.batch(0)) for n, s in streams().items()}
 
     def gradient(defence):
         @jax.jit

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from panacea_jax.data.batches import Batch, pad
+from panacea_jax.data.batches import pad
 from panacea_jax.data.encode import Example
 from panacea_jax.defences import Kl, Loss, Sft
 from panacea_jax.defences.kl import divergence
@@ -52,7 +52,7 @@ EXAMPLES = [Example(np.arange(3, 3 + n, dtype=np.int32), 2) for n in (9, 6)]
 
 def gradient(tiny, defence, length=16, rows=2, at_start=False):
     loss, start, moved = tiny
-    batch = Batch(*map(jnp.asarray, pad(EXAMPLES, length, rows)))
+    batch = jax.tree.map(jnp.asarray, pad(EXAMPLES, length, rows))
     w, state = start if at_start else moved, defence.init(start)
     return jax.jit(lambda loss: defence.gradient(loss, w, {"user": batch}, state, KEY))(loss)
 

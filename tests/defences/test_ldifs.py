@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from panacea_jax.data.batches import Batch, pad
+from panacea_jax.data.batches import pad
 from panacea_jax.data.encode import Example
 from panacea_jax.defences import Ldifs, Loss, Sft
 from panacea_jax.errors import InputError
@@ -66,7 +66,7 @@ EXAMPLES = [Example(np.arange(3, 3 + n, dtype=np.int32), 2) for n in (9, 6)]
 
 def gradient(tiny, defence, length=16, rows=2, at_start=False):
     loss, start, moved = tiny
-    batch = Batch(*map(jnp.asarray, pad(EXAMPLES, length, rows)))
+    batch = jax.tree.map(jnp.asarray, pad(EXAMPLES, length, rows))
     w = start if at_start else moved
     state = defence.init(start)
     return jax.jit(lambda loss: defence.gradient(loss, w, {"user": batch}, state, KEY))(loss)

@@ -64,7 +64,7 @@ def test_five_steps_of_all_parameters(wide_setting):
 def test_without_alpha_and_beta_it_is_sft_and_each_term_counts(wide_setting):
     model, adapter, _, _ = wide_setting
     loss, key = Loss.of(model), jax.random.key(0)
-    batches = {n: Batch(*map(jnp.asarray, s.batch(0))) for n, s in streams().items()}
+    batches = {n: jax.tree.map(jnp.asarray, s.batch(0)) for n, s in streams().items()}
 
     def gradient(defence):
         @jax.jit

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from panacea_jax.data.batches import Batch, unweave
+from panacea_jax.data.batches import unweave
 from panacea_jax.defences import Loss, Sft, Tar
 from panacea_jax.defences.tar import negative_entropy
 from panacea_jax.errors import InputError
@@ -36,7 +36,7 @@ def compare(setting, full):
 
     def gradient(step):
         batches = unweave(given["harmful"].batch(step), 5)
-        single = [Batch(*(x[i] for x in batches)) for i in range(5)]
+        single = [jax.tree.map(lambda x, i=i: x[i], batches) for i in range(5)]
         for i, batch in enumerate(single):  # the stream's own batches, one after the other
             plain = streams()["harmful"].batch(5 * step + i)
             np.testing.assert_array_equal(batch.tokens, plain.tokens)
@@ -67,7 +67,7 @@ def gradient_of(wide_setting):
     model, adapter, _, _ = wide_setting
     loss = Loss.of(model)
     given = streams(repeats=5)
-    batches = {n: Batch(*map(jnp.asarray, s.batch(0))) for n, s in given.items()}
+    batches = {n: jax.tree.map(jnp.asarray, s.batch(0)) for n, s in given.items()}
 
     def found(defence, start=None, batches=batches):
         state = defence.init(adapter if start is None else start)
@@ -98,7 +98,7 @@ def test_limits(gradient_of):
     assert np.linalg.norm(pulled - plain) > 1e-3 and metrics["distance"] > 0
     # An adversary that does not move: the tamper gradient at θ₀, weighted 1 + exp(−2/16).
     still, _ = found(Tar(inner_steps=4, inner_every=2, inner_learning_rate=0.0, retain_weight=0.0))
-    held_out = Batch(*(x[-1] for x in unweave(batches["harmful"], 5)))
+    held_out = jax.tree.map(lambda x: x[-1], unweave(batches["harmful"], 5))
     at_start = jax.jit(jax.grad(negative_entropy, argnums=1))(loss, w, held_out)
     weight = 4.0 * (1 + math.exp(-2 / 16))
     np.testing.assert_allclose(still, weight * flat(at_start), rtol=1e-9, atol=1e-12)
@@ -108,7 +108,7 @@ def test_the_attack_lowers_the_harmful_loss_and_a_rate_is_drawn_from_a_tuple(gra
     found, _, _, batches = gradient_of
     # The same batch at every step of the adversary, so that its losses can be compared.
     first = unweave(batches["harmful"], 5)
-    same = {**batches, "harmful": Batch(*(jnp.repeat(x[0], 5, axis=0) for x in first))}
+    same = {**batches, "harmful": jax.tree.map(lambda x: jnp.repeat(x[0], 5, axis=0), first)}
     one, metrics = found(Tar(**SMALL), batches=same)
     assert metrics["harmful_loss_attacked"] < metrics["harmful_loss"]
     drawn, _ = found(Tar(**SMALL | {"inner_learning_rate": (2e-3, 2e-3)}), batches=same)
@@ -123,7 +123,7 @@ def test_memory_does_not_grow_with_the_number_of_inner_steps(wide_setting):
     def temporaries(k):
         defence = Tar(inner_steps=k, inner_every=k // 2)
         batches = {
-            n: Batch(*map(jnp.asarray, s.batch(0))) for n, s in streams(repeats=k + 1).items()
+            n: jax.tree.map(jnp.asarray, s.batch(0)) for n, s in streams(repeats=k + 1).items()
         }
 
         def step(loss, w, batches, start):

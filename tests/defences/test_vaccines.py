@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from panacea_jax.data.batches import Batch, Stream
+from panacea_jax.data.batches import Stream
 from panacea_jax.defences import Loss, RandomVaccine, Sft, TVaccine, Vaccine
 from panacea_jax.defences.t_vaccine import draw, importance
 from panacea_jax.errors import InputError
@@ -116,7 +116,7 @@ def test_t_vaccine(setting, full, freeze, average):
 def test_importance(setting):
     model, params, torchs = start(setting, False)
     batch = streams()["harmful"].batch(0)
-    ours = jax.jit(importance)(Loss.of(model), params, Batch(*map(jnp.asarray, batch)))
+    ours = jax.jit(importance)(Loss.of(model), params, jax.tree.map(jnp.asarray, batch))
     expected = theirs.probabilities(torchs, batch).detach().numpy()
     assert np.ptp(expected) > 0.01
     np.testing.assert_allclose(ours, expected, rtol=setting[-1])
@@ -161,7 +161,7 @@ def test_the_active_layers_change_in_one_compiled_step(setting):
     optimizer = make_optimizer(LR, partial=True)
     state = init_state(params, defence, optimizer)
     step = make_step(model, defence, optimizer, jax.tree.map(lambda x: x.sharding, state))
-    batch = {name: Batch(*map(jnp.asarray, s.batch(0))) for name, s in streams().items()}
+    batch = {name: jax.tree.map(jnp.asarray, s.batch(0)) for name, s in streams().items()}
     drawn = []
     for _ in range(6):
         before = jax.tree.map(np.array, state)

@@ -44,12 +44,23 @@ def inputs():
     return jnp.asarray(tokens), jnp.asarray(valid)
 
 
-def logits_and_gradients(model):
+def segments():
+    """Three texts in the first row, two and padding in the second, and one behind padding."""
+    numbers = np.zeros((len(VALID), LENGTH), np.int32)
+    for row, cuts in enumerate(((0, 40, 47, 150), (0, 90, 97), (31, 150))):
+        for number, (start, stop) in enumerate(zip(cuts, cuts[1:]), 1):
+            numbers[row, start:stop] = number
+    return jnp.asarray(numbers)
+
+
+def logits_and_gradients(model, packed=False):
     """Of the valid positions; the loss weighs every logit differently."""
     tokens, valid = inputs()
+    extra = {"segments": segments()} if packed else {}
 
     def loss(weights):
-        logits, _ = model.apply(weights, None, tokens, valid=valid)
+        hidden, _ = model.inspect(weights, None, tokens, valid, **extra)
+        logits = model.logits(weights, None, hidden)
         logits = jnp.where(valid[..., None], logits, 0)
         return jnp.sum(jnp.sin(7 * logits)), logits
 
@@ -71,8 +82,10 @@ def test_splash_equals_plain(plain, monkeypatch):
     used = []
     kernel = fused._kernel
     monkeypatch.setattr(fused, "_kernel", lambda *x: used.append(x) or kernel(*x))
-    got = logits_and_gradients(with_attention(plain, "splash"))
-    assert_same(got, logits_and_gradients(plain))
+    got = [logits_and_gradients(with_attention(plain, "splash"), p) for p in (False, True)]
+    for ours, packed in zip(got, (False, True)):
+        assert_same(ours, logits_and_gradients(plain, packed))
+    assert np.abs(got[0][0] - got[1][0]).max() > 0.1
     found = {window for _, _, window, _ in used}
     assert found == {w if w < LENGTH else 0 for w in plain.config.windows or (0,)}
 
@@ -94,7 +107,8 @@ def test_cudnn_wiring_equals_plain(plain, monkeypatch):
         with pytest.raises(InputError, match="attention = cudnn: caps; use auto or xla"):
             logits_and_gradients(model)
         return
-    assert_same(logits_and_gradients(model), logits_and_gradients(plain))
+    for packed in (False, True):
+        assert_same(logits_and_gradients(model, packed), logits_and_gradients(plain, packed))
 
 
 def test_splash_over_eight_devices(tmp_path):

@@ -188,6 +188,19 @@ def test_all_parameters_in_two_processes(place, cache, tmp_path):
         assert _error(two, one) < 1e-5
 
 
+@pytest.mark.slow
+def test_packed_rows_in_two_processes(place, cache, tmp_path):
+    """The adapter and ε that one process trains with a row for each record."""
+    for count in (1, 2):
+        more = ("--config.train.steps=6", f"--config.data.packing={count == 2}")
+        arguments = ["finetune", *place.flags(*more), f"--workdir={tmp_path / str(count)}"]
+        run = Together(cache, tmp_path / f"logs{count}", count, arguments)
+        assert run.wait() == [0] * count, [run.said(i) for i in range(count)]
+    for file in ("adapter/adapter_model.safetensors", "epsilon.safetensors"):
+        one, two = (load_file(tmp_path / str(n) / "finetune" / file) for n in (1, 2))
+        assert _error(two, one) < 1e-5
+
+
 def _cut(finished, workdir, step):
     """A copy of a finished run as if it had been stopped after ``step``."""
     import shutil

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from panacea_jax.data.batches import Batch, Stream
+from panacea_jax.data.batches import Stream
 from panacea_jax.data.encode import Example
 from panacea_jax.defences import Loss, Panacea, Sft
 from panacea_jax.models import lora
@@ -91,7 +91,7 @@ def test_the_mean_epsilon_is_the_gradient_of_the_whole_set(model):
     """`final_epsilon="mean"` equals ε of one batch that holds every harmful record."""
     result = run(model, defence=Panacea(rho=0.5, lam=0.3, final_epsilon="mean"))
     everything = Stream("harmful", examples(2), 24, 0, False, LADDER, fixed_length=True).batch(0)
-    everything = Batch(*map(jnp.asarray, everything))
+    everything = jax.tree.map(jnp.asarray, everything)
     h = jax.grad(Loss.of(model))(result.params, everything)
     expected = Panacea(rho=0.5).epsilon(h)
     for a, b in zip(jax.tree.leaves(result.epsilon), jax.tree.leaves(expected)):
