@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -292,8 +293,11 @@ def _plan(config: ConfigDict, model: ModelConfig, machine: Topology, compiled: b
         arguments = memory.argument_size_in_bytes + kept.get("start of training", 0)
         temporary = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
         temporary += memory.output_size_in_bytes - memory.alias_size_in_bytes
-        found = collectives(executable.as_text(), model.num_layers, mesh.size)
-        sent = sum(c.sent for c in found)
+        try:
+            found = collectives(executable.as_text(), model.num_layers, mesh.size)
+            sent = sum(c.sent for c in found)
+        except jax.errors.JaxRuntimeError:  # libtpu compiles what this jaxlib cannot print
+            logging.warning("%s: the program cannot be read; sent is the model's", machine.name)
     chip = machine.chip
     tensor, full = mesh.shape["tensor"], config.train.full_parameters
     # Each pass reads the gathered weights once forward, once backward, and once more where the forward pass is repeated.

@@ -1,6 +1,7 @@
 """The fused back-ends against the plain one: splash in Pallas' interpreter, cuDNN's wiring with JAX's own attention in its place."""
 
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def segments():
     """Three texts in the first row, two and padding in the second, and one behind padding."""
     numbers = np.zeros((len(VALID), LENGTH), np.int32)
     for row, cuts in enumerate(((0, 40, 47, 150), (0, 90, 97), (31, 150))):
-        for number, (start, stop) in enumerate(zip(cuts, cuts[1:]), 1):
+        for number, (start, stop) in enumerate(itertools.pairwise(cuts), 1):
             numbers[row, start:stop] = number
     return jnp.asarray(numbers)
 
