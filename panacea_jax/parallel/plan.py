@@ -406,8 +406,11 @@ def modelled_temporary(step: Step, remat: str) -> int:
         largest = max(largest, c.num_layers * stream + kept + logits)
     per_layer = (c.matmul_parameters() - c.hidden_size * c.vocab_size) / c.num_layers
     few_bits = any(x.dtype.itemsize == 1 for x in jax.tree.leaves(step.weights))
-    gathered = per_layer * (fsdp > 1 or few_bits) + c.hidden_size * c.vocab_size * (fsdp > 1)
-    gathered *= width / tensor
+    # Trained weights travel in float32, the dtype they are kept in; those in few bits come back through two float32 arrays.
+    travel = 4 if step.weights is None else width
+    gathered = (per_layer + c.hidden_size * c.vocab_size) * travel / tensor * (fsdp > 1)
+    if few_bits:
+        gathered += per_layer * (4 + 4 + (fsdp == 1) * width) / tensor
     gradients = 2 if _passes(step) > 1 else 1
     return int(largest + gathered + gradients * tree_bytes(step.state.params))
 
