@@ -310,7 +310,7 @@ def _validate_quantization(config: ConfigDict) -> None:
         ("generate.merge adds to", config.generate.merge),
         ("heal.defence.name = safelora compares", config.heal.defence.name == "safelora"),
     ):
-        said = f"a frozen base; {obstacle} its weights"
+        said = f"only for a frozen base; {obstacle} its weights"
         _require(not (kind and asked), "model.quantization", kind, said)
 
 

@@ -118,7 +118,9 @@ def abstract(mesh: Mesh, path: str, shape: tuple[int, ...], kind: str) -> Quanti
     made = jax.eval_shape(functools.partial(quantise, kind=kind), kernel)
 
     def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=weight_sharding(mesh, path, x.shape))
+        return jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=weight_sharding(mesh, path, x.shape, uneven=True)
+        )
 
     return jax.tree.map(placed, made)
 

@@ -440,6 +440,8 @@ def _candidates(config: ConfigDict, model: ModelConfig, machine: Topology) -> It
         if model.num_heads % tensor or model.num_kv_heads % tensor:
             continue
         for fsdp in (k for k in divisors if (n // tensor) % k == 0):
+            if not _divide(model, fsdp, tensor):
+                continue
             for remat in ("none", "dots", "full"):
                 for factor in (1, 2, 4):
                     tried = config.copy_and_resolve_references()
@@ -449,6 +451,17 @@ def _candidates(config: ConfigDict, model: ModelConfig, machine: Topology) -> It
                         tried.train.batch_size *= factor
                         tried.train.harmful_batch_size *= factor
                     yield tried
+
+
+def _divide(model: ModelConfig, fsdp: int, tensor: int) -> bool:
+    """Whether the axes divide every weight."""
+    mesh = stand_in_mesh(1, fsdp, tensor, fsdp * tensor)
+    try:
+        for path, shape in abstract(model)[1].items():
+            weight_sharding(mesh, path, shape)
+    except InputError:
+        return False
+    return True
 
 
 # ---- the table

@@ -8,14 +8,16 @@ the other dimension is split over ``fsdp``. The layer dimension is never split: 
 import re
 
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from panacea_jax.errors import InputError
 
 Axes = tuple[str | None, ...]
 
 WEIGHT_RULES: tuple[tuple[str, Axes], ...] = (
     (r"embed_tokens/embedding$", ("tensor", "fsdp")),
-    (r"(lm_head|score)/kernel$", ("fsdp", "tensor")),
+    (r"lm_head/kernel$", ("fsdp", "tensor")),
+    (r"score/kernel$", ("fsdp",)),
     (r"(q_proj|k_proj|v_proj|gate_proj|up_proj)/kernel$", (None, "fsdp", "tensor")),
     (r"(o_proj|down_proj)/kernel$", (None, "tensor", "fsdp")),
     (r"(q_proj|k_proj|v_proj|gate_proj|up_proj)/bias$", (None, "tensor")),
@@ -38,18 +40,28 @@ def batch_rows(mesh: Mesh) -> int:
     return int(mesh.shape["data"] * mesh.shape["fsdp"])
 
 
-def weight_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
+def weight_sharding(
+    mesh: Mesh, path: str, shape: tuple[int, ...], uneven: bool = False
+) -> NamedSharding:
     """Sharding of one weight by the first rule that matches its path.
 
-    An axis that does not divide its dimension is dropped, with a log line (the array is then replicated over that axis).
+    Args:
+        mesh: devices.
+        path: of the weight.
+        shape: likewise.
+        uneven: keep a dimension that its axis does not divide whole on every device; otherwise that is an error.
+
+    Raises:
+        InputError: an axis does not divide its dimension; names both and the weight.
     """
     axes = next(rule for pattern, rule in WEIGHT_RULES if re.search(pattern, path))
     spec: list[str | None] = []
     for dim, axis in zip(shape, axes):
         if axis is not None and dim % mesh.shape[axis]:
-            logging.info(
-                "%s: %s=%d does not divide %d; left whole", path, axis, mesh.shape[axis], dim
-            )
+            if not uneven:
+                raise InputError(
+                    f"config.mesh.{axis} = {mesh.shape[axis]}: does not divide {dim}, dimension {len(spec)} of {path} {list(shape)}"
+                )
             axis = None
         spec.append(axis)
     return NamedSharding(mesh, PartitionSpec(*spec))

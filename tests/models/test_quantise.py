@@ -126,5 +126,5 @@ def test_a_base_that_is_to_change_is_refused(key, value):
     config.model.quantization = "nf4"
     validate(config)
     config.update_from_flattened_dict({key: value})
-    with pytest.raises(InputError, match=f"quantization = '?nf4'?: a frozen base; {key}"):
+    with pytest.raises(InputError, match=f"quantization = '?nf4'?: only for a frozen base; {key}"):
         validate(config)

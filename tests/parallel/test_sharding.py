@@ -10,6 +10,7 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec
 
+from panacea_jax.errors import InputError
 from panacea_jax.parallel.mesh import make_mesh
 from panacea_jax.parallel.sharding import (
     batch_rows,
@@ -55,17 +56,23 @@ def test_rules(path, shape, wanted):
 
 
 @pytest.mark.parametrize(
-    ("shape", "wanted"),
+    ("shape", "uneven", "said"),
     [
-        ((3, 32, 64), (None, "fsdp", "tensor")),
-        ((3, 33, 64), (None, None, "tensor")),
-        ((3, 32, 66), (None, "fsdp", None)),
-        ((3, 33, 66), (None, None, None)),
+        ((3, 32, 64), (None, "fsdp", "tensor"), ""),
+        ((3, 33, 64), (None, None, "tensor"), "fsdp = 2: does not divide 33, dimension 1 of"),
+        ((3, 32, 66), (None, "fsdp", None), "tensor = 4: does not divide 66, dimension 2 of"),
+        ((3, 33, 66), (None, None, None), "fsdp = 2: does not divide 33, dimension 1 of"),
     ],
 )
-def test_an_axis_that_does_not_divide_is_dropped(shape, wanted):
-    sharding = weight_sharding(mesh(1, 2, 4), "layers/self_attn/k_proj/kernel", shape)
-    assert sharding.spec == PartitionSpec(*wanted)
+def test_an_axis_that_does_not_divide(shape, uneven, said):
+    path = "layers/self_attn/k_proj/kernel"
+    if said:
+        with pytest.raises(InputError, match=rf"config\.mesh\.{said} {path} \[3, "):
+            weight_sharding(mesh(1, 2, 4), path, shape)
+    else:
+        weight_sharding(mesh(1, 2, 4), path, shape)
+    sharding = weight_sharding(mesh(1, 2, 4), path, shape, uneven=True)
+    assert sharding.spec == PartitionSpec(*uneven)
     sharding.shard_shape(shape)  # raises where an axis does not divide
 
 
