@@ -291,6 +291,7 @@ def init(
     """
     graphdef, shapes = abstract(config, dtype, remat, attention)
     mesh = make_mesh() if mesh is None else mesh
+    choose(attention, config, dtype, mesh.devices.flat[0])
     kept = _dtype(weights_dtype or dtype)
 
     def draw(key: Any) -> dict[str, Any]:

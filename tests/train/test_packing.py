@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from panacea_jax.data.batches import Stream, pack, pad
 from panacea_jax.data.encode import Example
@@ -184,13 +183,3 @@ def test_what_looks_at_rows_is_refused(model, defence):
         run(model, defence, True)
     with pytest.raises(InputError):
         check_packing(defence)
-
-
-def test_a_back_end_without_segments_is_refused(model):
-    decoder = nnx.merge(model.graphdef, model.weights)
-    batch = jax.tree.map(jnp.asarray, streams(True)["user"].batch(0))
-    inputs = batch.tokens, segment_positions(batch.segments), batch.valid
-    decoder.attention = "another"
-    decoder.inspect(*inputs)
-    with pytest.raises(InputError, match=r"config\.data\.packing .* another .*model\.attention"):
-        decoder.inspect(*inputs, segments=batch.segments)
