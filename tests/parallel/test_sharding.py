@@ -76,6 +76,14 @@ def test_an_axis_that_does_not_divide(shape, uneven, said):
     sharding.shard_shape(shape)  # raises where an axis does not divide
 
 
+def test_a_vocabulary_may_be_odd():
+    for path, shape, spec in (
+        ("embed_tokens/embedding", (32001, 64), (None, "fsdp")),
+        ("lm_head/kernel", (64, 32001), ("fsdp", None)),
+    ):
+        assert weight_sharding(mesh(1, 2, 4), path, shape).spec == PartitionSpec(*spec)
+
+
 def test_batches_and_adapters():
     m = mesh(2, 3, 4)
     assert batch_rows(m) == 6
