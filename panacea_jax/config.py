@@ -149,7 +149,7 @@ def get_config(variant: str = "") -> ConfigDict:
         # A run's other stages; a stage whose defence has no name is left out.
         "align": {"defence": _defence(""), "optimizer": _optimizer(), "train": _train()},
         "heal": {"defence": _defence(""), "optimizer": _optimizer(), "train": _train()},
-        "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+        "mesh": {"replica": 0, "data": 1, "fsdp": -1, "tensor": 1},
         "checkpoint": {"every": 500, "keep": 2},
         "generate": {
             "batch_size": 32,
@@ -288,7 +288,7 @@ def validate(config: ConfigDict) -> None:
     _at_least(data.max_length, "data.max_length", 2)
     for axis, size in config.mesh.items():
         _require(
-            size == -1 or size >= 1,
+            size == -1 or size >= (axis != "replica"),
             f"mesh.{axis}",
             size,
             "a positive number, or -1 for what is left",

@@ -30,7 +30,7 @@ def convert(config: ConfigDict, out: Path, epsilon: Path | None) -> Path:
         raise InputError(f"--out={out}: exists already and is not empty; nothing was written")
     if not config.model.path:
         raise InputError("config.model.path is not set: give a Hugging Face folder or a hub id")
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(**config.mesh)
     kept = stored_dtype(read_config(local_folder(config.model.path)))
     model = load(config.model.path, mesh=mesh, dtype="float32", weights_dtype=kept)
     params = lora.load(config.lora.init_from, model) if config.lora.init_from else None

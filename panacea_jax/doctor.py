@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich import box
@@ -66,13 +66,10 @@ def doctor(config: ConfigDict) -> None:
     _attention(report, config, model)
     if model is not None and mesh is not None:
         graphdef, shapes = abstract(model, config.model.dtype, config.model.remat)
-        _sharding(report, config, mesh, shapes)
-        _memory(
-            report,
-            Model(model, graphdef, None, jnp.dtype(config.model.dtype), mesh),
-            config,
-            shapes,
-        )
+        static = Model(model, graphdef, None, jnp.dtype(config.model.dtype), mesh)
+        with report.noting():
+            _sharding(report, config, static, shapes)
+            _memory(report, static, config, shapes)
     _tokenizer(report, config, model)
     _judge(report, config)
     _sources(report, config)
@@ -165,7 +162,7 @@ def _capacity(device: jax.Device) -> int | None:
 
 def _mesh(report: _Report, config: ConfigDict, devices: Sequence[jax.Device]) -> Mesh | None:
     with report.noting():
-        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+        mesh = make_mesh(**config.mesh, devices=devices)
         multiple, size = batch_rows(mesh), config.train.batch_size
         rows = -(-size // multiple) * multiple
         shape = " × ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
@@ -237,19 +234,28 @@ def _attention(report: _Report, config: ConfigDict, model: ModelConfig | None) -
 
 
 def _sharding(
-    report: _Report, config: ConfigDict, mesh: Mesh, shapes: dict[str, tuple[int, ...]]
+    report: _Report, config: ConfigDict, model: Model, shapes: dict[str, tuple[int, ...]]
 ) -> None:
-    """Where each base weight lies: the mesh axis of each of its dimensions, "-" for none."""
-    kept = abstract_weights(config, shapes, mesh)
-    rows = []
-    for path, shape in sorted(shapes.items()):
-        sharding = weight_sharding(mesh, path, shape)
+    """Where each weight lies, of the base and of the adapter: the mesh axis of each of its dimensions, "-" for none."""
+    heads = ("path", "shape", "axes", "#per device")
+
+    def row(path: str, shape: tuple[int, ...], sharding: Any, kept: Any) -> tuple[str, ...]:
         spec = (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))
         axes = ", ".join(axis or "-" for axis in spec)
-        rows.append((path, _shape(shape), axes, _mib(tree_bytes(kept[path]))))
+        return path, _shape(shape), axes, _mib(tree_bytes(kept))
+
+    kept = abstract_weights(config, shapes, model.mesh)
     bits = config.model.quantization
     held = _base_dtype(config).name + (f", projections {bits}" if bits else "")
-    report.table(f"weights ({held})", ("path", "shape", "axes", "#per device"), rows)
+    report.table(f"weights ({held})", heads, [
+        row(path, shape, weight_sharding(model.mesh, path, shape), kept[path])
+        for path, shape in sorted(shapes.items())
+    ])  # fmt: skip
+    if not config.train.full_parameters:
+        factors = flatten_dict(_adapter(model, config).layers, sep="/")
+        report.table("adapter (float32); moments and ε lie likewise", heads, [
+            row(f"layers/{path}", x.shape, x.sharding, x) for path, x in sorted(factors.items())
+        ])  # fmt: skip
 
 
 def _base_dtype(config: ConfigDict) -> Any:
@@ -259,19 +265,22 @@ def _base_dtype(config: ConfigDict) -> Any:
 def _memory(
     report: _Report, model: Model, config: ConfigDict, shapes: dict[str, tuple[int, ...]]
 ) -> None:
-    """Bytes that stay on one device all through training, by kind."""
-    with report.noting():
-        kinds = resident_bytes(model, config, shapes)
-        total = sum(n for _, n in kinds)
-        limit = _capacity(model.mesh.local_devices[0])
-        rows = [(kind, _mib(n)) for kind, n in (*kinds, ("together", total))]
-        report.table("memory of one device", ("kept all through training", "#per device"), rows)
-        report.line("(besides: gradients, activations, logits, compiled programs)")
-        if limit is not None and total > limit:
-            raise InputError(
-                f"config.mesh: {_gib(total)} per device needed, but it has {_gib(limit)}; "
-                "use more devices, or a larger config.mesh.fsdp or .tensor"
-            )
+    """Bytes that stay on one device all through training, by kind.
+
+    Raises:
+        InputError: more than the device has.
+    """
+    kinds = resident_bytes(model, config, shapes)
+    total = sum(n for _, n in kinds)
+    limit = _capacity(model.mesh.local_devices[0])
+    rows = [(kind, _mib(n)) for kind, n in (*kinds, ("together", total))]
+    report.table("memory of one device", ("kept all through training", "#per device"), rows)
+    report.line("(besides: gradients, activations, logits, compiled programs)")
+    if limit is not None and total > limit:
+        raise InputError(
+            f"config.mesh: {_gib(total)} per device needed, but it has {_gib(limit)}; "
+            "use more devices, or a larger config.mesh.fsdp or .tensor"
+        )
 
 
 def resident_bytes(model: Model, config: ConfigDict, shapes: dict[str, tuple[int, ...]]) -> Bytes:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from panacea_jax.errors import InputError
+from panacea_jax.parallel import processes
 
 Result = dict[str, Any]
 
@@ -114,7 +115,7 @@ def _split_tree(tree: Any) -> tuple[Mapping[str, Any], Result | None]:
     squares: dict[str, float] = {}
     for path, array in _leaves({key: value for key, value in tree.items() if key != "layers"}):
         name = path[0]
-        square = float(_square_norms(np.asarray(array)[None], name)[0])
+        square = float(_square_norms(processes.to_host(array)[None], name)[0])
         squares[name] = squares.get(name, 0.0) + square
     norms = {name: {"norm": math.sqrt(square)} for name, square in squares.items()}
     return tree["layers"], {"norm": math.sqrt(math.fsum(squares.values())), "modules": norms}
@@ -136,7 +137,7 @@ def _modules(layers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for path, array in _leaves(layers):
         if len(path) < 2 or np.ndim(array) < 2:
             raise InputError(f"epsilon: {'/'.join(path)} is not stacked over layers")
-        found.setdefault(path[-2], {})[path[-1]] = np.asarray(array)
+        found.setdefault(path[-2], {})[path[-1]] = processes.to_host(array)
     order = [*(m for m in MODULES if m in found), *sorted(set(found) - set(MODULES))]
     return {name: found[name] for name in order}
 

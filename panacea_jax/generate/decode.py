@@ -30,7 +30,7 @@ from panacea_jax.models.attention import BLOCK
 from panacea_jax.models.cache import KVCache, Layers, copy_into, init_cache, insert, settle
 from panacea_jax.models.model import Model
 from panacea_jax.parallel import batch_sharding, replicated
-from panacea_jax.parallel.sharding import batch_rows
+from panacea_jax.parallel.sharding import ROWS, batch_rows
 
 # Prompts read together, and tokens decoded between two looks at which rows have ended.
 ADMITTED, CHUNK = 8, 16
@@ -393,7 +393,7 @@ def _placed(model: Model, rows: Rows) -> Rows:
     return Rows(KVCache(layers, length, recent, fresh, shared), *rest)
 
 
-def _split(model: Model, tree: Any, rows: Any = ("data", "fsdp")) -> Any:
+def _split(model: Model, tree: Any, rows: Any = ROWS) -> Any:
     tensor = "tensor" if _heads_split(model) else None
     place: Any = jax.lax.with_sharding_constraint
     return place(tree, NamedSharding(model.mesh, PartitionSpec(rows, tensor)))

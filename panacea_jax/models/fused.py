@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from panacea_jax.errors import InputError
 from panacea_jax.models.config import ModelConfig
-from panacea_jax.parallel.sharding import batch_rows
+from panacea_jax.parallel.sharding import ROWS, batch_rows
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
 # Tokens of a splash block, the largest that divides the row; rows are padded to a multiple of the last.
@@ -100,7 +100,7 @@ def fused_attention(
     Args:
         backend: ``"splash"`` or ``"cudnn"``.
         config: of the model.
-        mesh: rows are split over its ``data`` and ``fsdp`` axes, heads over ``tensor``, where these divide them.
+        mesh: rows are split over all its axes but ``tensor``, heads over that, where these divide them.
         segments: tokens see those of their own number, themselves and before them; 0 is padding.
         mask: the same, and the window where all layers have the same.
         distance: tokens from key to query, where layers differ in their window.
@@ -143,7 +143,7 @@ def _splash(
     """One kernel for each device's rows and heads, and for each window that the rows are long enough for."""
     length = q.shape[1]
     pad = -length % BLOCKS[-1]
-    across = (("data", "fsdp") if len(q) % batch_rows(mesh) == 0 else None,)
+    across = (ROWS if len(q) % batch_rows(mesh) == 0 else None,)
     # A single key/value head is on every device; several are split only where that gives each query its own.
     tensor = mesh.shape["tensor"]
     split = k.shape[1] % tensor == 0 or (k.shape[1] == 1 and q.shape[2] % tensor == 0)

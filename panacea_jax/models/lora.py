@@ -19,7 +19,7 @@ from panacea_jax.models.adapter import (
 )
 from panacea_jax.models.model import Model, abstract
 from panacea_jax.models.peft import load_adapter as load
-from panacea_jax.parallel import replicated
+from panacea_jax.parallel.sharding import adapter_shardings
 
 __all__ = ["Adapter", "AdapterSet", "init", "load", "merge", "side_by_side"]
 
@@ -56,5 +56,6 @@ def init(
             }
         return layers
 
-    layers = jax.jit(build, out_shardings=replicated(model.mesh))(key)
+    places = adapter_shardings(model.mesh, jax.eval_shape(build, key))
+    layers = jax.jit(build, out_shardings=places)(key)
     return Adapter(layers, rank=rank, alpha=float(alpha))

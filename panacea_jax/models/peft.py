@@ -20,7 +20,8 @@ from safetensors.numpy import load_file, save_file
 from panacea_jax.errors import InputError
 from panacea_jax.models.adapter import BLOCK_OF, Adapter
 from panacea_jax.models.model import Model, abstract
-from panacea_jax.parallel import processes, replicated
+from panacea_jax.parallel import processes
+from panacea_jax.parallel.sharding import adapter_shardings
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _NAME = re.compile(
@@ -34,12 +35,12 @@ _UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", 
 
 
 def adapter_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
-    """Every factor under its PEFT name, on the host."""
+    """Every factor under its PEFT name, on the host; of several processes all must ask, and all receive."""
     tensors = {}
     for target in adapter.targets:
         block = BLOCK_OF[target]
         for factor, letter in (("a", "A"), ("b", "B")):
-            stacked = np.asarray(jax.device_get(adapter.layers[block][target][factor]))
+            stacked = processes.to_host(adapter.layers[block][target][factor])
             for layer, matrix in enumerate(stacked):
                 name = (
                     f"base_model.model.model.layers.{layer}.{block}.{target}.lora_{letter}.weight"
@@ -59,6 +60,7 @@ def save_adapter(
         base: path or hub id of the base model, noted in the config.
         notes: further metadata of the safetensors file, see ``read_notes``.
     """
+    tensors = adapter_tensors(adapter)  # in every process: each may hold a part
     if not processes.first():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,9 +79,7 @@ def save_adapter(
         "init_lora_weights": True,
         "use_rslora": False,
     }
-    save_file(
-        adapter_tensors(adapter), folder / WEIGHTS_FILE, metadata={"format": "pt", **(notes or {})}
-    )
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt", **(notes or {})})
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -113,7 +113,8 @@ def load_adapter(folder: str | PurePath, model: Model) -> Adapter:
     if config.get("use_rslora"):
         alpha *= math.sqrt(rank)  # rank-stabilised LoRA scales by α/√r
     layers = _stack(tensors, folder, rank, model)
-    return Adapter(jax.device_put(layers, replicated(model.mesh)), rank=rank, alpha=alpha)
+    places = adapter_shardings(model.mesh, layers)
+    return Adapter(jax.device_put(layers, places), rank=rank, alpha=alpha)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

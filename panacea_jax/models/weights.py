@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.experimental import multihost_utils
 
 from panacea_jax.errors import InputError
 from panacea_jax.models import tensorfile
@@ -383,7 +382,7 @@ def _entry(
     """What to write of an array of ours."""
 
     def values() -> np.ndarray:
-        host = to_host(part())
+        host = processes.to_host(part())
         return host.T if how == "transpose" else host
 
     return tensorfile.Entry(name, shape[::-1] if how == "transpose" else shape, dtype, values)
@@ -405,10 +404,3 @@ def _layer(
         lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), (stacked, pair)
     )
     return one if pair is None else merged(one, pair, scale)
-
-
-def to_host(array: jax.Array) -> np.ndarray:
-    """The whole array in host memory, gathered from all processes if need be."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)

@@ -87,7 +87,7 @@ def _group(line: str, devices: int) -> int:
         return listed[1].count(",") + 1
     if tiled := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(tiled[2])
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]* \{([^}]*)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         group = 1
         for axis in re.findall(r"'(\w+)'", named[2]):

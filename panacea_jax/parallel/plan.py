@@ -34,8 +34,9 @@ from panacea_jax.models.fused import choose
 from panacea_jax.models.hub import local_folder
 from panacea_jax.models.model import Model, abstract
 from panacea_jax.parallel.hlo import collectives
-from panacea_jax.parallel.mesh import AXES, make_mesh, stand_in_mesh
+from panacea_jax.parallel.mesh import make_mesh, slices_of, stand_ins
 from panacea_jax.parallel.sharding import (
+    adapter_shardings,
     batch_rows,
     batch_sharding,
     bytes_per_device,
@@ -83,8 +84,9 @@ class Plan:
         modelled_temporary: the model's figure.
         limit: bytes of one device.
         flops: floating-point operations of one device a step, recomputation included.
-        sent: bytes that one device sends a step.
-        seconds: least time of a step by what bounds it: compute, memory, links.
+        sent: bytes that one device sends a step over the links within a slice.
+        sent_between: the same over the network between slices, by the model.
+        seconds: least time of a step by what bounds it: compute, memory, links, network.
         compile_seconds: time to compile; None without a compiler.
     """
 
@@ -100,6 +102,7 @@ class Plan:
     limit: float
     flops: float
     sent: float
+    sent_between: float
     seconds: dict[str, float]
     compile_seconds: float | None
 
@@ -242,8 +245,8 @@ def fresh_adapter(model: Model, config: ConfigDict) -> Any:
     made = jax.eval_shape(
         lambda key: lora.init(model, o.rank, o.alpha, o.targets, key=key), jax.random.key(0)
     )
-    everywhere = replicated(model.mesh)
-    return placed(made, jax.tree.map(lambda _: everywhere, made))
+    places = adapter_shardings(model.mesh, made.layers)
+    return dataclasses.replace(made, layers=placed(made.layers, places))
 
 
 def placed(shapes: Any, shardings: Any) -> Any:
@@ -277,12 +280,14 @@ def tree_bytes(tree: Any) -> int:
 
 
 def _plan(config: ConfigDict, model: ModelConfig, machine: Topology, compiled: bool = True) -> Plan:
-    mesh = _mesh(config, machine)
+    devices = stand_ins(machine.size) if machine.devices is None else machine.devices
+    mesh = make_mesh(**config.mesh, devices=devices)
     step = abstract_step(config, model, mesh, None if machine.devices else machine.chip)
     kept = resident(step)
     modelled = modelled_temporary(step, config.model.remat)
     temporary, arguments, seconds = modelled, None, None
     flops, sent = modelled_flops(step, config.model.remat), modelled_sent(step, config.model.remat)
+    between = modelled_between(step)
     if compiled and machine.devices is not None:
         start = time.perf_counter()
         program = make_step(step.model, step.defence, step.optimizer, step.shardings)
@@ -308,18 +313,12 @@ def _plan(config: ConfigDict, model: ModelConfig, machine: Topology, compiled: b
         "memory": reads * width / (chip.bandwidth / chip.devices),
         "links": sent / (chip.links / chip.devices),
     }
+    if between:
+        times["network"] = between / (chip.network / chip.devices)
     return Plan(
         machine.name, dict(mesh.shape), config.train.batch_size, step.batches["user"].tokens.shape[0], config.model.remat,
-        kept, arguments, temporary, modelled, chip.memory / chip.devices, flops, sent, times, seconds,
+        kept, arguments, temporary, modelled, chip.memory / chip.devices, flops, sent, between, times, seconds,
     )  # fmt: skip
-
-
-def _mesh(config: ConfigDict, machine: Topology) -> Mesh:
-    """The mesh on the topology's devices; for GPUs stand-ins."""
-    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    if machine.devices is None:
-        return stand_in_mesh(*sizes, machine.size)
-    return make_mesh(*sizes, machine.devices)
 
 
 # ---- the model
@@ -352,14 +351,15 @@ def modelled_flops(step: Step, remat: str) -> float:
 
 
 def modelled_sent(step: Step, remat: str) -> float:
-    """Bytes that one device sends a step.
+    """Bytes that one device sends a step within its slice.
 
     Weights are gathered over ``fsdp``, activations summed over ``tensor``, gradients summed over all rows. A ring over n devices
     sends (n − 1)/n of what is gathered, and twice that of what is summed.
     """
-    c, sizes, width = step.model.config, step.model.mesh.shape, step.model.dtype.itemsize
+    c, mesh, width = step.model.config, step.model.mesh, step.model.dtype.itemsize
     full = step.weights is None
-    data, fsdp, tensor = (sizes[axis] for axis in AXES)
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    copies = batch_rows(mesh) // fsdp // slices_of(mesh.devices.flat)
     layers = (c.matmul_parameters() - c.hidden_size * c.vocab_size) * width / tensor
     head = c.hidden_size * c.vocab_size * width / tensor
     # A gathered layer is used and dropped; the backward pass gathers it again, once for both of its turns. The head is kept.
@@ -367,17 +367,28 @@ def modelled_sent(step: Step, remat: str) -> float:
     summed, reduced = 0.0, 0.0
     for name, passes in _passes_of(step.defence).items():
         rows, length = step.batches[name].tokens.shape
-        stream = rows / (data * fsdp) * length * c.hidden_size * width
+        stream = rows / batch_rows(mesh) * length * c.hidden_size * width
         # Two sums a layer forward (attention and MLP), two backward, and two in a repeated forward pass.
         summed += passes * 2 * _turns(remat) * c.num_layers * stream * 2 * (tensor - 1) / tensor
-        trained = tree_bytes(step.state.params) * (
-            width / 4
-        )  # gradients are summed in the compute dtype
-        parts = data if full else data * fsdp
-        reduced += passes * trained * 2 * (parts - 1) / parts
-        if full:  # over fsdp they are summed and scattered: a gather backwards
-            reduced += passes * layers * (fsdp - 1) / fsdp
+        for x in jax.tree.leaves(step.state.params):
+            trained = tree_bytes(x) * width / 4  # gradients are summed in the compute dtype
+            parts = copies * fsdp
+            if "fsdp" in x.sharding.spec:  # there they are summed and scattered: a gather backwards
+                parts, turns = (
+                    copies,
+                    1 if full else 2 * 4 / width + 1,
+                )  # an adapter's is gathered for each turn
+                reduced += passes * turns * trained * (fsdp - 1)
+            reduced += passes * trained * 2 * (parts - 1) / parts
     return gathered + summed + reduced
+
+
+def modelled_between(step: Step) -> float:
+    """Bytes that one device sends a step to other slices: of the gradients, which its slice has summed and shared out before."""
+    mesh = step.model.mesh
+    slices = slices_of(mesh.devices.flat)
+    whole = sum(x.size for x in jax.tree.leaves(step.state.params)) * step.model.dtype.itemsize
+    return _passes(step) * whole / (mesh.size / slices) * 2 * (slices - 1) / slices
 
 
 def modelled_temporary(step: Step, remat: str) -> int:
@@ -387,12 +398,12 @@ def modelled_temporary(step: Step, remat: str) -> int:
     remat) keeps of attention and MLP; a chunk of logits and their gradient in float32. Then a layer's gathered (or, from
     few bits, brought back) weights, the head's if gathered, and gradients.
     """
-    c, sizes, width = step.model.config, step.model.mesh.shape, step.model.dtype.itemsize
-    data, fsdp, tensor = (sizes[axis] for axis in AXES)
+    c, mesh, width = step.model.config, step.model.mesh, step.model.dtype.itemsize
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     largest = 0.0
     for batch in step.batches.values():
         rows, length = batch.tokens.shape
-        tokens = rows / (data * fsdp) * length
+        tokens = rows / batch_rows(mesh) * length
         heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         stream = tokens * c.hidden_size * width
         # A fused kernel holds no scores.
@@ -434,7 +445,7 @@ def _search(config: ConfigDict, model: ModelConfig, machine: Topology) -> list[P
 
 
 def _candidates(config: ConfigDict, model: ModelConfig, machine: Topology) -> Iterator[ConfigDict]:
-    n = machine.size
+    n = machine.size // machine.slices
     divisors = [k for k in range(1, n + 1) if n % k == 0]
     for tensor in divisors:
         if model.num_heads % tensor or model.num_kv_heads % tensor:
@@ -446,6 +457,7 @@ def _candidates(config: ConfigDict, model: ModelConfig, machine: Topology) -> It
                 for factor in (1, 2, 4):
                     tried = config.copy_and_resolve_references()
                     with tried.unlocked():
+                        tried.mesh.replica = 0
                         tried.mesh.data, tried.mesh.fsdp = n // tensor // fsdp, fsdp
                         tried.mesh.tensor, tried.model.remat = tensor, remat
                         tried.train.batch_size *= factor
@@ -455,7 +467,7 @@ def _candidates(config: ConfigDict, model: ModelConfig, machine: Topology) -> It
 
 def _divide(model: ModelConfig, fsdp: int, tensor: int) -> bool:
     """Whether the axes divide every weight."""
-    mesh = stand_in_mesh(1, fsdp, tensor, fsdp * tensor)
+    mesh = make_mesh(1, fsdp, tensor, stand_ins(fsdp * tensor))
     try:
         for path, shape in abstract(model)[1].items():
             weight_sharding(mesh, path, shape)
@@ -485,7 +497,9 @@ def report(plans: list[Plan]) -> None:
     table.add_row("fits", *("yes" if p.fits else "NO" for p in plans))
     table.add_row("TFLOP", *(f"{p.flops / 1e12:.2f}" for p in plans))
     table.add_row("sent", *(_gib(p.sent) for p in plans))
-    for bound in ("compute", "memory", "links"):
+    if any(p.sent_between for p in plans):
+        table.add_row("  between slices", *(_gib(p.sent_between) for p in plans))
+    for bound in plans[0].seconds:
         table.add_row(f"{bound}, at least", *(f"{p.seconds[bound] * 1e3:.1f} ms" for p in plans))
     table.add_row("device s a record", *(f"{p.cost:.4f}" for p in plans))
     console.print(table)
@@ -502,7 +516,7 @@ def report(plans: list[Plan]) -> None:
 
 
 def _title(p: Plan) -> str:
-    shape = "×".join(str(n) for n in p.mesh.values())
+    shape = "×".join(str(n) for axis, n in p.mesh.items() if axis != "replica" or n > 1)
     return f"{shape}, {p.batch_size} records, remat {p.remat}"
 
 

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
 from panacea_jax.errors import InputError
 
@@ -138,6 +140,15 @@ def once(work: Callable[[], T]) -> T | None:
     result = work() if first() else None
     barrier()
     return result
+
+
+def to_host(array: Any) -> np.ndarray:
+    """The whole array in host memory. Where processes hold parts of it, all of them must ask."""
+    if isinstance(array, jax.Array) and not (
+        array.is_fully_addressable or array.is_fully_replicated
+    ):
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
 
 
 _barriers = 0

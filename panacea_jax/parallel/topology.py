@@ -19,6 +19,7 @@ class Chip(NamedTuple):
         memory: bytes of HBM.
         bandwidth: bytes/s of HBM.
         links: bytes/s that the chip can send to its neighbours, all links together, one way.
+        network: bytes/s that it can send out of its slice: its share of its host's or pod's network; 0 where no page says.
         devices: JAX devices a chip.
         platform: as JAX names it.
         compute_capability: of an NVIDIA GPU.
@@ -28,6 +29,7 @@ class Chip(NamedTuple):
     memory: float
     bandwidth: float
     links: float
+    network: float = 0.0
     devices: int = 1
     platform: str = "tpu"
     compute_capability: str = ""
@@ -38,14 +40,14 @@ GB = 1e9
 # NVIDIA's data sheets, dense figures, NVLink (L4: PCIe) halved likewise.
 CHIPS = {
     "v4": Chip(275e12, 32 * 2**30, 1228 * GB, 150 * GB),
-    "v5e": Chip(197e12, 16 * 2**30, 819 * GB, 100 * GB),
-    "v5p": Chip(459e12, 95 * 2**30, 2765 * GB, 300 * GB),
-    "v6e": Chip(918e12, 32 * 2**30, 1640 * GB, 224 * GB),
+    "v5e": Chip(197e12, 16 * 2**30, 819 * GB, 100 * GB, 3.125 * GB),
+    "v5p": Chip(459e12, 95 * 2**30, 2765 * GB, 300 * GB, 6.25 * GB),
+    "v6e": Chip(918e12, 32 * 2**30, 1640 * GB, 224 * GB, 12.5 * GB),
     "tpu7x": Chip(2307e12, 192 * 2**30, 7380 * GB, 600 * GB, devices=2),
-    "l4": Chip(121e12, 24e9, 300 * GB, 32 * GB, 1, "gpu", "8.9"),
-    "a100": Chip(312e12, 80 * 2**30, 2039 * GB, 300 * GB, 1, "gpu", "8.0"),
-    "h100": Chip(989e12, 80 * 2**30, 3350 * GB, 450 * GB, 1, "gpu", "9.0"),
-    "h200": Chip(989e12, 141 * 2**30, 4800 * GB, 450 * GB, 1, "gpu", "9.0"),
+    "l4": Chip(121e12, 24e9, 300 * GB, 32 * GB, 0, 1, "gpu", "8.9"),
+    "a100": Chip(312e12, 80 * 2**30, 2039 * GB, 300 * GB, 0, 1, "gpu", "8.0"),
+    "h100": Chip(989e12, 80 * 2**30, 3350 * GB, 450 * GB, 0, 1, "gpu", "9.0"),
+    "h200": Chip(989e12, 141 * 2**30, 4800 * GB, 450 * GB, 0, 1, "gpu", "9.0"),
 }
 GPUS = tuple(name for name, chip in CHIPS.items() if chip.platform == "gpu")
 
@@ -56,14 +58,16 @@ class Topology(NamedTuple):
     Attributes:
         name: as the user wrote it.
         chip: data sheet.
-        chips: how many.
+        chips: how many, of all slices.
         devices: those that a program can be compiled for, or None where only the memory model speaks (GPUs).
+        slices: of TPUs, joined by the data centre's network.
     """
 
     name: str
     chip: Chip
     chips: int
     devices: Sequence[Any] | None
+    slices: int = 1
 
     @property
     def size(self) -> int:
@@ -72,10 +76,11 @@ class Topology(NamedTuple):
 
 
 def topology(name: str) -> Topology:
-    """``v5e:4x4``, ``v5p:2x2x1``, ``tpu7x:2x2x1`` or ``gpu:h100x8``.
+    """``v5e:4x4``, ``v5p:2x2x1``, ``tpu7x:2x2x1``, two slices ``2*v5e:4x4``, or ``gpu:h100x8``.
 
     Raises:
-        InputError: a name of another form, an unknown chip, a shape that does not exist, or libtpu is not installed.
+        InputError: a name of another form, an unknown chip, slices of one whose network no page gives, a shape that does not exist, or
+            libtpu is not installed.
     """
     if gpu := re.fullmatch(r"gpu:(\w+?)x(\d+)", name):
         if gpu[1] not in GPUS or int(gpu[2]) < 1:
@@ -83,17 +88,23 @@ def topology(name: str) -> Topology:
                 f"--topology={name}: known GPUs are {', '.join(GPUS)}, like gpu:h100x8"
             )
         return Topology(name, CHIPS[gpu[1]], int(gpu[2]), None)
-    tpu = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
+    tpu = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+){1,2})", name)
     kinds = [kind for kind in CHIPS if kind not in GPUS]
-    if tpu is None or tpu[1] not in kinds:
+    if tpu is None or tpu[2] not in kinds:
         raise InputError(
-            f"--topology={name}: write KIND:SHAPE with one of {', '.join(kinds)}, like v5e:4x4, or gpu:h100x8"
+            f"--topology={name}: write KIND:SHAPE with one of {', '.join(kinds)}, like v5e:4x4, two slices of it as 2*v5e:4x4, "
+            "or gpu:h100x8"
         )
-    shape = [int(n) for n in tpu[2].split("x")]
-    return Topology(name, CHIPS[tpu[1]], math.prod(shape), _devices(name, tpu[1], shape))
+    slices, kind, shape = int(tpu[1] or 1), tpu[2], [int(n) for n in tpu[3].split("x")]
+    chip = CHIPS[kind]
+    if slices != 1 and (slices < 1 or not chip.network):
+        able = ", ".join(kind for kind, chip in CHIPS.items() if chip.network)
+        raise InputError(f"--topology={name}: several slices can be planned of {able}")
+    devices = _devices(name, kind, shape, slices)
+    return Topology(name, chip, slices * math.prod(shape), devices, slices)
 
 
-def _devices(name: str, kind: str, shape: list[int]) -> Sequence[Any]:
+def _devices(name: str, kind: str, shape: list[int], slices: int) -> Sequence[Any]:
     """The devices of a TPU topology, from libtpu; no TPU is needed."""
     from jax.experimental import topologies
 
@@ -106,8 +117,11 @@ def _devices(name: str, kind: str, shape: list[int]) -> Sequence[Any]:
     # Two cores of a v4 or v5p chip act as one device.
     options: dict[str, Any] = {"chip_config_name": "megacore"} if kind in ("v4", "v5p") else {}
     options["chips_per_host_bounds"] = (min(shape[0], 2), min(shape[1], 2), 1)
+    if slices > 1:
+        options["num_slices"] = slices
+    one = name.rpartition("*")[2]
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=one, **options).devices
     except (RuntimeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         if "not installed" in reason:

@@ -112,7 +112,7 @@ def model_inputs(config: ConfigDict) -> dict[str, str]:
 
 def open_mesh(config: ConfigDict) -> Mesh:
     """The devices as the configuration arranges them."""
-    return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    return make_mesh(**config.mesh)
 
 
 def open_model(config: ConfigDict, mesh: Mesh | None = None) -> Model:

@@ -1,10 +1,6 @@
 """The regularised fine-tuning methods as runs: resumed bit for bit, from the command line, on eight devices."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,10 +15,9 @@ from panacea_jax.train.checkpoints import Checkpoints
 from panacea_jax.train.loop import finetune
 from panacea_jax.train.optimizer import make_optimizer
 from tests import runs
+from tests.on_devices import on_devices
 from tests.tiny import write_model
 from tests.train.test_loop import assert_equal, examples
-
-ROOT = Path(__file__).parents[2]
 
 METHODS = {
     # The checkpoint after step 3 falls into Lisa's second turn.
@@ -69,13 +64,7 @@ def test_stop_and_resume_is_bit_for_bit(model, name, tmp_path):
 def test_eight_devices_train_what_one_does(tmp_path):
     """mesh fsdp = 4, tensor = 2: the same adapters and states, and the same weights where all are trained."""
     folder = write_model(tmp_path / "base")
-    flags = "--xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.defences.sharded", str(folder)], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = on_devices("tests.defences.sharded", folder)
     assert found.keys() == {*METHODS, "ewc_full"}
     for name, (error, moved, compilations) in found.items():
         assert error < 1e-5 < 1e-2 < moved and compilations == 1, f"{name}: {found[name]}"

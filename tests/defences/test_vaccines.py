@@ -1,11 +1,5 @@
 """Vaccine, random Vaccine and T-Vaccine equal PyTorch + peft + transformers with hooks; their limits, states and errors."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,12 +19,12 @@ from panacea_jax.train.optimizer import make_optimizer
 from panacea_jax.train.step import init_state, make_step
 from tests import torch_oracle as oracle
 from tests.defences.oracles import vaccine as theirs
+from tests.on_devices import on_devices
 from tests.tiny import write_model
 from tests.train.test_oracle import LR, assert_close, examples, setting
 
 __all__ = ["setting"]
 STEPS = 5
-ROOT = Path(__file__).parents[2]
 
 
 def streams():
@@ -221,13 +215,7 @@ def test_impossible_values_name_the_key(key, bad):
 def test_eight_devices_train_what_one_does(tmp_path):
     """Mesh fsdp 4 × tensor 2."""
     folder = write_model(tmp_path / "base")
-    flags = "--xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.defences.sharded_vaccines", str(folder)], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = on_devices("tests.defences.sharded_vaccines", folder)
     assert found.pop("devices") == 8 and len(found) == 3
     for name, result in found.items():
         assert result["error"] < 1e-5 and result["moved"] > 1e-2, name

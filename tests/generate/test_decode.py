@@ -1,11 +1,5 @@
 """Decoding against transformers' ``generate``, and against itself in other company."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +12,8 @@ from panacea_jax.generate.sample import Sampling
 from panacea_jax.models import model as models
 from panacea_jax.models.cache import init_cache, insert, quantise
 from tests.families import FAMILIES, VOCAB, build, save
+from tests.on_devices import on_devices
 
-ROOT = Path(__file__).parents[2]
 NEW = 32
 LENGTHS = (9, 16, 7, 12, 20, 31)  # three buckets: 16, 24 and 32
 
@@ -349,13 +343,7 @@ def test_ids_on_a_mesh(tmp_path):
     """Rows and heads over devices, with a shared beginning and a cache that grows: the same ids everywhere, those of transformers."""
     theirs = build("llama3.1", seed=5)
     folder = save(theirs, tmp_path / "llama3.1")
-    ended = subprocess.run(
-        [sys.executable, "-m", "tests.generate.sharded", str(folder)],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
-    found = json.loads(ended.stdout)
+    found = on_devices("tests.generate.sharded", folder)
     assert found.pop("devices") == 8
     want = _theirs(theirs, found.pop("prompts"))
     assert len(found) == 4 and all(ids == want for ids in found.values())

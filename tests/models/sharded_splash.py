@@ -1,5 +1,6 @@
 """Run by test_fused.py in a process of its own with eight fake devices: splash on a mesh against the plain way on one device."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -13,13 +14,14 @@ from tests.models.test_fused import assert_same, logits_and_gradients, with_atte
 
 def main(folder):
     fused.INTERPRET = True
-    print(jax.device_count())
+    done = [jax.device_count()]
     for family in ("gemma", "gemma2"):
         single = make_mesh(1, 1, 1, devices=jax.devices()[:1])
         want = load(folder / family, mesh=single, dtype="float32", attention="xla")
         got = load(folder / family, mesh=make_mesh(1, 3, 2, jax.devices()[:6]), dtype="float32")
         assert_same(logits_and_gradients(with_attention(got, "splash")), logits_and_gradients(want))
-        print(family)
+        done.append(family)
+    print(json.dumps(done))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,6 @@
 
 import dataclasses
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -18,8 +14,8 @@ from panacea_jax.models import fused
 from panacea_jax.models import model as models
 from panacea_jax.models.config import ModelConfig
 from tests.families import FAMILIES, VOCAB, build, save
+from tests.on_devices import on_devices
 
-ROOT = Path(__file__).parents[2]
 # Rows of 150 tokens, two splash blocks, with padding behind, before and in neither.
 LENGTH, VALID = 150, ((0, 150), (0, 97), (31, 150))
 
@@ -116,13 +112,8 @@ def test_splash_over_eight_devices(tmp_path):
     """Rows and heads split; the key/value heads too, or on every device where there is but one."""
     for family in ("gemma", "gemma2"):
         save(build(family, seed=5), tmp_path / family)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.models.sharded_splash", str(tmp_path)],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["8", "gemma", "gemma2"]
+    found = on_devices("tests.models.sharded_splash", tmp_path)
+    assert found == [8, "gemma", "gemma2"]
 
 
 TPU = SimpleNamespace(platform="tpu")

@@ -7,7 +7,7 @@ import jax
 
 from panacea_jax.config import get_config
 from panacea_jax.models.config import ModelConfig
-from panacea_jax.parallel import make_mesh
+from panacea_jax.parallel import make_mesh, sharding
 from panacea_jax.parallel import plan as planning
 from panacea_jax.parallel.hlo import collectives
 from panacea_jax.train.step import make_step
@@ -21,7 +21,8 @@ SHAPE = {
 def main(meshes, remat):
     model = ModelConfig.from_dict(SHAPE)
     found = []
-    for data, fsdp, tensor, batch in meshes:
+    for data, fsdp, tensor, batch, *cut in meshes:
+        sharding.ADAPTER_SPLIT_FROM = 0 if cut else 2**30
         config = get_config()
         config.model.dtype, config.model.remat, config.lora.rank = "float32", remat, 4
         config.train.batch_size = config.train.harmful_batch_size = batch

@@ -14,14 +14,24 @@ from panacea_jax.generate import decode
 from panacea_jax.models import lora
 from panacea_jax.models.model import load
 from panacea_jax.models.peft import adapter_tensors
+from panacea_jax.parallel import sharding
 from panacea_jax.parallel.mesh import make_mesh
 from panacea_jax.parallel.sharding import batch_rows
 from panacea_jax.train.loop import finetune
 from panacea_jax.train.optimizer import make_optimizer
 
 STEPS = 10
-MESHES = ((8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2))
+# By name: data, fsdp, tensor, replica, and whether the adapter is cut like its matrices.
+MESHES = {
+    "1×8×1×1": (8, 1, 1, 1, False),
+    "1×1×8×1": (1, 8, 1, 1, False),
+    "1×1×4×2": (1, 4, 2, 1, False),
+    "2×1×2×2, adapter cut": (1, 2, 2, 2, True),
+    "1×1×4×2, adapter cut": (1, 4, 2, 1, True),
+    "1×2×2×2": (2, 2, 2, 1, False),
+}
 TARGETS = ("q", "o", "up", "down")
+B_OF = (("self_attn", "q_proj"), ("mlp", "down_proj"))
 
 
 def examples(seed):
@@ -60,12 +70,15 @@ def main(folder):
     devices = jax.devices()
     single_model, single = train(folder, make_mesh(1, 1, 1, devices=devices[:1]))
     found = {}
-    for mesh in MESHES:
-        model, sharded = train(folder, make_mesh(*mesh))
-        found["×".join(map(str, mesh))] = {
+    for name, (data, fsdp, tensor, replica, cut) in MESHES.items():
+        sharding.ADAPTER_SPLIT_FROM = 0 if cut else 2**30
+        model, sharded = train(folder, make_mesh(data, fsdp, tensor, replica=replica))
+        factors = [t.layers[b][p]["b"] for t in (sharded.params, sharded.epsilon) for b, p in B_OF]
+        found[name] = {
             "error": error(adapter_tensors(sharded.params), adapter_tensors(single.params)),
             "error_epsilon": error(adapter_tensors(sharded.epsilon), adapter_tensors(single.epsilon)),
             "compilations": sharded.compilations,
+            "parts": [x.size // x.addressable_shards[0].data.size for x in factors],
         }  # fmt: skip
     start = lora.init(single_model, 2, 4, TARGETS, key=jax.random.key(0))
     q = model.weights["layers"]["self_attn"]["q_proj"]["kernel"]

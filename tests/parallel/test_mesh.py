@@ -1,6 +1,7 @@
 """The device mesh: sizes, the open axis, errors."""
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 
@@ -27,9 +28,16 @@ def devices(n):
 )
 def test_sizes(count, sizes, wanted):
     mesh = make_mesh(*sizes, devices=devices(count))
-    assert mesh.axis_names == AXES == ("data", "fsdp", "tensor")
-    assert tuple(mesh.shape[axis] for axis in AXES) == wanted
-    assert mesh.axis_types == (AxisType.Auto,) * 3
+    assert mesh.axis_names == AXES == ("replica", "data", "fsdp", "tensor")
+    assert tuple(mesh.shape[axis] for axis in AXES) == (1, *wanted)
+    assert mesh.axis_types == (AxisType.Auto,) * 4
+
+
+def test_replicas():
+    mesh = make_mesh(1, -1, 2, devices=devices(12), replica=3)
+    assert tuple(mesh.shape.values()) == (3, 1, 2, 2)
+    with pytest.raises(InputError, match=r"config\.mesh\.replica = -2"):
+        make_mesh(devices=devices(4), replica=-2)
 
 
 def test_all_devices_in_order_by_default():
@@ -67,12 +75,27 @@ def slices(count):
     return [Tpu(s, x, y) for s in range(count) for y in range(2) for x in range(2)]
 
 
-def test_only_data_crosses_slices():
-    grid = make_mesh(2, 2, 2, devices=slices(2)).devices
-    for i in range(2):
-        assert {device.slice_index for device in grid[i].flat} == {i}
-    with pytest.raises(InputError, match=r"data = 1: there are 2 slices, .* a multiple of 2"):
-        make_mesh(1, 4, 2, devices=slices(2))
+@pytest.mark.parametrize(
+    ("replica", "data", "wanted"), [(0, 1, 2), (2, 1, 2), (4, 1, 4), (-1, 1, 4), (0, 2, 2)]
+)
+def test_only_replica_crosses_slices(replica, data, wanted):
+    fsdp = 8 // wanted // data
+    mesh = make_mesh(data, fsdp, 1, devices=slices(2), replica=replica)
+    assert tuple(mesh.shape.values()) == (wanted, data, fsdp, 1)
+    for half, grid in enumerate(np.split(mesh.devices, 2)):
+        assert {device.slice_index for device in grid.flat} == {half}
+
+
+def test_a_slice_is_not_cut():
+    with pytest.raises(InputError, match=r"replica = 1: there are 2 slices, .* a multiple of 2"):
+        make_mesh(1, 4, 2, devices=slices(2), replica=1)
+
+
+def test_numbered_gpus_are_no_slices():
+    gpus = [Tpu(s, x, y) for s in range(2) for y in range(2) for x in range(2)]
+    for gpu in gpus:
+        gpu.platform = "gpu"
+    assert tuple(make_mesh(1, -1, 2, devices=gpus).shape.values()) == (1, 1, 4, 2)
 
 
 def test_axes_follow_the_torus():

@@ -1,16 +1,20 @@
 """Planning: the model against what compiled programs hold and exchange, on fake devices."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from panacea_jax import cli
+from panacea_jax.config import get_config
+from panacea_jax.models.config import ModelConfig
+from panacea_jax.parallel import make_mesh
+from panacea_jax.parallel import plan as planning
 from panacea_jax.parallel.hlo import collectives
+from panacea_jax.parallel.mesh import stand_ins
 from panacea_jax.parallel.topology import topology
+from tests.on_devices import on_devices
 
+# Data, fsdp, tensor, records; "cut": the adapter is, like its matrices.
 MESHES = (
     (8, 1, 1, 8),
     (1, 8, 1, 8),
@@ -21,6 +25,8 @@ MESHES = (
     (1, 4, 1, 4),
     (2, 1, 1, 2),
     (4, 1, 1, 4),
+    (1, 8, 1, 8, "cut"),
+    (2, 4, 1, 8, "cut"),
 )
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096,
@@ -32,14 +38,7 @@ CONFIG = {
 @pytest.fixture(scope="module")
 def found():
     """By mesh and batch size, what tests/parallel/planned.py prints."""
-    env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-    }
-    command = [sys.executable, "-m", "tests.parallel.planned", json.dumps(MESHES), "full"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return dict(zip(MESHES, json.loads(done.stdout.splitlines()[-1])))
+    return dict(zip(MESHES, on_devices("tests.parallel.planned", json.dumps(MESHES), "full")))
 
 
 OVER_ROWS = [mesh for mesh in MESHES if mesh[2] == 1]
@@ -77,22 +76,36 @@ def test_weak_scaling(found, axis):
     assert max(base) <= 1.03 * min(base), base
 
 
+def test_bytes_between_slices(monkeypatch):
+    """Of two slices with four devices each every device sends the half of its quarter of the gradients and gets as much, twice (a sum is a
+    scatter and a gather), for each of three passes.
+    """
+    monkeypatch.setattr(planning, "slices_of", lambda devices: 2)
+    config = get_config()
+    mesh = make_mesh(1, 2, 2, stand_ins(8), replica=2)
+    step = planning.abstract_step(config, ModelConfig.from_dict(CONFIG), mesh)
+    gradients = 3 * 32 * (4096 + 4096) * 32 * 2  # q, k, v; 32 layers, rank 32, bfloat16
+    assert planning.modelled_between(step) == 3 * gradients / 4 * 2 * 1 / 2
+
+
 LINES = """
   %a = bf16[32,128,4096]{2,1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, metadata={op_name="jit(f)/while/body/x"}
   %again = bf16[32,128,4096]{2,1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, metadata={op_name="jit(f)/while/body/x"}
   %r = (f32[8]{0}, f32[4,2]{1,0}) all-reduce(%a, %b), channel_id=2, replica_groups=[2,4]<=[8], metadata={op_name="jit(step)/add"}
   %s = (f32[2]{0}, f32[8]{0}) all-gather-start(%c), channel_id=3, replica_groups=mesh['a'=4,'b'=2] {'a'}, metadata={op_name="jit(step)/y"}
+  %o = f32[8]{0} all-gather(%c), channel_id=9, replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}, dimensions={0}
   %alone = f32[8]{0} all-reduce(%d), channel_id=4, replica_groups={{0},{1}}, metadata={op_name="jit(step)/z"}
   %fusion = f32[8]{0} fusion(%all-gather.1), calls=%all-gather
 """
 
 
 def test_reading_a_program():
-    gather, reduce, start = collectives(LINES, layers=10, devices=8)
+    gather, reduce, start, other = collectives(LINES, layers=10, devices=8)
     assert (gather.size, gather.group, gather.times) == (2 * 32 * 128 * 4096, 4, 10)
     assert gather.sent == 10 * gather.size * 3 / 4
     assert (reduce.size, reduce.group, reduce.sent) == (64, 4, 2 * 64 * 3 / 4)
     assert (start.size, start.group) == (32, 4)
+    assert (other.size, other.group, other.times) == (32, 4, 1)
 
 
 def test_a_gpu_is_planned_by_the_model(tmp_path, capsys):
@@ -118,7 +131,8 @@ def test_what_does_not_fit_is_said(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("v5e", "write KIND:SHAPE"), ("v9:2x2", "write KIND:SHAPE"), ("gpu:h100", "write KIND:SHAPE"), ("gpu:t4x2", "known GPUs")],
+    [("v5e", "write KIND:SHAPE"), ("v9:2x2", "write KIND:SHAPE"), ("gpu:h100", "write KIND:SHAPE"), ("gpu:t4x2", "known GPUs"),
+     ("2*v4:2x2x1", "several slices can be planned of v5e, v5p, v6e"), ("0*v5e:2x2", "several slices")],
 )  # fmt: skip
 def test_bad_topology(tmp_path, capsys, name, said):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
@@ -141,6 +155,8 @@ def test_a_mesh_that_does_not_divide_the_machine(tmp_path, capsys):
 def test_topologies_of_tpus():
     """Names and counts, where libtpu is installed."""
     pytest.importorskip("libtpu")
+    two = topology("2*v5e:2x2")
+    assert (two.size, two.slices, {d.slice_index for d in two.devices}) == (8, 2, {0, 1})
     for name, devices in (
         ("v5e:4x4", 16),
         ("v5p:2x2x1", 4),

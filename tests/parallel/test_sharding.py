@@ -1,11 +1,5 @@
 """Where arrays go, and that a sharded run computes what a single device does."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import pytest
 from jax.sharding import PartitionSpec
@@ -13,15 +7,15 @@ from jax.sharding import PartitionSpec
 from panacea_jax.errors import InputError
 from panacea_jax.parallel.mesh import make_mesh
 from panacea_jax.parallel.sharding import (
+    adapter_shardings,
     batch_rows,
     batch_sharding,
     bytes_per_device,
     replicated,
     weight_sharding,
 )
+from tests.on_devices import on_devices
 from tests.tiny import write_model
-
-ROOT = Path(__file__).parents[2]
 
 
 def mesh(*sizes):
@@ -84,11 +78,40 @@ def test_a_vocabulary_may_be_odd():
         assert weight_sharding(mesh(1, 2, 4), path, shape).spec == PartitionSpec(*spec)
 
 
-def test_batches_and_adapters():
-    m = mesh(2, 3, 4)
-    assert batch_rows(m) == 6
-    assert batch_sharding(m).shard_shape((12, 7)) == (2, 7)
+def test_batches():
+    m = make_mesh(2, 3, 1, devices=list(jax.devices()[:1]) * 12, replica=2)
+    assert batch_rows(m) == 12
+    assert batch_sharding(m).shard_shape((24, 7)) == (2, 7)
     assert replicated(m).shard_shape((12, 7)) == (12, 7)
+
+
+def test_adapters_are_cut_by_size():
+    """70B, rank 32: q's A is 80 MiB and cut like q, its B likewise; k's B, 10 MiB, is whole. At 7B all are."""
+
+    def factors(width, narrow, layers):
+        shapes = {"q_proj": (width, width), "k_proj": (width, narrow), "o_proj": (width, width)}
+        return {
+            name: {
+                "a": jax.ShapeDtypeStruct((layers, d_in, 32), "float32"),
+                "b": jax.ShapeDtypeStruct((layers, 32, d_out), "float32"),
+            }
+            for name, (d_in, d_out) in shapes.items()
+        }
+
+    m = mesh(1, 4, 8)
+    large = adapter_shardings(m, {"self_attn": factors(8192, 1024, 80)})["self_attn"]
+    found = {name: [tuple(x.spec) for x in pair.values()] for name, pair in large.items()}
+    assert found == {
+        "q_proj": [(None, "fsdp"), (None, None, "tensor")],
+        "k_proj": [(None, "fsdp"), ()],
+        "o_proj": [(None, "tensor"), (None, None, "fsdp")],
+    }
+    small = adapter_shardings(m, {"self_attn": factors(4096, 4096, 32)})
+    assert all(x.is_fully_replicated for x in jax.tree.leaves(small))
+    with pytest.raises(
+        InputError, match=r"fsdp = 4: does not divide 8190, .* layers/self_attn/k_proj/a"
+    ):
+        adapter_shardings(m, {"self_attn": factors(8190, 1024, 80)})
 
 
 def test_bytes_per_device():
@@ -98,19 +121,18 @@ def test_bytes_per_device():
 
 @pytest.mark.slow
 def test_eight_devices_train_what_one_does(tmp_path):
-    """Ten Panacea steps on four meshes: the same adapter and ε; on 2×2×2 the same greedy answers, and a quarter of a matrix a device."""
+    """Ten Panacea steps on six meshes: the same adapter and ε; on 2×2×2 the same greedy answers, and a quarter of a matrix a device."""
     folder = write_model(tmp_path / "base")
-    flags = "--xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.parallel.sharded", str(folder)], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = on_devices("tests.parallel.sharded", folder)
     assert found["devices"] == 8
     assert found["whole"] == [2, 32, 32] and found["shard"] == [2, 16, 16]
     assert found["trained"] > 1e-3 and found["moved"] > 1e-3
-    assert set(found["meshes"]) == {"8×1×1", "1×8×1", "1×4×2", "2×2×2"}
+    assert len(found["meshes"]) == 6
+    for name in ("1×1×4×2", "1×2×2×2"):
+        assert found["meshes"][name]["parts"] == [1, 1, 1, 1]
+    # q's B is cut over tensor, down's over fsdp; of w and of ε.
+    assert found["meshes"]["2×1×2×2, adapter cut"]["parts"] == [2, 2, 2, 2]
+    assert found["meshes"]["1×1×4×2, adapter cut"]["parts"] == [2, 4, 2, 4]
     for mesh, run in found["meshes"].items():
         assert run["error"] < 1e-5 and run["error_epsilon"] < 1e-4, (mesh, run)
         assert run["compilations"] == 1, mesh
@@ -127,13 +149,7 @@ def test_eight_devices_train_what_one_does(tmp_path):
 def test_eight_devices_heal_as_one_does(tmp_path):
     """mesh fsdp = 4, tensor = 2: every healing method deploys what it does on one device."""
     write_model(tmp_path / "base")
-    flags = "--xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.parallel.sharded_heal", str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = on_devices("tests.parallel.sharded_heal", tmp_path)
     assert found["devices"] == 8 and len(found["methods"]) == 6
     for name, (error, changed) in found["methods"].items():
         assert error < 1e-5, f"{name}: {error}"

@@ -80,7 +80,7 @@ class JudgeModel:
         """The model with its weights, on the mesh of the configuration; of several processes the first judges, on its own devices."""
         c = self._config
         if processes.count() == 1:
-            mesh = make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+            mesh = make_mesh(**c.mesh)
         else:
             mesh = make_mesh(1, -1, 1, jax.local_devices())
         return load(

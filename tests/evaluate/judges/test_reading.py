@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +14,7 @@ from panacea_jax.evaluate.judges.protocol import Judgement
 from panacea_jax.evaluate.judges.reading import bucket, check, fingerprint, read_ends, sigmoid
 from panacea_jax.models.model import load
 from tests.evaluate.judges.models import write_classifier
-
-ROOT = Path(__file__).parents[3]
+from tests.on_devices import on_devices
 
 
 @pytest.fixture(scope="module")
@@ -104,17 +101,7 @@ def test_sigmoid_keeps_its_dtype():
 
 def test_eight_devices_judge_as_one(tmp_path):
     write_classifier(tmp_path / "beaver")
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.evaluate.judges.sharded", str(tmp_path / "beaver")],
-        env=environment, cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = on_devices("tests.evaluate.judges.sharded", tmp_path / "beaver")
     assert found["devices"] == 8
     assert found["shard"] == [2, 24, 24] and found["whole"] == [2, 48, 48]
     np.testing.assert_allclose(found["sharded"], found["single"], atol=1e-5, rtol=0)
