@@ -175,7 +175,7 @@ FLAG_HELP = {
     "aligned": "work directory of the model before the attack",
     "epsilon": "exported ε (epsilon.safetensors)",
     "checkpoint": "checkpoint folder (…/checkpoints/<step>)",
-    "topology": "machine to plan for: v5e:4x4, v5p:2x2x1, tpu7x:2x2x1, gpu:h100x8 …",
+    "topology": "machine to plan for: v5e:4x4, 2*v5p:2x2x1 (two slices), tpu7x:2x2x1, gpu:h100x8 …",
     "out": "Hugging Face folder to write",
 }
 

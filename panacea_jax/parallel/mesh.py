@@ -60,7 +60,7 @@ def make_mesh(
 
 def slices_of(devices: Iterable[Any]) -> int:
     """TPU slices that the devices belong to; 1 elsewhere (GPUs number their hosts so, which is for the user to use or not)."""
-    return len({device.slice_index if device.platform == "tpu" else 0 for device in devices})
+    return len({getattr(d, "slice_index", 0) if d.platform == "tpu" else 0 for d in devices})
 
 
 def stand_ins(count: int) -> list[Any]:

@@ -1,6 +1,7 @@
 """Planning: the model against what compiled programs hold and exchange, on fake devices."""
 
 import json
+import re
 
 import pytest
 
@@ -12,6 +13,7 @@ from panacea_jax.parallel import plan as planning
 from panacea_jax.parallel.hlo import collectives
 from panacea_jax.parallel.mesh import stand_ins
 from panacea_jax.parallel.topology import topology
+from panacea_jax.train.step import make_step
 from tests.on_devices import on_devices
 
 # Data, fsdp, tensor, records; "cut": the adapter is, like its matrices.
@@ -150,6 +152,24 @@ def test_a_mesh_that_does_not_divide_the_machine(tmp_path, capsys):
     ]
     assert cli.run(arguments) == 2
     assert "config.mesh" in capsys.readouterr().err
+
+
+def test_only_gradients_cross_slices():
+    """Compiled for two slices of four chips, where libtpu is installed: weights are gathered within a slice."""
+    pytest.importorskip("libtpu")
+    config = get_config()
+    config.model.dtype, config.model.attention, config.data.max_length = "bfloat16", "xla", 128
+    config.train.batch_size = config.train.harmful_batch_size = 8
+    small = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 3, "vocab_size": 512,
+             "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
+    devices = topology("2*v5e:2x2").devices
+    mesh = make_mesh(**config.mesh, devices=devices)
+    step = planning.abstract_step(config, ModelConfig.from_dict(CONFIG | small), mesh)
+    program = make_step(step.model, step.defence, step.optimizer, step.shardings)
+    text = program.lower(step.state, step.weights, step.batches, step.key).compile().as_text()
+    assert {c.group for c in collectives(text, 3, 8) if c.kind == "all-gather"} == {4}
+    between = re.findall(r'MegascaleRendezvousKeyName="([a-z-]+)', text)
+    assert between and set(between) == {"all-reduce"}
 
 
 def test_topologies_of_tpus():
