@@ -1,9 +1,10 @@
 """The work directory: one folder a stage, each with a manifest that says what made it.
 
-A stage that is done is skipped; one that was cut short goes on; a folder that some other configuration, or somebody else, made is
-refused and left as it is.
+A stage that is done is skipped; one that was cut short goes on; a folder that some other configuration, or somebody else, made, or in
+which another run is at work, is refused and left as it is.
 """
 
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -11,15 +12,16 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
+from absl import logging
 from ml_collections import ConfigDict
 
 from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
 
-MANIFEST = "manifest.json"
+MANIFEST, LOCK = "manifest.json", ".lock"
 PACKAGES = (
     "panacea_jax",
     "jax",
@@ -30,6 +32,10 @@ PACKAGES = (
     "transformers",
     "datasets",
 )
+
+
+# Folders of the stages that this process is at work in, with the open files that say so to others.
+_ours: dict[Path, IO[Any]] = {}
 
 
 class Stage:
@@ -87,10 +93,11 @@ class Stage:
         return False
 
     def begin(self) -> None:
-        """Make the folder and note in it what is being made, unless that was done by an earlier try.
+        """Make the folder and note in it what is being made, unless that was done by an earlier try. It is ours until the stage is
+        finished or this process ends.
 
         Raises:
-            InputError: the folder cannot be written, or not every process sees it.
+            InputError: the folder cannot be written, another run is at work in it, or not every process sees it.
         """
         processes.once(self._begin)
         if not self._path.exists():
@@ -100,11 +107,15 @@ class Stage:
             )
 
     def _begin(self) -> None:
-        if self._path.exists():
-            return
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._write("running", {})
+            if not self._path.exists():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._write("running", {})
+            key = self.folder.resolve()
+            if key not in _ours:
+                file = (self.folder / LOCK).open("ab")
+                lock(file, self.folder)
+                _ours[key] = file
         except OSError as error:
             raise InputError(
                 f"--workdir={self.folder.parent}: cannot be written ({error.strerror})"
@@ -125,6 +136,8 @@ class Stage:
     def finish(self, outcome: Mapping[str, Any]) -> None:
         """Mark the stage as done, with what is worth keeping of its outcome."""
         processes.once(lambda: self._write("done", outcome))
+        if held := _ours.pop(self.folder.resolve(), None):
+            held.close()
         self.done = True
 
     def _write(self, status: str, outcome: Mapping[str, Any]) -> None:
@@ -140,6 +153,21 @@ class Stage:
             "outcome": _plain(outcome),
         }
         write_text(self._path, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+
+def lock(file: IO[Any], what: Path) -> None:
+    """Keep other runs out while ``file`` is open; the system lets go when a process dies. Does nothing where it has no locks.
+
+    Raises:
+        InputError: another run holds it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise InputError(f"{what}: another run is at work there; wait for its end") from error
+    except OSError:
+        logging.warning("%s: its file system has no locks; let one run at a time write there", what)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """Stages of a work directory: what is skipped, what goes on, what is refused; hashes."""
 
+import errno
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from ml_collections import ConfigDict
 
 from panacea_jax import workdir as workdirs
 from panacea_jax.errors import InputError
+from panacea_jax.evaluate.records import Writer
 from panacea_jax.workdir import Stage, read_manifest, sha256_folder, sha256_json, write_text
 
 CONFIG = {"lora": {"rank": 2, "targets": ("q", "v")}, "seed": 0, "path": Path("base")}
@@ -172,3 +176,46 @@ def test_sha256_folder_tells_large_files_apart_by_size_and_time(tmp_path):
     assert first == sha256_folder(tmp_path, ("*",))
     os.utime(path, ns=(1, 2))
     assert sha256_folder(tmp_path, ("*",)) != first
+
+
+ELSEWHERE = """
+import sys
+from pathlib import Path
+from panacea_jax.evaluate.records import Writer
+from panacea_jax.workdir import Stage
+stage = Stage(Path(sys.argv[1]), "finetune", {}, {})
+stage.begin()
+writer = Writer(Path(sys.argv[1]) / "answers.jsonl", ["a"])
+print("at work", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    """A second process is refused until the first is gone, by whatever death; one process may begin its own stage twice."""
+    other = subprocess.Popen(
+        [sys.executable, "-c", ELSEWHERE, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )  # fmt: skip
+    with other:
+        assert other.stdout is not None and other.stdout.readline() == "at work\n"
+        before = (tmp_path / "finetune" / "manifest.json").read_bytes()
+        stage = Stage(tmp_path, "finetune", {}, {})
+        with pytest.raises(InputError, match=r"finetune: another run is at work there"):
+            stage.begin()
+        with pytest.raises(InputError, match=r"answers\.jsonl: another run is at work there"):
+            Writer(tmp_path / "answers.jsonl", ["a"])
+        assert (tmp_path / "finetune" / "manifest.json").read_bytes() == before
+        other.kill()
+    stage.begin()
+    Stage(tmp_path, "finetune", {}, {}).begin()
+    stage.finish({})
+    Writer(tmp_path / "answers.jsonl", ["a"]).close()
+
+
+def test_where_the_file_system_has_no_locks(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(workdirs.fcntl, "flock", refuse)
+    Stage(tmp_path, "s", CONFIG, INPUTS).begin()
+    assert "has no locks" in caplog.text

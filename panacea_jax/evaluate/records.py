@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from panacea_jax.errors import InputError
+from panacea_jax.workdir import lock
 
 Line = dict[str, Any]
 
@@ -129,7 +130,7 @@ class Writer:
     """
 
     def __init__(self, path: Path, prompts: Sequence[str], key: str = "prompt") -> None:
-        self.done, torn = _matching(path, prompts, key)
+        _matching(path, prompts, key)  # before anything is made
         self._prompts = prompts
         self._key = key
         self._waiting: dict[int, Mapping[str, Any]] = {}
@@ -138,6 +139,8 @@ class Writer:
             self._file: BinaryIO = open(path, "ab")  # noqa: SIM115 - closed by __exit__
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+        lock(self._file, path)
+        self.done, torn = _matching(path, prompts, key)  # now that nobody else adds to it
         if torn:
             self._file.truncate(self._file.tell() - torn)
             os.fsync(self._file.fileno())
