@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +23,8 @@ from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
 
 MANIFEST, LOCK = "manifest.json", ".lock"
+# Seconds to wait for a run that is just ending, or whose machine was lost: a server of files keeps its locks for a while.
+LOCK_PATIENCE = 100.0
 PACKAGES = (
     "panacea_jax",
     "jax",
@@ -159,15 +162,26 @@ def lock(file: IO[Any], what: Path) -> None:
     """Keep other runs out while ``file`` is open; the system lets go when a process dies. Does nothing where it has no locks.
 
     Raises:
-        InputError: another run holds it.
+        InputError: another run holds it, and did not let go in ``LOCK_PATIENCE`` seconds.
     """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise InputError(f"{what}: another run is at work there; wait for its end") from error
-    except OSError:
-        logging.warning("%s: its file system has no locks; let one run at a time write there", what)
+    end = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() >= end:
+                file.close()
+                raise InputError(
+                    f"{what}: another run is at work there; wait for its end"
+                ) from error
+            time.sleep(min(1.0, LOCK_PATIENCE))
+        except OSError:
+            logging.warning(
+                "%s: its file system has no locks; let one run at a time write there", what
+            )
+            return
+        else:
+            return
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -191,8 +191,9 @@ sys.stdin.read()
 """
 
 
-def test_two_runs_do_not_share_a_folder(tmp_path):
+def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
     """A second process is refused until the first is gone, by whatever death; one process may begin its own stage twice."""
+    monkeypatch.setattr(workdirs, "LOCK_PATIENCE", 0.2)
     other = subprocess.Popen(
         [sys.executable, "-c", ELSEWHERE, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )  # fmt: skip
