@@ -36,7 +36,9 @@ def cache(tmp_path_factory):
 class Together:
     """One command in several processes on this machine."""
 
-    def __init__(self, cache: Path, logs: Path, count: int, arguments, devices=1, own=()):
+    def __init__(
+        self, cache: Path, logs: Path, count: int, arguments, devices=1, own=(), module="panacea_jax.cli"
+    ):  # fmt: skip
         """``own[i]`` are further arguments of process i."""
         logs.mkdir(exist_ok=True)
         with socket.socket() as probe:
@@ -56,7 +58,7 @@ class Together:
                 if count > 1
                 else []
             )
-            command = [sys.executable, "-m", "panacea_jax.cli", *arguments, *place]
+            command = [sys.executable, "-m", module, *arguments, *place]
             command += own[i] if own else []
             with log.open("w") as stream:
                 self.processes.append(
@@ -175,30 +177,28 @@ def test_a_checkpoint_of_four_goes_on_elsewhere(place, cache, four, tmp_path, co
     assert _error(_adapter(workdir), _adapter(four)) < 1e-5
 
 
-@pytest.mark.slow
-def test_all_parameters_in_two_processes(place, cache, tmp_path):
-    """The exported model and ε are gathered from shards that no process holds alone."""
-    more = ("--config.train.full_parameters=True", "--config.optimizer.learning_rate=1e-3", "--config.train.steps=6")  # fmt: skip
-    for count in (1, 2):
-        arguments = ["finetune", *place.flags(*more), f"--workdir={tmp_path / str(count)}"]
-        run = Together(cache, tmp_path / f"logs{count}", count, arguments)
-        assert run.wait() == [0] * count, [run.said(i) for i in range(count)]
-    for file in ("model/model.safetensors", "epsilon.safetensors"):
-        one, two = (load_file(tmp_path / str(n) / "finetune" / file) for n in (1, 2))
-        assert _error(two, one) < 1e-5
+CLI, CUT = "panacea_jax.cli", "tests.parallel.cut"
+IN_TWO = {
+    "all parameters": (("--config.train.full_parameters=True", "--config.optimizer.learning_rate=1e-3"), (), CLI),
+    "packed": ((), ("--config.data.packing=True",), CLI),
+    "adapter cut": ((), (), CUT),
+}  # fmt: skip
 
 
 @pytest.mark.slow
-def test_packed_rows_in_two_processes(place, cache, tmp_path):
-    """The adapter and ε that one process trains with a row for each record."""
-    for count in (1, 2):
-        more = ("--config.train.steps=6", f"--config.data.packing={count == 2}")
-        arguments = ["finetune", *place.flags(*more), f"--workdir={tmp_path / str(count)}"]
-        run = Together(cache, tmp_path / f"logs{count}", count, arguments)
+@pytest.mark.parametrize("case", IN_TWO)
+def test_in_two_processes(place, cache, tmp_path, case):
+    """What is exported is gathered from shards that no process holds alone, and is what one process trains, with a row for each record."""
+    flags, of_two, module = IN_TWO[case]
+    for count, more in ((1, ()), (2, of_two)):
+        workdir = f"--workdir={tmp_path / str(count)}"
+        arguments = ["finetune", *place.flags("--config.train.steps=6", *flags, *more), workdir]
+        run = Together(cache, tmp_path / f"logs{count}", count, arguments, module=module)
         assert run.wait() == [0] * count, [run.said(i) for i in range(count)]
-    for file in ("adapter/adapter_model.safetensors", "epsilon.safetensors"):
-        one, two = (load_file(tmp_path / str(n) / "finetune" / file) for n in (1, 2))
-        assert _error(two, one) < 1e-5
+    one, two = (tmp_path / str(n) / "finetune" for n in (1, 2))
+    [exported] = (p.relative_to(one) for p in one.glob("*/*model.safetensors"))
+    for file in (exported, "epsilon.safetensors"):
+        assert _error(load_file(two / file), load_file(one / file)) < 1e-5
 
 
 def _cut(finished, workdir, step):
