@@ -1,7 +1,7 @@
 """Peak temporary memory of the compiled step of several defences, without weights: everything is compiled from shapes alone.
 
     python benchmarks/memory.py                                   # Llama-2-7B's shape, this machine's CPU backend
-    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python benchmarks/memory.py --tpu v5e:2x2       # needs libtpu, and no TPU
+    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python benchmarks/memory.py --tpu v5p:2x2x1     # needs libtpu, and no TPU
 
 Prints for each defence and each rematerialisation GiB of temporaries (activations, gradients; not weights, optimizer moments or batches,
 which are arguments), and the ratio to the first row. LoRA r 8 on all seven projections, bfloat16 base, harmful batch of one record for
@@ -15,7 +15,6 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from panacea_jax.config import get_config
@@ -23,6 +22,7 @@ from panacea_jax.models.adapter import BLOCK_OF
 from panacea_jax.models.config import ModelConfig
 from panacea_jax.parallel import make_mesh
 from panacea_jax.parallel.plan import abstract_step
+from panacea_jax.parallel.topology import topology
 from panacea_jax.train.step import make_step
 
 LLAMA_2_7B = {
@@ -64,14 +64,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--active", type=int, default=8, help="T-Vaccine's S")
     parser.add_argument(
-        "--tpu", default="", help="topology to compile for, e.g. v5e:2x2; its first device is used"
+        "--tpu", default="", help="topology to compile for, e.g. v5p:2x2x1; its first device is used, which has to hold it all"
     )
     args = parser.parse_args()
 
     config = ModelConfig.from_dict(LLAMA_2_7B | {"num_hidden_layers": args.layers})
     devices = jax.devices()[:1]
     if args.tpu:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=args.tpu).devices[:1]
+        devices = list(topology(args.tpu).devices or ())[:1]
     mesh = make_mesh(1, 1, 1, devices=devices)
     print(
         f"jax {jax.__version__}, {devices[0].device_kind}, B {args.rows}, T {args.length}, {args.layers} layers, {args.dtype}"
