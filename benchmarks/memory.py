@@ -64,7 +64,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--active", type=int, default=8, help="T-Vaccine's S")
     parser.add_argument(
-        "--tpu", default="", help="topology to compile for, e.g. v5p:2x2x1; its first device is used, which has to hold it all"
+        "--tpu",
+        default="",
+        help="topology to compile for, e.g. v5p:2x2x1; its first device is used, which has to hold it all",
     )
     args = parser.parse_args()
 
@@ -87,7 +89,7 @@ def main() -> None:
             )  # fmt: skip
             first = first or size
             print(
-                f"{name:12s} remat {remat:5s} {size / 2**30:7.2f} GiB  x{size / first:.3f}",
+                f"{name:12s} remat {remat:5s} {size / 2**30:7.3f} GiB  x{size / first:.3f}",
                 flush=True,
             )
 

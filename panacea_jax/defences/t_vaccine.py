@@ -55,6 +55,11 @@ def importance(loss: Loss, params: Params, batch: Any) -> Float[Array, "L"]:
     return jnp.where(total > 0, norms / jnp.where(total > 0, total, 1), 1 / norms.size)
 
 
+def with_empty_row(batch: Any) -> Any:
+    """The batch, and below it a row without tokens, which changes no loss."""
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 1), *((0, 0),) * (x.ndim - 1))), batch)
+
+
 def draw(key: Key[Array, ""], probabilities: Float[Array, "L"], count: int) -> Int[Array, "S"]:
     """So many distinct layers, drawn one after the other by their probabilities; rising."""
     chosen = jax.random.choice(key, probabilities.size, (count,), replace=False, p=probabilities)
@@ -144,6 +149,9 @@ class TVaccine:
     def _look(
         self, loss: Loss, params: Params, batch: Any, state: TVaccineState
     ) -> Float[Array, "L"]:
+        if len(batch.tokens) == 1 and loss.model.mesh.devices.flat[0].platform == "tpu":
+            # For one row alone the TPU's compiler keeps transposed copies of attention matrices, of all layers (2 GiB at 7B).
+            batch = with_empty_row(batch)
         p = importance(loss, params, batch).astype(state.probabilities.dtype)
         if self.importance_average == "none":
             return p

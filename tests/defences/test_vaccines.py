@@ -8,7 +8,7 @@ import torch
 
 from panacea_jax.data.batches import Stream
 from panacea_jax.defences import Loss, RandomVaccine, Sft, TVaccine, Vaccine
-from panacea_jax.defences.t_vaccine import draw, importance
+from panacea_jax.defences.t_vaccine import draw, importance, with_empty_row
 from panacea_jax.errors import InputError
 from panacea_jax.export import epsilon_tensors
 from panacea_jax.models.full import full_parameters
@@ -114,6 +114,8 @@ def test_importance(setting):
     expected = theirs.probabilities(torchs, batch).detach().numpy()
     assert np.ptp(expected) > 0.01
     np.testing.assert_allclose(ours, expected, rtol=setting[-1])
+    beside = jax.jit(importance)(Loss.of(model), params, with_empty_row(jax.tree.map(jnp.asarray, batch)))  # fmt: skip
+    np.testing.assert_allclose(beside, ours, rtol=setting[-1])
 
 
 # What is compared with ourselves needs no second precision.
