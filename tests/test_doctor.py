@@ -90,6 +90,11 @@ def test_model_and_memory(config: ConfigDict, capsys: pytest.CaptureFixture[str]
         "-, fsdp, tensor",
         mib(kernel),
     ]
+    assert cells(output, "layers/self_attn/q_proj/a") == [
+        f"2 × 8 × {rank}",
+        "-, -, -",
+        mib(4 * L * D * rank),
+    ]
     assert cells(output, "end of sequence") == ["'</s>' (2)"]
 
 

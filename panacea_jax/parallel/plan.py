@@ -371,15 +371,14 @@ def modelled_sent(step: Step, remat: str) -> float:
         # Two sums a layer forward (attention and MLP), two backward, and two in a repeated forward pass.
         summed += passes * 2 * _turns(remat) * c.num_layers * stream * 2 * (tensor - 1) / tensor
         for x in jax.tree.leaves(step.state.params):
-            trained = tree_bytes(x) * width / 4  # gradients are summed in the compute dtype
+            share = tree_bytes(x) * width / 4  # gradients are summed in the compute dtype
             parts = copies * fsdp
-            if "fsdp" in x.sharding.spec:  # there they are summed and scattered: a gather backwards
-                parts, turns = (
-                    copies,
-                    1 if full else 2 * 4 / width + 1,
-                )  # an adapter's is gathered for each turn
-                reduced += passes * turns * trained * (fsdp - 1)
-            reduced += passes * trained * 2 * (parts - 1) / parts
+            if "fsdp" in x.sharding.spec:
+                # Summed and scattered over fsdp, which is a gather backwards; an adapter's float32 is gathered forward and backward too.
+                gathers = 0 if full else 2 * 4 / width
+                reduced += passes * (1 + gathers) * share * (fsdp - 1)
+                parts = copies
+            reduced += passes * share * 2 * (parts - 1) / parts
     return gathered + summed + reduced
 
 
