@@ -91,9 +91,9 @@ def test_model_and_memory(config: ConfigDict, capsys: pytest.CaptureFixture[str]
         mib(kernel),
     ]
     assert cells(output, "layers/self_attn/q_proj/a") == [
-        f"2 × 8 × {rank}",
+        f"2 × 8 × {RANK}",
         "-, -, -",
-        mib(4 * L * D * rank),
+        mib(4 * L * D * RANK),
     ]
     assert cells(output, "end of sequence") == ["'</s>' (2)"]
 
