@@ -116,9 +116,7 @@ class Stage:
                 self._write("running", {})
             key = self.folder.resolve()
             if key not in _ours:
-                file = (self.folder / LOCK).open("ab")
-                lock(file, self.folder)
-                _ours[key] = file
+                _ours[key] = _claim(self.folder)
         except OSError as error:
             raise InputError(
                 f"--workdir={self.folder.parent}: cannot be written ({error.strerror})"
@@ -140,6 +138,7 @@ class Stage:
         """Mark the stage as done, with what is worth keeping of its outcome."""
         processes.once(lambda: self._write("done", outcome))
         if held := _ours.pop(self.folder.resolve(), None):
+            (self.folder / LOCK).unlink(missing_ok=True)
             held.close()
         self.done = True
 
@@ -156,6 +155,17 @@ class Stage:
             "outcome": _plain(outcome),
         }
         write_text(self._path, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+
+def _claim(folder: Path) -> IO[Any]:
+    """The folder's lock file, held."""
+    path = folder / LOCK
+    while True:
+        file = path.open("ab")
+        lock(file, folder)
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()  # who held it has finished meanwhile, and removed it
 
 
 def lock(file: IO[Any], what: Path) -> None:

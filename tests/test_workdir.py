@@ -220,3 +220,27 @@ def test_where_the_file_system_has_no_locks(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(workdirs.fcntl, "flock", refuse)
     Stage(tmp_path, "s", CONFIG, INPUTS).begin()
     assert "has no locks" in caplog.text
+
+
+def test_the_lock_goes_with_the_stage(tmp_path):
+    stage = Stage(tmp_path, "s", CONFIG, INPUTS)
+    stage.begin()
+    assert (stage.folder / workdirs.LOCK).exists()
+    stage.finish({})
+    assert [p.name for p in stage.folder.iterdir()] == ["manifest.json"]
+
+
+def test_a_lock_that_its_holder_removed_is_no_lock(tmp_path, monkeypatch):
+    """Who waited for the end of another run holds a file that is gone, and takes a new one."""
+    taken = []
+
+    def lock(file, what):
+        taken.append(file)
+        if len(taken) == 1:
+            (what / workdirs.LOCK).unlink()
+
+    monkeypatch.setattr(workdirs, "lock", lock)
+    stage = Stage(tmp_path, "s", CONFIG, INPUTS)
+    stage.begin()
+    assert [file.closed for file in taken] == [True, False]
+    stage.finish({})
