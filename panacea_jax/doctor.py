@@ -68,8 +68,12 @@ def doctor(config: ConfigDict) -> None:
         graphdef, shapes = abstract(model, config.model.dtype, config.model.remat)
         static = Model(model, graphdef, None, jnp.dtype(config.model.dtype), mesh)
         with report.noting():
-            _sharding(report, config, static, shapes)
-            _memory(report, static, config, shapes)
+            _sharding(report, config, mesh, shapes)
+            adapter = None
+            if not config.train.full_parameters:
+                adapter = _adapter(static, config)
+                _adapter_sharding(report, adapter)
+            _memory(report, static, config, shapes, adapter)
     _tokenizer(report, config, model)
     _judge(report, config)
     _sources(report, config)
@@ -233,29 +237,34 @@ def _attention(report: _Report, config: ConfigDict, model: ModelConfig | None) -
         report.table("attention", ("", ""), [("back-end", f"{backend.name}: {backend.why}")])
 
 
+PLACES = ("path", "shape", "axes", "#per device")
+
+
+def _place(path: str, shape: tuple[int, ...], sharding: Any, kept: Any) -> tuple[str, ...]:
+    """A row: the mesh axis of each dimension, "-" for none, and what ``kept`` takes."""
+    spec = (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))
+    return path, _shape(shape), ", ".join(axis or "-" for axis in spec), _mib(tree_bytes(kept))
+
+
 def _sharding(
-    report: _Report, config: ConfigDict, model: Model, shapes: dict[str, tuple[int, ...]]
+    report: _Report, config: ConfigDict, mesh: Mesh, shapes: dict[str, tuple[int, ...]]
 ) -> None:
-    """Where each weight lies, of the base and of the adapter: the mesh axis of each of its dimensions, "-" for none."""
-    heads = ("path", "shape", "axes", "#per device")
-
-    def row(path: str, shape: tuple[int, ...], sharding: Any, kept: Any) -> tuple[str, ...]:
-        spec = (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))
-        axes = ", ".join(axis or "-" for axis in spec)
-        return path, _shape(shape), axes, _mib(tree_bytes(kept))
-
-    kept = abstract_weights(config, shapes, model.mesh)
+    """Where each base weight lies."""
+    kept = abstract_weights(config, shapes, mesh)
     bits = config.model.quantization
     held = _base_dtype(config).name + (f", projections {bits}" if bits else "")
-    report.table(f"weights ({held})", heads, [
-        row(path, shape, weight_sharding(model.mesh, path, shape), kept[path])
+    report.table(f"weights ({held})", PLACES, [
+        _place(path, shape, weight_sharding(mesh, path, shape), kept[path])
         for path, shape in sorted(shapes.items())
     ])  # fmt: skip
-    if not config.train.full_parameters:
-        factors = flatten_dict(_adapter(model, config).layers, sep="/")
-        report.table("adapter (float32); moments and ε lie likewise", heads, [
-            row(f"layers/{path}", x.shape, x.sharding, x) for path, x in sorted(factors.items())
-        ])  # fmt: skip
+
+
+def _adapter_sharding(report: _Report, adapter: Any) -> None:
+    """Where each factor of the adapter lies."""
+    factors = sorted(flatten_dict(adapter.layers, sep="/").items())
+    report.table("adapter (float32); moments and ε lie likewise", PLACES, [
+        _place(f"layers/{path}", x.shape, x.sharding, x) for path, x in factors
+    ])  # fmt: skip
 
 
 def _base_dtype(config: ConfigDict) -> Any:
@@ -263,14 +272,18 @@ def _base_dtype(config: ConfigDict) -> Any:
 
 
 def _memory(
-    report: _Report, model: Model, config: ConfigDict, shapes: dict[str, tuple[int, ...]]
+    report: _Report,
+    model: Model,
+    config: ConfigDict,
+    shapes: dict[str, tuple[int, ...]],
+    adapter: Any,
 ) -> None:
     """Bytes that stay on one device all through training, by kind.
 
     Raises:
         InputError: more than the device has.
     """
-    kinds = resident_bytes(model, config, shapes)
+    kinds = resident_bytes(model, config, shapes, adapter)
     total = sum(n for _, n in kinds)
     limit = _capacity(model.mesh.local_devices[0])
     rows = [(kind, _mib(n)) for kind, n in (*kinds, ("together", total))]
@@ -283,20 +296,23 @@ def _memory(
         )
 
 
-def resident_bytes(model: Model, config: ConfigDict, shapes: dict[str, tuple[int, ...]]) -> Bytes:
+def resident_bytes(
+    model: Model, config: ConfigDict, shapes: dict[str, tuple[int, ...]], adapter: Any = None
+) -> Bytes:
     """``(kind, bytes per device)`` of what a training run holds between two steps.
 
     Args:
         model: its static part and mesh; it needs no weights.
         config: validated configuration.
         shapes: of the base weights, by path.
+        adapter: what is trained, where it is at hand; by default that of the configuration.
 
     Raises:
         InputError: ``config.lora.init_from`` is no adapter for this model.
     """
     base = abstract_weights(config, shapes, model.mesh)
     full = config.train.full_parameters
-    params = unflatten_dict(base, sep="/") if full else _adapter(model, config)
+    params = unflatten_dict(base, sep="/") if full else adapter or _adapter(model, config)
     defence = make_defence(config.defence)
     optimizer = optimizer_of(config.optimizer, config.optimizer.learning_rate, defence)
     what = "all weights" if full else f"adapter, r {params.rank} on {' '.join(params.targets)}"

@@ -178,25 +178,26 @@ def test_a_checkpoint_of_four_goes_on_elsewhere(place, cache, four, tmp_path, co
 
 
 CLI, CUT = "panacea_jax.cli", "tests.parallel.cut"
+FULL = ("--config.train.full_parameters=True", "--config.optimizer.learning_rate=1e-3")
+# Flags, further ones of the two, what runs them, what is exported.
 IN_TWO = {
-    "all parameters": (("--config.train.full_parameters=True", "--config.optimizer.learning_rate=1e-3"), (), CLI),
-    "packed": ((), ("--config.data.packing=True",), CLI),
-    "adapter cut": ((), (), CUT),
-}  # fmt: skip
+    "all parameters": (FULL, (), CLI, "model/model.safetensors"),
+    "packed": ((), ("--config.data.packing=True",), CLI, "adapter/adapter_model.safetensors"),
+    "adapter cut": ((), (), CUT, "adapter/adapter_model.safetensors"),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", IN_TWO)
 def test_in_two_processes(place, cache, tmp_path, case):
     """What is exported is gathered from shards that no process holds alone, and is what one process trains, with a row for each record."""
-    flags, of_two, module = IN_TWO[case]
+    flags, of_two, module, exported = IN_TWO[case]
     for count, more in ((1, ()), (2, of_two)):
         workdir = f"--workdir={tmp_path / str(count)}"
         arguments = ["finetune", *place.flags("--config.train.steps=6", *flags, *more), workdir]
         run = Together(cache, tmp_path / f"logs{count}", count, arguments, module=module)
         assert run.wait() == [0] * count, [run.said(i) for i in range(count)]
     one, two = (tmp_path / str(n) / "finetune" for n in (1, 2))
-    [exported] = (p.relative_to(one) for p in one.glob("*/*model.safetensors"))
     for file in (exported, "epsilon.safetensors"):
         assert _error(load_file(two / file), load_file(one / file)) < 1e-5
 

@@ -127,7 +127,9 @@ def test_eight_devices_train_what_one_does(tmp_path):
     assert found["devices"] == 8
     assert found["whole"] == [2, 32, 32] and found["shard"] == [2, 16, 16]
     assert found["trained"] > 1e-3 and found["moved"] > 1e-3
-    assert len(found["meshes"]) == 6
+    assert set(found["meshes"]) == {
+        "1×8×1×1", "1×1×8×1", "1×1×4×2", "1×2×2×2", "2×1×2×2, adapter cut", "1×1×4×2, adapter cut",
+    }  # fmt: skip
     for name in ("1×1×4×2", "1×2×2×2"):
         assert found["meshes"][name]["parts"] == [1, 1, 1, 1]
     # q's B is cut over tensor, down's over fsdp; of w and of ε.
