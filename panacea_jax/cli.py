@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import config_path
 
 from panacea_jax import config as config_module
+from panacea_jax import workdir
 from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
 
@@ -335,6 +336,8 @@ def run(arguments: Sequence[str]) -> int:
             processes.wait_for_verdict()
         processes.leave(f"{type(error).__name__}: {error}")
         raise
+    finally:
+        workdir.release()
     if path is not None and processes.first():
         print(os.path.relpath(path))
     return 0

@@ -4,6 +4,7 @@ A stage that is done is skipped; one that was cut short goes on; a folder that s
 which another run is at work, is refused and left as it is.
 """
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -137,9 +138,7 @@ class Stage:
     def finish(self, outcome: Mapping[str, Any]) -> None:
         """Mark the stage as done, with what is worth keeping of its outcome."""
         processes.once(lambda: self._write("done", outcome))
-        if held := _ours.pop(self.folder.resolve(), None):
-            (self.folder / LOCK).unlink(missing_ok=True)
-            held.close()
+        _release(self.folder.resolve())
         self.done = True
 
     def _write(self, status: str, outcome: Mapping[str, Any]) -> None:
@@ -155,6 +154,19 @@ class Stage:
             "outcome": _plain(outcome),
         }
         write_text(self._path, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+
+def release() -> None:
+    """Let go of the stages that this process began and did not finish. What a next try goes on from stays there."""
+    for folder in tuple(_ours):
+        _release(folder)
+
+
+def _release(folder: Path) -> None:
+    if held := _ours.pop(folder, None):
+        with contextlib.suppress(OSError):  # an empty file that stays does no harm
+            (folder / LOCK).unlink()
+        held.close()
 
 
 def _claim(folder: Path) -> IO[Any]:

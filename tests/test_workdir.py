@@ -230,6 +230,16 @@ def test_the_lock_goes_with_the_stage(tmp_path):
     assert [p.name for p in stage.folder.iterdir()] == ["manifest.json"]
 
 
+def test_a_refused_command_lets_go(tmp_path):
+    """Of every stage that it had begun; another run can go on there at once, in a folder with nothing new in it."""
+    Stage(tmp_path, "a", CONFIG, INPUTS).begin()
+    Stage(tmp_path, "b", CONFIG, INPUTS).begin()
+    workdirs.release()
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["manifest.json"] * 2
+    workdirs.release()
+    Stage(tmp_path, "a", CONFIG, INPUTS).begin()
+
+
 def test_a_lock_that_its_holder_removed_is_no_lock(tmp_path, monkeypatch):
     """Who waited for the end of another run holds a file that is gone, and takes a new one."""
     taken = []
