@@ -26,6 +26,7 @@ from panacea_jax.generate import decode
 from panacea_jax.models.config import ModelConfig
 from panacea_jax.models.model import Model, init
 from panacea_jax.parallel import make_mesh
+from panacea_jax.parallel.topology import CHIPS, GPUS
 
 SMALL = {
     "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8,
@@ -36,8 +37,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
     },
 }  # fmt: skip
-# Bytes/s of the device memory, from the makers' data sheets.
-BANDWIDTH = {"NVIDIA A100": 2.04e12, "NVIDIA H100": 3.35e12, "NVIDIA H200": 4.8e12}
 
 
 def read_prompts(args: argparse.Namespace) -> list[list[int]]:
@@ -102,7 +101,7 @@ def time_theirs(model: Any, prompts: list[list[int]], batch: int, new_tokens: in
 def ceiling(model: Model, prompts: list[list[int]], args: argparse.Namespace) -> float | None:
     """Tokens/s if the device did nothing but read memory, all rows being occupied."""
     kind = jax.devices()[0].device_kind
-    rates = [rate for name, rate in BANDWIDTH.items() if kind.startswith(name)]
+    rates = [CHIPS[name].bandwidth for name in GPUS if kind.startswith(f"NVIDIA {name.upper()}")]
     if not rates:
         return None
     c, size = model.config, model.dtype.itemsize

@@ -22,7 +22,6 @@ from rich.table import Table
 
 from panacea_jax.config import make_defence
 from panacea_jax.data import files
-from panacea_jax.data.mixing import first
 from panacea_jax.data.sources import load_records, parse
 from panacea_jax.data.template import template_id
 from panacea_jax.data.tokenizer import load_tokenizer
@@ -34,10 +33,10 @@ from panacea_jax.models.fused import choose
 from panacea_jax.models.model import Model, abstract
 from panacea_jax.models.weights import find_tensors
 from panacea_jax.parallel import make_mesh, weight_sharding
-from panacea_jax.parallel.plan import abstract_weights, fresh_adapter, placed, tree_bytes
+from panacea_jax.parallel.abstract_step import abstract_weights, fresh_adapter, placed, tree_bytes
 from panacea_jax.parallel.sharding import batch_rows
 from panacea_jax.train.optimizer import optimizer_of
-from panacea_jax.train.stage import training_records, user_records
+from panacea_jax.train.records import defender_records, user_records
 from panacea_jax.train.step import state_shardings
 from panacea_jax.workdir import versions
 
@@ -414,13 +413,10 @@ def _enough(report: _Report, config: ConfigDict) -> None:
         return  # a source that cannot be read has said so already
     with report.noting():
         if _is_local(data.user) and (not data.attack or _is_local(data.attack)):
-            user_records(config, "finetune")
-        if _is_local(data.alignment):
-            user_records(config, "align")
-        if _is_local(data.harmful):
-            key = "config.data.harmful"
-            records = training_records(data.harmful, key)
-            first(records, data.num_harmful or len(records), key, data.off_by_one)
+            user_records(config)
+        for name in ("alignment", "harmful"):
+            if _is_local(data[name]):
+                defender_records(config, name)
 
 
 # ---- formats

@@ -13,7 +13,8 @@ from panacea_jax.evaluate.tasks import set_names
 from panacea_jax.generate.stage import eval_records, generate_stage
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
-from panacea_jax.train.stage import check_stage, heal_stage, stage_records, train_stage
+from panacea_jax.train.records import stage_records
+from panacea_jax.train.stage import check_stage, heal_stage, train_stage
 
 
 def check(config: ConfigDict) -> None:

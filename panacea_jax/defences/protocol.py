@@ -55,6 +55,10 @@ class Method(Protocol):
     * ``mixed``: names of sets whose records join the user's, where ``streams`` names those that stay apart (VLGuard).
     * ``trained(params, state) -> mask``: which layers of which tensors a step trains, called with the state that ``gradient`` returned; the
       form of the mask is that of ``train.optimizer.Partial``. The others stand still, without weight decay or a change of their moments.
+    * ``steps`` and ``benign_ratio``: its own number of steps, on refusals and, with that share, benign records in place of the user's set
+      (realignment).
+    * ``folders``: models that it reads beside the one that it heals, and ``check(full_parameters)``, which finds before anything is loaded
+      what it cannot work with (Safe LoRA).
     * ``unpackable``: what it does that packed rows would change, in words, see ``check_packing``. Other methods may not look at rows.
 
     and, of its streams,

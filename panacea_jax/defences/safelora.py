@@ -79,6 +79,21 @@ class SafeLora:
         if self.num_layers < 1:
             raise InputError(f"config.defence.num_layers = {self.num_layers}: 1 or more")
 
+    @property
+    def folders(self) -> tuple[str, str]:
+        """The models that it reads; "" where none is named."""
+        return self.base, self.aligned
+
+    def check(self, full_parameters: bool) -> None:
+        """Raises:
+        InputError: all parameters are healed; ``base`` is not set, or not a model.
+        """
+        if full_parameters:
+            raise InputError(
+                "config.defence.name = safelora: projects the B of an adapter; config.train.full_parameters leaves none"
+            )
+        self.base_tensors()
+
     def base_tensors(self) -> dict[str, Tensor]:
         """Where the matrices of the unaligned model lie.
 

@@ -130,7 +130,6 @@ class Writer:
     """
 
     def __init__(self, path: Path, prompts: Sequence[str], key: str = "prompt") -> None:
-        _matching(path, prompts, key)  # before anything is made
         self._prompts = prompts
         self._key = key
         self._waiting: dict[int, Mapping[str, Any]] = {}
@@ -140,7 +139,11 @@ class Writer:
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror})") from error
         lock(self._file, path)
-        self.done, torn = _matching(path, prompts, key)  # now that nobody else adds to it
+        try:
+            self.done, torn = _matching(path, prompts, key)
+        except InputError:
+            self._file.close()
+            raise
         if torn:
             self._file.truncate(self._file.tell() - torn)
             os.fsync(self._file.fileno())

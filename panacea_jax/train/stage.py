@@ -5,7 +5,6 @@ that is done is skipped, one that has a checkpoint goes on from it, any other st
 """
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,10 @@ from ml_collections import ConfigDict
 
 from panacea_jax.config import make_defence
 from panacea_jax.convert import convert
-from panacea_jax.data.batches import Stream, lengths
-from panacea_jax.data.encode import encode_all
-from panacea_jax.data.mixing import first, poison, realignment
-from panacea_jax.data.sources import Record, by_safety, fingerprint, load_records, parse
+from panacea_jax.data.batches import Stream
 from panacea_jax.data.template import template_id
 from panacea_jax.data.tokenizer import load_tokenizer
-from panacea_jax.defences import Defence, Method, Realign, SafeLora, Sft
+from panacea_jax.defences import Defence, Method, Sft
 from panacea_jax.defences.protocol import check_packing
 from panacea_jax.errors import InputError
 from panacea_jax.export import WITHOUT_EPSILON, epsilon_note, save_epsilon, save_model
@@ -37,6 +33,7 @@ from panacea_jax.train.checkpoints import Checkpoints
 from panacea_jax.train.loop import Result, finetune
 from panacea_jax.train.once import apply_once
 from panacea_jax.train.optimizer import learning_rate, optimizer_of
+from panacea_jax.train.records import make_streams, stage_inputs
 from panacea_jax.workdir import Stage, read_manifest, sha256_folder
 
 # Which configuration sections decide the outcome of a stage: a change of any other may resume it.
@@ -63,15 +60,11 @@ def check_stage(config: ConfigDict, name: str, prefix: str = "") -> Method:
         )
     if config.data.packing:
         check_packing(defence)
-    if isinstance(defence, SafeLora):
+    if check := getattr(defence, "check", None):
         try:
-            defence.base_tensors()
-        except InputError as error:  # as above, it does not know where its section stands
+            check(config.train.full_parameters)
+        except InputError as error:  # it does not know where its section stands
             raise InputError(str(error).replace("config.", f"config.{prefix}", 1)) from error
-        if config.train.full_parameters:
-            raise InputError(
-                f"config.{prefix}defence.name = safelora: projects the B of an adapter; config.train.full_parameters leaves none"
-            )
     merged = config.lora.policy == "merged" and name == "finetune"
     if config.train.full_parameters and config.lora.init_from and not merged:
         raise InputError(
@@ -128,188 +121,6 @@ def open_model(config: ConfigDict, mesh: Mesh | None = None) -> Model:
     )
 
 
-def user_records(config: ConfigDict, stage: str) -> tuple[str, list[Record]]:
-    """The main stream's records and the key they come from: the poisoned user set, or the alignment set.
-
-    Raises:
-        InputError: a source is not set or cannot be used.
-    """
-    data = config.data
-    if stage == "align":
-        records = training_records(data.alignment, "config.data.alignment")
-        return "config.data.alignment", _first(
-            records, data.num_alignment, "config.data.alignment", data
-        )
-    user = training_records(data.user, "config.data.user")
-    if not data.attack:
-        return "config.data.user", _first(
-            user, data.num_examples, "config.data.user", data, off_by_one=False
-        )
-    attack = training_records(data.attack, "config.data.attack")
-    n = data.num_examples or len(user)
-    return "config.data.user", poison(user, attack, n, data.poison_ratio, data.off_by_one)
-
-
-def training_records(spec: str, key: str) -> list[Record]:
-    """Records to train on. Of BeaverTails, attack and harmful sets take the answers judged unsafe, all others the safe ones.
-
-    Raises:
-        InputError: the source is not set or cannot be used, or nothing is left of it.
-    """
-    if not spec:
-        raise InputError(f"{key} is not set: give TASK@WHERE")
-    records = load_records(spec, key, need_output=True)
-    if parse(spec).task == "beavertails":
-        safe = key not in ("config.data.attack", "config.data.harmful")
-        records = by_safety(records, safe)
-        if not records:
-            raise InputError(f"{key}: {spec} holds no record with is_safe {safe}")
-    return records
-
-
-def _first(
-    records: Sequence[Record], n: int, key: str, data: ConfigDict, off_by_one: bool | None = None
-) -> list[Record]:
-    strict = data.off_by_one if off_by_one is None else off_by_one
-    return first(records, n or len(records), key, strict)
-
-
-def realign_records(config: ConfigDict, realign: Realign) -> list[Record]:
-    """Refusals and benign records for every step of realignment, in the order in which they are taken.
-
-    Raises:
-        InputError: a source is not set or cannot be used.
-    """
-    data, ratio = config.data, realign.benign_ratio
-    kinds: dict[str, list[Record]] = {"alignment": [], "benign": []}
-    for name, share, n in (("alignment", 1 - ratio, data.num_alignment), ("benign", ratio, 0)):
-        if share:
-            key = f"config.data.{name}"
-            kinds[name] = _first(training_records(data[name], key), n, key, data)
-    n = realign.steps * config.train.batch_size
-    return realignment(kinds["alignment"], kinds["benign"], n, ratio, config.seed, data.shuffle)
-
-
-def stage_records(
-    config: ConfigDict, stage: str, defence: Method
-) -> dict[str, tuple[str, list[Record], int]]:
-    """By stream, the main one and those that the defence asks for: key of the source, records, batch size.
-
-    A method without steps has no main stream.
-
-    Raises:
-        InputError: a source is not set or cannot be used.
-    """
-    data, train = config.data, config.train
-    sources: dict[str, tuple[str, list[Record], int]] = {}
-    if isinstance(defence, Realign):
-        records = realign_records(config, defence)
-        sources["user"] = ("config.data.alignment", records, train.batch_size)
-    elif isinstance(defence, Defence):
-        sources["user"] = (*user_records(config, stage), train.batch_size)
-    counts = {"harmful": data.num_harmful, "alignment": data.num_alignment, "benign": 0}
-    sizes = batch_sizes(train)
-    for name in (*defence.streams, *mixed(defence)):
-        key = f"config.data.{name}"
-        records = _first(training_records(data[name], key), counts[name], key, data)
-        sources[name] = (key, records, sizes[name])
-    for name in getattr(defence, "paired_streams", ()):
-        _check_pairs(name, *sources["user"], *sources[name])
-    for name in mixed(defence):
-        key, records, size = sources["user"]
-        sources["user"] = (key, records + sources.pop(name)[1], size)
-    return sources
-
-
-def batch_sizes(train: ConfigDict) -> dict[str, int]:
-    """Records of one batch of each stream, by a ``train`` section."""
-    return {
-        "user": train.batch_size,
-        "harmful": train.harmful_batch_size,
-        "alignment": train.alignment_batch_size,
-        "benign": train.batch_size,
-    }
-
-
-def mixed(defence: Method) -> tuple[str, ...]:
-    """The sets whose records a defence appends to the user's."""
-    return getattr(defence, "mixed", ())
-
-
-def _check_pairs(
-    name: str,
-    main_key: str,
-    main: Sequence[Record],
-    main_size: int,
-    key: str,
-    records: Sequence[Record],
-    size: int,
-) -> None:
-    """Streams in pairs: as many records, as large a batch, and the same prompts.
-
-    Raises:
-        InputError: they do not fit; the keys are named.
-    """
-    apart = "or set config.defence.paired=False"
-    if size != main_size:
-        raise InputError(
-            f"config.train.{name}_batch_size = {size}: records in pairs need that of config.train.batch_size, {main_size}; {apart}"
-        )
-    if len(records) != len(main):
-        raise InputError(
-            f"config.data.num_{name}: {len(records)} records of {key} cannot be paired with {len(main)} of {main_key} "
-            f"(config.data.num_{main_key.rpartition('.')[2]}); take as many of both, {apart}"
-        )
-    for i, (a, b) in enumerate(zip(main, records)):
-        if (a.instruction, a.input) != (b.instruction, b.input):
-            raise InputError(
-                f"{key}: record {i + 1} has another prompt than record {i + 1} of {main_key}, so they are no pair; {apart}"
-            )
-
-
-def make_streams(
-    config: ConfigDict, stage: str, defence: Method, tokenizer: Any, rows: int
-) -> dict[str, Stream]:
-    """The tokenised streams of a stage."""
-    data = config.data
-    # Realignment's records have their order already, which keeps the ratio in each batch.
-    shuffle = data.shuffle and not isinstance(defence, Realign)
-    repeats, paired = getattr(defence, "repeats", {}), getattr(defence, "paired_streams", ())
-    return {
-        name: Stream(
-            name=name,
-            examples=encode_all(chosen, tokenizer, data.template, data.max_length, key),
-            batch_size=size,
-            seed=config.seed,
-            shuffle=shuffle,
-            ladder=lengths(data.max_length),
-            fixed_length=name != "user",
-            row_multiple=rows,
-            order="user" if name in paired else "",
-            repeats=repeats.get(name, 1),
-            packing=data.packing,
-        )
-        for name, (key, chosen, size) in stage_records(config, stage, defence).items()
-    }
-
-
-def data_inputs(config: ConfigDict, stage: str, defence: Method) -> dict[str, str]:
-    """Fingerprints of the sources that the stage reads, and of Safe LoRA's models."""
-    keys = {"align": ["alignment"], "finetune": ["user", "attack"], "heal": []}[stage]
-    if isinstance(defence, Realign):
-        keys = ["alignment", "benign"]
-    keys += [name for name in (*defence.streams, *mixed(defence)) if name in config.data]
-    found = {
-        config.data[k]: fingerprint(config.data[k], f"config.data.{k}")
-        for k in keys
-        if config.data[k]
-    }
-    if isinstance(defence, SafeLora):
-        for folder in filter(None, (defence.base, defence.aligned)):
-            found[folder] = sha256_folder(Path(folder), ("*.json", "*.safetensors"))
-    return found
-
-
 def start_params(config: ConfigDict, model: Model) -> tuple[Model, Any]:
     """The trainable tree at step 0, with the model as it goes with it."""
     if config.train.full_parameters:
@@ -359,7 +170,7 @@ def train_stage(config: ConfigDict, workdir: Path, name: str) -> Path:
     """
     # ---- what is asked for
     defence = check_stage(config, name)
-    inputs = model_inputs(config) | data_inputs(config, name, defence)
+    inputs = model_inputs(config) | stage_inputs(config, name, defence)
     stage = Stage(workdir, name, decisive(config), inputs)
     out = stage.folder / ("model" if config.train.full_parameters else "adapter")
     if stage.done:
@@ -401,9 +212,8 @@ def _train(
     streams: dict[str, Stream],
 ) -> Result:
     """All steps of a stage, from its newest checkpoint on."""
-    steps = config.train.steps or config.train.epochs * streams["user"].steps_per_epoch
-    if isinstance(defence, Realign):
-        steps = defence.steps
+    asked = getattr(defence, "steps", config.train.steps)
+    steps = asked or config.train.epochs * streams["user"].steps_per_epoch
     o = config.optimizer
     rate = learning_rate(o.learning_rate, steps, o.schedule, o.warmup_ratio)
     optimizer = optimizer_of(o, rate, defence)
@@ -450,7 +260,8 @@ def heal_config(config: ConfigDict, workdir: Path) -> ConfigDict:
     """The configuration with what is to be healed: the adapter ``lora.init_from``, else what the work directory's fine-tuning left (its
     model or its adapter), else, with ``train.full_parameters``, ``model.path``.
 
-    For Safe LoRA also what makes the aligned model, if nothing is said of it: the adapter that this fine-tuning went on from.
+    For a method that compares with the aligned model (Safe LoRA) also what makes that, if nothing is said of it: the adapter that this
+    fine-tuning went on from.
 
     Raises:
         InputError: there is nothing to heal.
@@ -468,7 +279,7 @@ def heal_config(config: ConfigDict, workdir: Path) -> ConfigDict:
                 raise InputError(f"config.train.full_parameters: {tuned} holds an adapter")
             config.model.path = base_of(config, workdir)
             config.lora.init_from = str(tuned / "adapter")
-            if config.defence.name == "safelora" and not config.defence.aligned:
+            if config.defence.get("aligned") == "":
                 start = read_manifest(tuned)["config"]["lora"]
                 merged = start.get("policy") == "merged"  # then the base is the aligned model
                 config.defence.aligned = "" if merged else start["init_from"]

@@ -8,7 +8,7 @@ import pytest
 from panacea_jax.config import get_config, make_defence
 from panacea_jax.defences import Sft, Vlguard
 from panacea_jax.errors import InputError
-from panacea_jax.train.stage import data_inputs, stage_records
+from panacea_jax.train.records import stage_inputs, stage_records
 from tests.tiny import write_pairs
 
 KEY = jax.random.key(0)
@@ -68,8 +68,8 @@ def test_without_an_attack_set(config):
 
 def test_the_alignment_source_is_an_input(config):
     for defence in (Vlguard(), Vlguard(mode="sum")):
-        assert config.data.alignment in data_inputs(config, "finetune", defence)
-    assert config.data.alignment not in data_inputs(config, "finetune", Sft())
+        assert config.data.alignment in stage_inputs(config, "finetune", defence)
+    assert config.data.alignment not in stage_inputs(config, "finetune", Sft())
 
 
 def test_too_few_alignment_records(config):

@@ -7,8 +7,8 @@ import jax
 
 from panacea_jax.config import get_config
 from panacea_jax.models.config import ModelConfig
-from panacea_jax.parallel import make_mesh, sharding
-from panacea_jax.parallel import plan as planning
+from panacea_jax.parallel import cost_model, make_mesh, sharding
+from panacea_jax.parallel.abstract_step import abstract_step, resident
 from panacea_jax.parallel.hlo import collectives
 from panacea_jax.train.step import make_step
 
@@ -29,20 +29,20 @@ def main(meshes, remat):
         config.data.max_length = 32
         count = data * fsdp * tensor
         mesh = make_mesh(data, fsdp, tensor, jax.devices()[:count])
-        step = planning.abstract_step(config, model, mesh)
+        step = abstract_step(config, model, mesh)
         program = make_step(step.model, step.defence, step.optimizer, step.shardings)
         compiled = program.lower(step.state, step.weights, step.batches, step.key).compile()
         exchanged = collectives(compiled.as_text(), model.num_layers, mesh.size)
         gathers = [c.size for c in exchanged if c.kind == "all-gather"]
         found.append({
             "sent": sum(c.sent for c in exchanged),
-            "modelled": planning.modelled_sent(step, remat),
+            "modelled": cost_model.sent(step),
             "largest_gather": max(gathers, default=0),
             "layer": 4 * (model.matmul_parameters() - 256 * 128) // 3,
-            "flops": planning.modelled_flops(step, remat),
+            "flops": cost_model.flops(step),
             "counted_flops": compiled.cost_analysis()["flops"],
             "arguments": compiled.memory_analysis().argument_size_in_bytes,
-            "resident": {k: n for k, n in planning.resident(step).items() if k != "start of training"},
+            "resident": {k: n for k, n in resident(step).items() if k != "start of training"},
             "kinds": {c.kind: 0 for c in exchanged} | {
                 kind: sum(c.sent for c in exchanged if c.kind == kind) for kind in {c.kind for c in exchanged}
             },

@@ -8,8 +8,8 @@ import pytest
 from panacea_jax import cli
 from panacea_jax.config import get_config
 from panacea_jax.models.config import ModelConfig
-from panacea_jax.parallel import make_mesh
-from panacea_jax.parallel import plan as planning
+from panacea_jax.parallel import cost_model, make_mesh
+from panacea_jax.parallel.abstract_step import abstract_step
 from panacea_jax.parallel.hlo import collectives
 from panacea_jax.parallel.mesh import stand_ins
 from panacea_jax.parallel.topology import topology
@@ -82,12 +82,12 @@ def test_bytes_between_slices(monkeypatch):
     """Of two slices with four devices each every device sends the half of its quarter of the gradients and gets as much, twice (a sum is a
     scatter and a gather), for each of three passes.
     """
-    monkeypatch.setattr(planning, "slices_of", lambda devices: 2)
+    monkeypatch.setattr(cost_model, "slices_of", lambda devices: 2)
     config = get_config()
     mesh = make_mesh(1, 2, 2, stand_ins(8), replica=2)
-    step = planning.abstract_step(config, ModelConfig.from_dict(CONFIG), mesh)
+    step = abstract_step(config, ModelConfig.from_dict(CONFIG), mesh)
     gradients = 3 * 32 * (4096 + 4096) * 32 * 2  # q, k, v; 32 layers, rank 32, bfloat16
-    assert planning.modelled_between(step) == 3 * gradients / 4 * 2 * 1 / 2
+    assert cost_model.sent_between(step) == 3 * gradients / 4 * 2 * 1 / 2
 
 
 LINES = """
@@ -164,7 +164,7 @@ def test_only_gradients_cross_slices():
              "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
     devices = topology("2*v5e:2x2").devices
     mesh = make_mesh(**config.mesh, devices=devices)
-    step = planning.abstract_step(config, ModelConfig.from_dict(CONFIG | small), mesh)
+    step = abstract_step(config, ModelConfig.from_dict(CONFIG | small), mesh)
     program = make_step(step.model, step.defence, step.optimizer, step.shardings)
     text = program.lower(step.state, step.weights, step.batches, step.key).compile().as_text()
     assert {c.group for c in collectives(text, 3, 8) if c.kind == "all-gather"} == {4}
