@@ -74,9 +74,12 @@ class Stage:
 
 @pytest.fixture
 def stage(tmp_path):
+    # Under a background job of a shell SIGINT is ignored, and a script cannot trap what it inherits so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     stage = Stage(tmp_path / "stage")
     yield stage
     stage.close()
+    signal.signal(signal.SIGINT, before)
 
 
 def _save(step: int) -> str:

@@ -6,6 +6,7 @@ compiler's.
 
 import jax
 
+from panacea_jax.data.batches import Batch
 from panacea_jax.defences import Defence
 from panacea_jax.defences.loss import CHUNK
 from panacea_jax.defences.protocol import passes_of
@@ -89,34 +90,16 @@ def sent_between(step: Step) -> float:
     return _passes(step) * whole / (mesh.size / slices) * 2 * (slices - 1) / slices
 
 
-def temporary(step: Step) -> int:
-    """Bytes of one device that come and go in a step.
+def temporary(step: Step) -> dict[str, int]:
+    """Bytes of one device that come and go in a step, by kind.
 
-    The largest pass counts: the residual stream of each layer, which the backward pass starts from; what one layer (of all, without
-    remat) keeps of attention and MLP; a chunk of logits and their gradient in float32. Then a layer's gathered (or, from
-    few bits, brought back) weights, the head's if gathered, and gradients.
+    ``activations`` and ``logits``, of the pass where they are largest together: the residual stream of each layer, which the backward
+    pass starts from, and what one layer (of all, without remat) keeps of attention and MLP; a chunk of logits and their gradient in
+    float32. ``gathered weights``: a layer's (or, from few bits, brought back) and the head's. ``gradients``.
     """
     c, mesh, width = step.model.config, step.model.mesh, step.model.dtype.itemsize
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-    largest = 0.0
-    for batch in step.batches.values():
-        rows, length = batch.tokens.shape
-        tokens = rows / batch_rows(mesh) * length
-        heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        stream = tokens * c.hidden_size * width
-        # A fused kernel holds no scores.
-        plain = step.attention == "xla"
-        scores = tokens * length * c.num_heads / tensor * (4 + width) * plain
-        inside = tokens * (2 * heads + 2 * kv + 3 * c.intermediate_size) / tensor * width
-        inside += 4 * stream + scores
-        kept = (
-            inside
-            if step.remat == "full"
-            else c.num_layers * (inside - scores * (step.remat == "dots"))
-        )
-        chunk = tokens * min(1, CHUNK / length)
-        logits = chunk * c.vocab_size / tensor * (2 * 4 + width)
-        largest = max(largest, c.num_layers * stream + kept + logits)
+    activations, logits = max((_of_a_pass(step, batch) for batch in step.batches.values()), key=sum)
     per_layer = (c.matmul_parameters() - c.hidden_size * c.vocab_size) / c.num_layers
     few_bits = any(x.dtype.itemsize == 1 for x in jax.tree.leaves(step.weights))
     # Trained weights travel in float32, the dtype they are kept in; those in few bits come back through two float32 arrays.
@@ -124,5 +107,30 @@ def temporary(step: Step) -> int:
     gathered = (per_layer + c.hidden_size * c.vocab_size) * travel / tensor * (fsdp > 1)
     if few_bits:
         gathered += per_layer * (4 + 4 + (fsdp == 1) * width) / tensor
-    gradients = 2 if _passes(step) > 1 else 1
-    return int(largest + gathered + gradients * tree_bytes(step.state.params))
+    gradients = (2 if _passes(step) > 1 else 1) * tree_bytes(step.state.params)
+    return {
+        "activations": int(activations),
+        "logits": int(logits),
+        "gathered weights": int(gathered),
+        "gradients": gradients,
+    }
+
+
+def _of_a_pass(step: Step, batch: Batch) -> tuple[float, float]:
+    """Bytes of activations and of logits that one device holds in a pass over a batch."""
+    c, mesh, width = step.model.config, step.model.mesh, step.model.dtype.itemsize
+    tensor = mesh.shape["tensor"]
+    rows, length = batch.tokens.shape
+    tokens = rows / batch_rows(mesh) * length
+    heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    stream = tokens * c.hidden_size * width
+    # A fused kernel holds no scores.
+    scores = tokens * length * c.num_heads / tensor * (4 + width) * (step.attention == "xla")
+    inside = tokens * (2 * heads + 2 * kv + 3 * c.intermediate_size) / tensor * width
+    inside += 4 * stream + scores
+    if step.remat == "full":
+        kept = inside
+    else:
+        kept = c.num_layers * (inside - scores * (step.remat == "dots"))
+    chunk = tokens * min(1, CHUNK / length)
+    return c.num_layers * stream + kept, chunk * c.vocab_size / tensor * (2 * 4 + width)

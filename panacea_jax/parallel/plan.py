@@ -49,7 +49,7 @@ class Plan:
         resident: bytes by kind of what stays between steps, from shapes and shardings.
         arguments: the same, together with the batches, as the compiler lays it out; None without a compiler.
         temporary: bytes that come and go in a step: the compiler's figure, or the model's.
-        modelled_temporary: the model's figure.
+        modelled: the model's figure by kind; the compiler's cannot be told apart.
         limit: bytes of one device.
         flops: floating-point operations of one device a step, recomputation included.
         sent: bytes that one device sends a step over the links within a slice.
@@ -66,7 +66,7 @@ class Plan:
     resident: dict[str, int]
     arguments: int | None
     temporary: int
-    modelled_temporary: int
+    modelled: dict[str, int]
     limit: float
     flops: float
     sent: float
@@ -144,7 +144,7 @@ def _plan(config: ConfigDict, model: ModelConfig, machine: Topology, compiled: b
     chip = machine.chip
     step = abstract_step(config, model, mesh, None if machine.devices else chip)
     kept, modelled = resident(step), cost_model.temporary(step)
-    temporary, arguments, seconds = modelled, None, None
+    temporary, arguments, seconds = sum(modelled.values()), None, None
     flops, sent, between = (
         cost_model.flops(step),
         cost_model.sent(step),
@@ -235,15 +235,17 @@ def report(plans: list[Plan]) -> None:
     """Print plans side by side, the first being the one to take."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=120)
+        console = Console(width=40 + 30 * len(plans))
     table = Table(title=f"{plans[0].topology}: one device, one step", title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for p in plans:
         table.add_column(_title(p), justify="right")
     for kind in plans[0].resident:
         table.add_row(kind, *(_gib(p.resident[kind]) for p in plans))
     table.add_row("temporary", *(_gib(p.temporary) for p in plans))
-    table.add_row("  by the model", *(_gib(p.modelled_temporary) for p in plans))
+    table.add_row("  by the model", *(_gib(sum(p.modelled.values())) for p in plans))
+    for kind in plans[0].modelled:
+        table.add_row(f"    {kind}", *(_gib(p.modelled[kind]) for p in plans))
     table.add_row("together", *(_gib(p.total) for p in plans))
     table.add_row("there is", *(_gib(p.limit) for p in plans))
     table.add_row("fits", *("yes" if p.fits else "NO" for p in plans))
@@ -253,6 +255,7 @@ def report(plans: list[Plan]) -> None:
         table.add_row("  between slices", *(_gib(p.sent_between) for p in plans))
     for bound in plans[0].seconds:
         table.add_row(f"{bound}, at least", *(f"{p.seconds[bound] * 1e3:.1f} ms" for p in plans))
+    table.add_row("step, at least", *(f"{p.step_seconds * 1e3:.1f} ms" for p in plans))
     table.add_row("device s a record", *(f"{p.cost:.4f}" for p in plans))
     console.print(table)
     console.print(

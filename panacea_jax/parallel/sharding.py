@@ -107,6 +107,8 @@ def _place(
                     f"config.mesh.{axis} = {mesh.shape[axis]}: does not divide {dim}, dimension {len(spec)} of {path} {list(shape)}"
                 )
             axis = None
+        if axis and axis in spec:
+            raise InputError(f"{path} {list(shape)}: its rule splits two dimensions over {axis}")
         spec.append(axis)
     return NamedSharding(mesh, PartitionSpec(*spec))
 

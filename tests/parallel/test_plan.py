@@ -7,6 +7,7 @@ import pytest
 
 from panacea_jax import cli
 from panacea_jax.config import get_config
+from panacea_jax.defences.loss import CHUNK
 from panacea_jax.models.config import ModelConfig
 from panacea_jax.parallel import cost_model, make_mesh
 from panacea_jax.parallel.abstract_step import abstract_step
@@ -90,6 +91,24 @@ def test_bytes_between_slices(monkeypatch):
     assert cost_model.sent_between(step) == 3 * gradients / 4 * 2 * 1 / 2
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_temporary_bytes_by_kind(remat):
+    """By hand, for a 7B step of ten records of 256 tokens on one device in bfloat16, with all scores."""
+    config = get_config()
+    config.train.batch_size = config.train.harmful_batch_size = 10
+    config.data.max_length, config.model.remat, config.model.attention = 256, remat, "xla"
+    step = abstract_step(config, ModelConfig.from_dict(CONFIG), make_mesh(1, 1, 1, stand_ins(1)))
+    tokens, layers, heads, wide = 2560, 32, 32, 11008
+    stream, scores = tokens * 4096 * 2, tokens * 256 * heads * (4 + 2)
+    a_layer = tokens * (4 * 4096 + 3 * wide) * 2 + 4 * stream + scores
+    assert cost_model.temporary(step) == {
+        "activations": layers * stream + a_layer * (1 if remat == "full" else layers),
+        "logits": 10 * CHUNK * 32000 * (4 + 4 + 2),
+        "gathered weights": 0,
+        "gradients": 2 * 3 * layers * (4096 + 4096) * 32 * 4,
+    }
+
+
 LINES = """
   %a = bf16[32,128,4096]{2,1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, metadata={op_name="jit(f)/while/body/x"}
   %again = bf16[32,128,4096]{2,1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, metadata={op_name="jit(f)/while/body/x"}
@@ -122,7 +141,9 @@ def test_a_gpu_is_planned_by_the_model(tmp_path, capsys):
     whole = [p for p in plans if p["mesh"]["fsdp"] * p["mesh"]["tensor"] == 8]
     for p in whole:
         assert p["resident"]["base weights"] == pytest.approx(13.48e9 / 8, rel=0.01)
-    assert "not a compiler's figure" in capsys.readouterr().out
+        assert p["temporary"] == sum(p["modelled"].values())
+    printed = capsys.readouterr().out
+    assert "not a compiler's figure" in printed and "activations" in printed
 
 
 def test_what_does_not_fit_is_said(tmp_path, capsys):

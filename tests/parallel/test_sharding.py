@@ -5,6 +5,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from panacea_jax.errors import InputError
+from panacea_jax.parallel import sharding
 from panacea_jax.parallel.mesh import make_mesh
 from panacea_jax.parallel.sharding import (
     adapter_shardings,
@@ -65,9 +66,16 @@ def test_an_axis_that_does_not_divide(shape, uneven, said):
             weight_sharding(mesh(1, 2, 4), path, shape)
     else:
         weight_sharding(mesh(1, 2, 4), path, shape)
-    sharding = weight_sharding(mesh(1, 2, 4), path, shape, uneven=True)
-    assert sharding.spec == PartitionSpec(*uneven)
-    sharding.shard_shape(shape)  # raises where an axis does not divide
+    place = weight_sharding(mesh(1, 2, 4), path, shape, uneven=True)
+    assert place.spec == PartitionSpec(*uneven)
+    place.shard_shape(shape)  # raises where an axis does not divide
+
+
+def test_a_rule_that_takes_an_axis_twice(monkeypatch):
+    monkeypatch.setattr(sharding, "WEIGHT_RULES", ((r"kernel$", ("tensor", "fsdp", "tensor")),))
+    said = r"layers/mlp/up_proj/kernel \[4, 32, 64\]: its rule splits two dimensions over tensor"
+    with pytest.raises(InputError, match=said):
+        weight_sharding(mesh(1, 2, 4), "layers/mlp/up_proj/kernel", (4, 32, 64))
 
 
 def test_a_vocabulary_may_be_odd():
