@@ -6,14 +6,30 @@ Where scripts disagree there is a variant for each, named after what differs or 
 scripts (Vaccine, T-Vaccine, Booster, Antidote, Lisa and Panacea repositories of git-disl and w-yibo, and the official RepNoise and TAR
 ones). Base, data and evaluation are those of paper.py beside this file; the alignment stage is plain SFT unless the method acts there.
 
-What a variant does not reproduce: LoRA dropout 0.1 where a script has it (there is no dropout here); another rank or α in fine-tuning
-than in alignment (Vaccine, T-Vaccine and Lisa align at α 4 and fine-tune at α 1 or on fewer projections), since a run has one adapter
-form; the three learning rates that TAR's adversary draws from (2e-5 here, the middle one); the exact records of the paired-refusal file
-(see paper.py), which the official RepNoise, in pairs, cannot do without. Whether the alignment adapter is trained on or merged is the
-same for all, so that runs differ in the defence alone; the scripts' own choice, which differs, is `config.lora.policy`.
+Safe LoRA compares with the hub base MODEL, which the alignment stage starts from: with another `config.model.path` give
+`--config.heal.defence.base` too. Realignment takes its benign rows from the public Alpaca set; its refusals are the alignment set.
+
+What a variant does not reproduce:
+
+* LoRA dropout 0.1 where a script has it (there is no dropout here), and the repositories' own records (see paper.py), which the official
+  RepNoise, in pairs, cannot do without.
+* Another adapter form in fine-tuning than in alignment, since a run has one. Vaccine and T-Vaccine align at α 4 and fine-tune at α 1: here
+  α 4. Lisa aligns at rank 16 on seven projections and fine-tunes at rank 8 on q and v: here the latter.
+* Another number of alignment records for alignment than for Lisa's guide set, 10000, or EWC's Fisher pass: `config.data.num_alignment`
+  counts for both. Other lengths for one stage than for the other: `config.data.max_length` counts for both, so T-Vaccine's RepNoise has 200
+  tokens in place of 100. Lisa's and Antidote's lengths, which differ from script to script.
+* The three learning rates that TAR's adversary draws from (2e-5 here, the middle one), its schedule-free optimizer and its warm-up.
+* Antidote's RepNoise scores the last layer alone, without the + 1: here it has the official L_adv. T-Vaccine's TAR, which trains as SFT
+  does. Antidote's rebuttal of Lisa on GSM8K, which is `lisa-antidote` with ρ 0.1, learning rate 1e-3 and no poison. VLGuard's mixing in
+  Lisa's and Antidote's repositories, where the guide records take the place of benign ones. KL over positions in place of words.
+* Random perturbation by σ: no script sets it. `--config.heal.defence.sigma=…` does.
+
+Whether the alignment adapter is trained on or merged is the same for all, so that runs differ in the defence alone; the scripts' own
+choice, which differs, is `config.lora.policy`.
 
 VLGuard's variants have no alignment stage, since their safe set is smaller than the alignment set and `config.data.num_alignment` counts
-for both: name an aligned adapter, `--config.lora.init_from=runs/sft/align/adapter`.
+for both: name an aligned adapter, `--config.lora.init_from=runs/sft/align/adapter` (`vlguard-mix`: one aligned at Vaccine's setting, such
+as `runs/ewc/align/adapter`).
 
 For methods side by side under one budget see compare.py.
 """
@@ -31,6 +47,8 @@ from panacea_jax.errors import InputError
 
 MODEL = "meta-llama/Llama-2-7b-hf"
 SEVEN = ("q", "k", "v", "o", "gate", "up", "down")
+BENIGN = "alpaca@tatsu-lab/alpaca:train"
+UNALIGNED: dict[str, Any] = {"heal.defence.base": MODEL}
 
 # data.num_alignment counts for the alignment stage too, so a smaller safe set needs an alignment that was made before.
 ALIGNED_BEFORE: dict[str, Any] = {"align.defence.name": ""}
@@ -49,8 +67,8 @@ ANTIDOTE_REPO = {
     "optimizer.learning_rate": 1e-4, "train.batch_size": 5,
 }  # fmt: skip
 LISA_REPO = {
-    "data.num_examples": 5000, "data.num_alignment": 10000, "optimizer.learning_rate": 1e-5, "optimizer.weight_decay": 0.0,
-    "train.batch_size": 5, "train.alignment_batch_size": 5,
+    "lora.rank": 8, "lora.targets": ("q", "v"), "data.num_examples": 5000, "data.num_alignment": 10000, "optimizer.learning_rate": 1e-5,
+    "optimizer.weight_decay": 0.0, "train.batch_size": 5, "train.alignment_batch_size": 5,
 }  # fmt: skip
 
 BUDGETS: dict[str, tuple[str, Mapping[str, Any]]] = {
@@ -72,6 +90,11 @@ BUDGETS: dict[str, tuple[str, Mapping[str, Any]]] = {
     ),
     "repnoise-panacea": ("repnoise:alpha=0.02,beta=0.1,paired=False", REPNOISE_COPY),
     "repnoise-booster": ("repnoise:alpha=0.1,beta=0.001,paired=False", REPNOISE_COPY | BOOSTER_REPO),
+    "repnoise-antidote": ("repnoise:alpha=0.1,beta=0.001,paired=False", ANTIDOTE_REPO | REPNOISE_COPY),
+    "repnoise-t_vaccine": (
+        "repnoise:alpha=0.1,beta=0.001,paired=False",
+        T_VACCINE_REPO | {"align.train.batch_size": 8, "align.train.harmful_batch_size": 8},
+    ),
     "tar": (
         "tar:inner_steps=64,inner_every=4,inner_learning_rate=2e-5,tamper_weight=4",
         {"align.train.full_parameters": True, "train.full_parameters": True, "align.train.steps": 750, "align.train.batch_size": 8,
@@ -82,23 +105,27 @@ BUDGETS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "lisa": ("lisa:rho=1,alignment_steps=100,finetune_steps=900", LISA_REPO),
     "lisa-booster": (
         "lisa:rho=0.01,alignment_steps=100,finetune_steps=900",
-        {"optimizer.learning_rate": 1e-5, "data.num_alignment": 10000},
+        BOOSTER_REPO | {"data.num_alignment": 10000, "train.alignment_batch_size": 10},
     ),
-    "ldifs-booster": ("ldifs:rho=0.0001", {"optimizer.learning_rate": 1e-5, "train.batch_size": 5}),
-    "ldifs-antidote": ("ldifs:rho=0.0001", {"optimizer.learning_rate": 1e-4, "train.batch_size": 5}),
-    "ewc": ("ewc:lam=1000000000", {"optimizer.learning_rate": 1e-5, "train.batch_size": 5, "data.num_alignment": 2000}),
-    "kl": ("kl:lam=0.1", {"optimizer.learning_rate": 1e-5, "train.batch_size": 5}),
-    "vlguard-mix": ("vlguard:mode=mix", {"data.num_alignment": 100, **ALIGNED_BEFORE}),  # Vaccine, T-Vaccine
-    "vlguard-sum": ("vlguard:mode=sum,lam=0.1", {"data.num_alignment": 1000, **ALIGNED_BEFORE}),  # Booster, Panacea
+    "lisa-antidote": (
+        "lisa:rho=1,alignment_steps=100,finetune_steps=900",
+        ANTIDOTE_REPO | {"data.num_alignment": 10000, "train.alignment_batch_size": 5},
+    ),
+    "ldifs-booster": ("ldifs:rho=0.0001", BOOSTER_REPO | {"train.batch_size": 5}),
+    "ldifs-antidote": ("ldifs:rho=0.0001", ANTIDOTE_REPO),
+    "ewc": ("ewc:lam=1000000000", VACCINE_REPO),  # Vaccine repository
+    "kl": ("kl:lam=0.1", VACCINE_REPO),
+    "vlguard-mix": ("vlguard:mode=mix", VACCINE_REPO | {"data.num_alignment": 100} | ALIGNED_BEFORE),
+    "vlguard-sum": ("vlguard:mode=sum,lam=0.1", {"data.num_alignment": 2000} | ALIGNED_BEFORE),  # Panacea repository
     # After fine-tuning.
     "antidote": ("antidote:dense_ratio=0.1", ANTIDOTE_REPO),
     "antidote-gsm8k": ("antidote:dense_ratio=0.05", ANTIDOTE_REPO),
     "random_prune": ("random_prune:dense_ratio=0.05", ANTIDOTE_REPO),
     "magnitude_prune": ("magnitude_prune:dense_ratio=0.05", ANTIDOTE_REPO),
     "random_perturbation": ("random_perturbation:rho=1", {}),  # Panacea's norm
-    "safelora-number": ("safelora:select=number,num_layers=10", {}),
-    "safelora-threshold": ("safelora:select=threshold,threshold=0.5", {}),
-    "realign": ("realign:steps=100", {}),
+    "safelora-number": ("safelora:select=number,num_layers=10", UNALIGNED),
+    "safelora-threshold": ("safelora:select=threshold,threshold=0.5", UNALIGNED),
+    "realign": ("realign:steps=100", {"data.benign": BENIGN}),
 }  # fmt: skip
 
 

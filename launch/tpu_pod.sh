@@ -9,8 +9,8 @@
 # 2 if it is not. Put it on a disk that outlives the slice in any case.
 #
 # Not yet run on a TPU. Needs gcloud with a project set, an ssh-agent that holds its key, and Python
-# 3.11 or newer on the hosts. Commit what you want to run, since `git archive` sends HEAD. To stop a
-# run so that it saves: gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all --command='pkill panacea'
+# 3.11 or newer on the hosts. Commit what you want to run, since `git archive` sends HEAD. SIGTERM or
+# Ctrl-C to this script: the hosts save and stop, then it ends with 75. A second one does not wait.
 set -euo pipefail
 
 if [ "$#" -lt 3 ]; then
@@ -41,13 +41,13 @@ git archive --format=tar.gz --output="$archive" HEAD
 gcloud compute tpus tpu-vm scp "$archive" "$name:panacea_jax.tar.gz" --zone="$zone" --worker=all
 on_all 'mkdir -p panacea_jax && tar -xzf panacea_jax.tar.gz -C panacea_jax'
 
-# Once per pyproject.toml.
+# Once per pyproject.toml; by its contents, since an archive gives all files the time of the commit.
 on_all 'cd panacea_jax
-  if [ .venv/.installed-tpu -nt pyproject.toml ]; then exit 0; fi
+  if sha256sum --check --status .venv/.installed-tpu 2>/dev/null; then exit 0; fi
   for python in python3.13 python3.12 python3.11 python3; do
     if "$python" -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null; then
       "$python" -m venv .venv && .venv/bin/pip install --quiet -e ".[tpu]" || exit 1
-      touch .venv/.installed-tpu
+      sha256sum pyproject.toml > .venv/.installed-tpu
       exit 0
     fi
   done
@@ -58,16 +58,28 @@ on_all 'cd panacea_jax
 # the command when a connection breaks, while the first one may live on.
 command=launch/local.sh
 together=
+stop="pkill -TERM -f '^bash launch/local.sh'" # the script, not the shells that name it
 if [ "$hosts" -gt 1 ]; then
   command=panacea
   together=--coordinator=auto
+  stop="pkill -TERM -x panacea"
 fi
+signals=0
+run=
+on_signal() {
+  signals=$((signals + 1))
+  if [ "$signals" = 1 ]; then on_all "$stop" || true; else kill -KILL "$run"; fi
+}
+trap on_signal TERM INT
 arguments=$(printf '%q ' "$@") # keeps every argument whole through ssh
 status=75
 while [ "$status" = 75 ]; do
-  status=0
   on_all "cd panacea_jax && PATH=\"\$PWD/.venv/bin:\$PATH\" \
-    flock --nonblock --conflict-exit-code=2 .venv/.running $command $arguments$together" || status=$?
+    flock --nonblock --conflict-exit-code=2 .venv/.running $command $arguments$together" &
+  run=$!
+  # A signal to this script ends a `wait`; the next one gives the run's own status.
+  while before=$signals; status=0; wait "$run" || status=$?; [ "$signals" != "$before" ]; do :; done
+  if [ "$signals" -gt 0 ]; then break; fi
   if [ "$status" = 75 ]; then echo "launch/tpu_pod.sh: preempted, starting again" >&2; fi
 done
 exit "$status"

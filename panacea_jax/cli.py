@@ -317,6 +317,9 @@ def run(arguments: Sequence[str]) -> int:
                 values.coordinator, values.num_processes, values.process_id
             )
             processes.join(place)
+            environment = {k: v for k, v in os.environ.items() if k in processes.SETTINGS}
+            facts = {"config": config.to_dict(), "environment": environment}
+            processes.agree(f"panacea {name}", workdir.plain(facts))
         path = COMMANDS[name].run(values, config)
         processes.leave()
     except InputError as error:
@@ -348,7 +351,7 @@ def _fail(message: str, code: int) -> int:
     if code == EXIT_PREEMPTED:
         processes.barrier()  # the first one's end would cut the others off from their coordinator
         message = ""
-    processes.leave(message)
+    processes.leave(message, code)
     return code
 
 

@@ -16,17 +16,17 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference, placeholder
 
+from panacea_jax.data.template import TEMPLATES
 from panacea_jax.defences import DEFENCES, Method
 from panacea_jax.defences.spec import Part, Stack, candidates, parse_stack
 from panacea_jax.errors import InputError
 from panacea_jax.models.adapter import target_names
+from panacea_jax.models.decoder import REMAT
 from panacea_jax.models.fused import BACKENDS
 from panacea_jax.models.quantise import KINDS
 from panacea_jax.train.optimizer import SCHEDULES
 
 DTYPES = ("bfloat16", "float32")
-REMAT = ("none", "dots", "full")
-TEMPLATES = ("alpaca", "chat")
 LORA_POLICIES = ("single", "merged")
 CACHE_DTYPES = ("auto", "int8")
 JUDGES = ("refusal", "beaver_dam", "beaver_dam_full", "guard")

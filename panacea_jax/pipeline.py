@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from panacea_jax.analysis.stage import layers_stage
 from panacea_jax.config import stage_config
 from panacea_jax.errors import InputError
+from panacea_jax.evaluate.judges import make_judge
 from panacea_jax.evaluate.perplexity import has_answers, perplexity_stage
 from panacea_jax.evaluate.stage import judge_stage
 from panacea_jax.evaluate.tasks import set_names
@@ -46,6 +47,12 @@ def check(config: ConfigDict) -> None:
     set_names(config.eval.tasks)
     for spec in config.eval.tasks:
         eval_records(spec, config.eval.num_examples)
+    if config.eval.tasks:
+        make_judge(config)
+    if config.generate.adapters:
+        raise InputError(
+            "config.generate.adapters: for `panacea generate` alone; `run` answers with what its stages leave"
+        )
     if config.eval.perplexity and not any(map(has_answers, config.eval.tasks)):
         raise InputError("config.eval.perplexity: no set of config.eval.tasks has answers")
 

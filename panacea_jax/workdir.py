@@ -26,6 +26,10 @@ from panacea_jax.parallel import processes
 MANIFEST, LOCK = "manifest.json", ".lock"
 # Seconds to wait for a run that is just ending, or whose machine was lost: a server of files keeps its locks for a while.
 LOCK_PATIENCE = 100.0
+# Seconds until a process must see what another one wrote: clients of NFS remember for a while that a file was not there.
+VISIBLE = 60.0
+# Bytes of a file from which on pieces of it stand for all, and how many: each is 64 KiB, the first holds a safetensors header.
+LARGE, PIECES = 64 * 2**20, 256
 PACKAGES = (
     "panacea_jax",
     "jax",
@@ -70,7 +74,7 @@ class Stage:
         """
         self.name, self.folder = name, workdir / name
         self._path = self.folder / MANIFEST
-        self._config, self._inputs = _plain(config), dict(inputs)
+        self._config, self._inputs = plain(config), dict(inputs)
         self.done = self._look(workdir)
         if processes.count() > 1:  # alone there is nothing to hash our code for
             processes.agree(
@@ -83,7 +87,7 @@ class Stage:
         # unlike Path.exists, False where a folder above is closed to us
         if os.path.exists(self._path):
             return self._compare(read_manifest(self.folder))
-        if os.path.isdir(self.folder) and any(self.folder.iterdir()):
+        if os.path.isdir(self.folder) and any(p.name != LOCK for p in self.folder.iterdir()):
             raise InputError(
                 f"{self.folder}: not empty and without a {MANIFEST}: not ours, left alone"
             )
@@ -101,9 +105,14 @@ class Stage:
         finished or this process ends.
 
         Raises:
-            InputError: the folder cannot be written, another run is at work in it, or not every process sees it.
+            InputError: the folder cannot be written, another run is at work in it or was since we looked, or not every process sees it.
         """
         processes.once(self._begin)
+        end = time.monotonic() + VISIBLE
+        while not self._path.exists() and time.monotonic() < end:
+            with contextlib.suppress(OSError):
+                os.listdir(self.folder.parent)  # makes such a client look again
+            time.sleep(0.5)
         if not self._path.exists():
             raise InputError(
                 f"--workdir={self.folder.parent}: process {jax.process_index()} does not see what process 0 writes; all need one "
@@ -111,17 +120,22 @@ class Stage:
             )
 
     def _begin(self) -> None:
+        key = self.folder.resolve()
         try:
-            if not self._path.exists():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._write("running", {})
-            key = self.folder.resolve()
             if key not in _ours:
+                self.folder.mkdir(parents=True, exist_ok=True)
                 _ours[key] = _claim(self.folder)
+            if not self._path.exists():
+                self._write("running", {})
         except OSError as error:
             raise InputError(
                 f"--workdir={self.folder.parent}: cannot be written ({error.strerror})"
             ) from error
+        # Between the look and this lie minutes of loading, in which another run may have been here.
+        if self._compare(read_manifest(self.folder)) and not self.done:
+            raise InputError(
+                f"{self.folder}: another run finished it meanwhile; start this one again to go on"
+            )
 
     def _compare(self, manifest: Mapping[str, Any]) -> bool:
         for what, old, new in (
@@ -151,7 +165,7 @@ class Stage:
             "versions": versions(),
             "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
             "processes": jax.process_count(),
-            "outcome": _plain(outcome),
+            "outcome": plain(outcome),
         }
         write_text(self._path, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
@@ -251,26 +265,30 @@ def sha256_json(value: Any) -> str:
 
 
 def sha256_folder(folder: Path, patterns: tuple[str, ...]) -> str:
-    """Hash over the names, sizes and, below 64 MiB, contents of the files of a folder.
+    """Hash over the names, sizes and contents of the files of a folder; of files from 64 MiB on over pieces of the contents.
 
-    Weights are told apart by size and modification time only: hashing a 7B folder would take longer than loading it.
+    Hashing a 7B folder would take longer than loading it, and a copy of it on another machine, with other times, is the same.
     """
     digest = hashlib.sha256()
     for path in sorted(p for pattern in patterns for p in folder.glob(pattern)):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())
-        digest.update(
-            path.read_bytes() if size < 64 * 2**20 else str(path.stat().st_mtime_ns).encode()
-        )
+        with path.open("rb") as file:
+            if size < LARGE:
+                digest.update(file.read())
+                continue
+            for start in range(0, size, size // PIECES):
+                file.seek(start)
+                digest.update(file.read(2**16))
     return digest.hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON types only: ConfigDicts to dicts, tuples to lists, paths to strings."""
     if isinstance(value, ConfigDict):
         value = value.to_dict()
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return str(value) if isinstance(value, Path) else value

@@ -8,7 +8,7 @@ import pytest
 from datasets import ReadInstruction
 from ml_collections import ConfigDict
 
-from panacea_jax import cli, config
+from panacea_jax import cli, config, pipeline
 from panacea_jax.data import files, hub
 from panacea_jax.data.sources import parse
 from panacea_jax.defences import DEFENCES
@@ -16,6 +16,7 @@ from panacea_jax.defences.spec import candidates, parse_stack
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.tasks import set_names
 from panacea_jax.quickstart.run import ALIGN_STEPS, FINETUNE_STEPS
+from tests.runs import make_place
 
 # ml_collections loads recipes with a method of importlib that Python is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -195,13 +196,103 @@ def test_budget_of_a_method(variant):
         assert found == value, key
 
 
-def test_budgets_where_repositories_disagree():
-    """methods.md §5 and §2."""
-    one, five = load("defences.py:booster-1k"), load("defences.py:booster-5k")
-    assert (one.align.defence.lam, one.align.defence.alpha, one.data.num_harmful) == (100, 0.01, 1000)  # fmt: skip
-    assert (five.align.defence.lam, five.align.defence.alpha, five.data.num_harmful) == (5, 0.1, 5000)  # fmt: skip
-    assert (one.optimizer.learning_rate, five.optimizer.learning_rate) == (2e-5, 1e-5)
-    rhos = [load(f"defences.py:vaccine-{v}").align.defence.rho for v in ("2k", "5k", "5k-panacea")]
-    assert rhos == [2, 5, 20]
+K, C = "constant", "cosine"
+# methods.md, typed off it and not off the recipe: alignment (rate, schedule, epochs, batch), adapter (rank, projections), fine-tuning
+# (rate, schedule, batch, records, poison), alignment and harmful records; None where the method has none, or no figure is known.
+PUBLISHED = {
+    "sft": ((5e-4, K, 20, 10), (32, 3), (2e-5, K, 10, 1000, 0.1), 5000, None),
+    "vaccine-2k": ((1e-3, C, 50, 5), (8, 7), (1e-5, C, 5, 1000, 0.1), 2000, None),
+    "vaccine-5k": ((5e-4, K, 20, 10), (32, 3), (1e-5, K, 10, 1000, 0.1), 5000, None),
+    "vaccine-5k-panacea": ((5e-4, K, 20, 10), (32, 3), (2e-5, K, 10, 1000, 0.1), 5000, None),
+    "t_vaccine": ((1e-3, C, 20, 10), (8, 7), (1e-5, C, 10, 1000, 0.1), 2000, 200),
+    "booster-1k": ((5e-4, K, 20, 10), (32, 3), (2e-5, K, 10, 1000, 0.1), 5000, 1000),
+    "booster-5k": ((5e-4, K, 20, 10), (32, 3), (1e-5, K, 10, 1000, 0.1), 5000, 5000),
+    "repnoise": ((1e-4, C, 1, 4), None, None, 1000, 1000),
+    "repnoise-panacea": ((5e-4, K, 20, 5), (32, 3), (2e-5, K, 10, 1000, 0.1), 5000, 1000),
+    "repnoise-antidote": ((1e-3, C, 20, 5), (256, 3), (1e-4, K, 5, 5000, 0.2), 5000, 2000),
+    "repnoise-t_vaccine": ((1e-3, C, 20, 8), (8, 7), (1e-5, C, 10, 1000, 0.1), 2000, 200),
+    "lisa": (None, (8, 2), (1e-5, K, 5, 5000, 0.1), 10000, None),
+    "lisa-booster": ((5e-4, K, 20, 10), (32, 3), (1e-5, K, 10, 1000, 0.1), 10000, None),
+    "lisa-antidote": ((1e-3, C, 20, 5), (256, 3), (1e-4, K, 5, 5000, 0.2), 10000, None),
+    "ldifs-booster": ((5e-4, K, 20, 10), (32, 3), (1e-5, K, 5, 1000, 0.1), 5000, None),
+    "ldifs-antidote": ((1e-3, C, 20, 5), (256, 3), (1e-4, K, 5, 5000, 0.2), 5000, None),
+    "ewc": ((1e-3, C, 50, 5), (8, 7), (1e-5, C, 5, 1000, 0.1), 2000, None),
+    "kl": ((1e-3, C, 50, 5), (8, 7), (1e-5, C, 5, 1000, 0.1), 2000, None),
+    "vlguard-mix": (None, (8, 7), (1e-5, C, 5, 1000, 0.1), 100, None),
+    "antidote": ((1e-3, C, 20, 5), (256, 3), (1e-4, K, 5, 5000, 0.2), 5000, 2000),
+}
+# And of the methods: by stage.
+METHODS = {
+    "vaccine-2k": {"align.rho": 2}, "vaccine-5k": {"align.rho": 5}, "vaccine-5k-panacea": {"align.rho": 20},
+    "t_vaccine": {"align.rho": 3, "align.layers": 8, "align.interval": 20, "align.importance_interval": 200},
+    "booster-1k": {"align.lam": 100, "align.alpha": 0.01}, "booster-5k": {"align.lam": 5, "align.alpha": 0.1},
+    "repnoise": {"align.alpha": 1, "align.beta": 0.001, "align.paired": True},
+    "repnoise-panacea": {"align.alpha": 0.02, "align.beta": 0.1, "align.paired": False},
+    "repnoise-antidote": {"align.alpha": 0.1, "align.beta": 0.001}, "repnoise-t_vaccine": {"align.alpha": 0.1, "align.beta": 0.001},
+    "lisa": {"rho": 1, "alignment_steps": 100, "finetune_steps": 900}, "lisa-antidote": {"rho": 1},
+    "lisa-booster": {"rho": 0.01, "alignment_steps": 100, "finetune_steps": 900},
+    "ldifs-booster": {"rho": 1e-4, "gate": 0.1}, "ldifs-antidote": {"rho": 1e-4, "gate": 0.1},
+    "ewc": {"lam": 1e9}, "kl": {"lam": 0.1}, "vlguard-mix": {"mode": "mix"}, "antidote": {"heal.dense_ratio": 0.1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", PUBLISHED)
+def test_budget_has_the_published_figures(variant):
+    c = load(f"defences.py:{variant}")
+    align, adapter, tuning, alignment, harmful = PUBLISHED[variant]
+    o, t = c.align.optimizer, c.align.train
+    if align:
+        assert (o.learning_rate, o.schedule, t.epochs, t.batch_size) == align
+        assert (o.weight_decay, o.warmup_ratio, t.steps) == (0.1, 0.1, 0)
+    assert (c.train.full_parameters, t.full_parameters) == ((adapter is None),) * 2
+    if adapter:
+        assert (c.lora.rank, len(c.lora.targets), c.lora.alpha) == (*adapter, 4)
+    o, t = c.optimizer, c.train
+    found = (o.learning_rate, o.schedule, t.batch_size, c.data.num_examples, c.data.poison_ratio)
+    assert tuning is None or (found == tuning and (t.epochs, t.steps) == (20, 0))
+    assert o.weight_decay == (0 if variant == "lisa" else 0.1)
+    assert c.data.num_alignment == alignment and harmful in (None, c.data.num_harmful)
+    for key, value in METHODS.get(variant, {}).items():
+        stage, _, key = key.rpartition(".")
+        assert (c[stage] if stage else c).defence[key] == value, key
+    if variant.startswith("lisa"):
+        assert t.alignment_batch_size == t.batch_size
+    if variant == "t_vaccine":
+        assert c.align.train.harmful_batch_size == 1
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return make_place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.mark.parametrize("variant", BUDGETS)
+def test_budget_passes_the_check_of_a_run(variant, place):
+    """Nothing is missing but the alignment set, which the recipe says to give. Sources that the recipe names become local ones."""
+    c = load(f"defences.py:{variant}")
+    assert "" not in (c.model.path, c.data.user, c.data.attack, c.data.harmful)
+    local = {
+        "user": "user",
+        "attack": "attack",
+        "harmful": "alignment",
+        "benign": "user",
+    }  # harmful: in pairs with the alignment
+    for key, name in local.items():
+        if c.data[key]:
+            assert files.local(parse(c.data[key]).where) is None
+            c.data[key] = place.spec(name)
+    for section, key in ((c.model, "path"), (c.heal.defence, "base")):
+        if section[key]:
+            assert section[key] == BASES["llama2_7b"]
+            section[key] = str(place.base)
+    c.data.num_examples = c.data.num_harmful = c.data.num_alignment = 0
+    c.eval.tasks = (place.spec("test"),)
+    with pytest.raises(InputError, match=r"config\.data\.alignment is not set"):
+        pipeline.check(c)
+    c.data.alignment = place.spec("alignment")
+    pipeline.check(c)
+
+
+def test_unknown_budget():
     with pytest.raises(InputError, match="unknown variant 'booster'; known are sft, vaccine-2k"):
         load("defences.py:booster")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from panacea_jax.defences import DEFENCES
 from tests import runs
 from tests.runs import panacea
 
@@ -30,13 +31,27 @@ STACKS = {
     "+panacea+random_prune": ["--config.heal.defence.dense_ratio=0.5"],
 }  # fmt: skip
 
+# Every other method that trains, once: only that the command line runs it between others. Answers are left out, which are above.
+TRAINED = {
+    "t_vaccine+lisa+random_perturbation": [
+        "--config.align.defence.layers=1", "--config.defence.alignment_steps=1", "--config.defence.finetune_steps=1",
+    ],
+    "booster+ldifs+random_perturbation": [],
+    "booster_vaccine+ewc+random_perturbation": [],
+    "repnoise+kl+random_perturbation": ["--config.align.defence.paired=False"],
+    "tar+vlguard+random_perturbation": [
+        "--config.align.defence.inner_steps=2", "--config.align.defence.inner_every=1", "--config.defence.mode=sum",
+    ],
+}  # fmt: skip
+
 
 def flags(place, stack):
     align, finetune, heal = stack.split("+")
     named = [f"--config.defence.name={finetune}", f"--config.heal.defence.name={heal}"]
     if align:
         named += [f"--config.align.defence.name={align}", *ALIGN]
-    return place.flags(*named, *(flag.format(root=place.root) for flag in STACKS[stack]))
+    more = (STACKS | TRAINED)[stack]
+    return place.flags(*named, *(flag.format(root=place.root) for flag in more))
 
 
 @pytest.fixture(scope="module", params=STACKS)
@@ -157,3 +172,29 @@ def test_merged_starts_afresh_on_the_merged_base(stacked, tmp_path):
             for f in (tmp_path / "before", tmp_path / "w" / "generations", workdir / "generations")
         ]
         assert lines[0] == lines[1] == lines[2] and any(lines[0])
+
+
+def test_every_method_is_in_a_stack():
+    methods = {method for stack in (*STACKS, *TRAINED) for method in stack.split("+") if method}
+    assert methods == DEFENCES.keys()
+
+
+@pytest.mark.parametrize("stack", TRAINED)
+def test_the_command_line_trains_with_every_method(stack, tmp_path):
+    """Each stage goes on from what the one before deployed, and its steps move that."""
+    place = runs.make_place(tmp_path / "place")
+    few = ("--config.eval.tasks=()", "--config.train.steps=2", "--config.checkpoint.every=0")
+    workdir = tmp_path / "run"
+    assert panacea("run", *flags(place, stack), *few, f"--workdir={workdir}") == 0
+    weights = []
+    for stage, method, steps in zip(("align", "finetune", "heal"), stack.split("+"), (2, 2, 0)):
+        made = manifest(workdir, stage)
+        assert (made["status"], made["config"]["defence"]["name"]) == ("done", method)
+        assert made["outcome"]["steps"] == steps
+        weights.append(deployed(workdir, stage))
+        assert all(np.isfinite(x).all() for x in weights[-1].values())
+    started = manifest(workdir, "finetune")["config"]["lora"]["init_from"]
+    assert started == str(workdir / "align" / "adapter")
+    for before, after in zip(weights, weights[1:]):
+        moved = [np.abs(after[name] - x).max() for name, x in before.items()]
+        assert 0 < min(moved) and max(moved) < 1

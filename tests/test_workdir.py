@@ -167,15 +167,20 @@ def test_sha256_folder_sees_names_and_contents(tmp_path):
     )
 
 
-def test_sha256_folder_tells_large_files_apart_by_size_and_time(tmp_path):
+def test_sha256_folder_tells_large_files_apart_by_pieces(tmp_path):
+    """A copy with another time is the same; another header, tensor or size is not."""
     path = tmp_path / "model.safetensors"
-    with path.open("wb") as file:
-        file.truncate(64 * 2**20)  # sparse
-    os.utime(path, ns=(1, 1))
-    first = sha256_folder(tmp_path, ("*",))
-    assert first == sha256_folder(tmp_path, ("*",))
-    os.utime(path, ns=(1, 2))
-    assert sha256_folder(tmp_path, ("*",)) != first
+    seen = set()
+    for place, size in ((0, 0), (10, 0), (40 * 2**20, 2**20), (0, 2**20)):
+        with path.open("wb") as file:
+            file.truncate(64 * 2**20 + size)  # sparse
+            file.seek(place)
+            file.write(b"\1" * min(place, 2**19))
+        os.utime(path, ns=(len(seen), len(seen)))
+        seen.add(sha256_folder(tmp_path, ("*",)))
+        os.utime(path, ns=(99, 99))
+        assert sha256_folder(tmp_path, ("*",)) in seen
+    assert len(seen) == 4
 
 
 ELSEWHERE = """
@@ -211,6 +216,27 @@ def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
     Stage(tmp_path, "finetune", {}, {}).begin()
     stage.finish({})
     Writer(tmp_path / "answers.jsonl", ["a"]).close()
+
+
+def test_what_another_run_did_between_look_and_begin(tmp_path):
+    """Both find nothing there; the second one must not take the first one's folder for its own, nor do its work again."""
+    first, same = Stage(tmp_path, "s", CONFIG, INPUTS), Stage(tmp_path, "s", CONFIG, INPUTS)
+    other = Stage(tmp_path, "s", CONFIG | {"seed": 99}, INPUTS)
+    first.begin()
+    manifest = (tmp_path / "s" / "manifest.json").read_bytes()
+    with pytest.raises(InputError, match="made by another run"):
+        other.begin()
+    assert (tmp_path / "s" / "manifest.json").read_bytes() == manifest
+    first.finish({})
+    with pytest.raises(InputError, match="another run finished it meanwhile"):
+        same.begin()
+
+
+def test_a_lock_alone_is_an_empty_folder(tmp_path):
+    """As a run leaves it that was killed before it wrote its manifest."""
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / workdirs.LOCK).touch()
+    Stage(tmp_path, "s", CONFIG, INPUTS).begin()
 
 
 def test_where_the_file_system_has_no_locks(tmp_path, monkeypatch, caplog):

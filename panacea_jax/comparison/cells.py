@@ -6,7 +6,7 @@ is run once. A cell's own folder holds what is its alone: heal, answers, scores,
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,12 +69,20 @@ class Cells:
             return self.root / "aligned" / f"seed{cell.seed}"
         return self.root / "cells" / slug(cell.method) / f"seed{cell.seed}-p{cell.ratio:g}"
 
-    def check(self, methods: Iterable[Stack], seed: int, ratio: float) -> None:
-        """Find now what a later cell would stumble over: sources that are not set or cannot be read.
+    def check(self, methods: Iterable[Stack], seed: int, ratios: Sequence[float]) -> None:
+        """Find now what a later cell would stumble over: sources that are not set, cannot be read or hold too few records.
+
+        Args:
+            methods: of all cells.
+            seed: one of those of the cells.
+            ratios: poison ratios of all cells.
 
         Raises:
             InputError: the first such thing.
         """
+        # The ratio changes the user's records alone, which are the same for every method: with one of them all ratios are seen.
+        for ratio in ratios[1:]:
+            check(self._of_cell(Cell(Stack(), seed, ratio)))
         seen = set()
         for method in methods:
             names = tuple(
@@ -82,7 +90,7 @@ class Cells:
             )
             if names not in seen:
                 seen.add(names)
-                check(self._of_cell(Cell(method, seed, ratio)))
+                check(self._of_cell(Cell(method, seed, ratios[0])))
 
     def run(self, cell: Cell) -> Path:
         """Run one cell unless it is done; returns its folder.
@@ -100,16 +108,16 @@ class Cells:
                 )
             return folder
         stages: dict[str, Path] = {}
-        main, aligned = stage_config(config, "finetune"), Path()
+        main, start = stage_config(config, "finetune"), self._start_folder(cell)
         if self._aligns:
-            stages["align"] = self._align_folder(cell)
+            stages["align"] = start / "align"
             alone = stage_config(config, "align")
             with alone.unlocked():  # the ratio is none of alignment's business: all ratios share it
                 alone.data.poison_ratio = self._config.data.poison_ratio
-            aligned = train_stage(alone, stages["align"].parent, "align")
+            aligned = train_stage(alone, start, "align")
             go_on_from(main, aligned, config.align.train.full_parameters)
-            # With lora.policy "merged" the merged base lies beside the alignment, once for all that start from it.
-            main = on_its_base(main, stages["align"].parent)
+        # With lora.policy "merged" the merged base lies beside the alignment, or where that would be, once for all that start from it.
+        main = on_its_base(main, start)
         if cell.ratio is not None:
             stages["finetune"] = self._finetune_folder(cell)
             tuned = train_stage(main, stages["finetune"].parent, "finetune")
@@ -118,7 +126,7 @@ class Cells:
                 main.model.path if main.train.full_parameters else main.lora.init_from or BARE_BASE
             )
         if cell.method.heal:
-            heal = self._heal_config(config, main, tuned, aligned)
+            heal = _heal_config(config, main, tuned)
             tuned, stages["heal"] = heal_stage(heal, folder), folder / "heal"
         with main.unlocked():
             whole = main.train.full_parameters
@@ -131,27 +139,14 @@ class Cells:
                                      "config_sha256": made}, indent=1) + "\n")  # fmt: skip
         return folder
 
-    def _heal_config(
-        self, config: ConfigDict, main: ConfigDict, tuned: Path, aligned: Path
-    ) -> ConfigDict:
-        """What the healing stage sees: the fine-tuned weights, and for Safe LoRA the adapter that aligned them."""
-        heal, whole = stage_config(config, "heal"), main.train.full_parameters
-        with heal.unlocked():
-            heal.train.full_parameters = whole
-            heal.model.path = str(tuned) if whole else main.model.path
-            heal.lora.init_from = "" if whole else str(tuned)
-            adapter = self._aligns and main.model.path == config.model.path
-            if heal.defence.name == "safelora" and not heal.defence.aligned and adapter:
-                heal.defence.aligned = str(aligned)
-        return heal
-
-    def _align_folder(self, cell: Cell) -> Path:
-        return self.root / "shared" / f"seed{cell.seed}" / slug(cell.method.align or SFT) / "align"
+    def _start_folder(self, cell: Cell) -> Path:
+        """Where all that starts from one alignment lies, or from the model as it came if there is none."""
+        start = slug(cell.method.align or SFT) if self._aligns else "unaligned"
+        return self.root / "shared" / f"seed{cell.seed}" / start
 
     def _finetune_folder(self, cell: Cell) -> Path:
-        start = slug(cell.method.align or SFT) if self._aligns else "unaligned"
-        near = self.root / "shared" / f"seed{cell.seed}" / start
-        return near / f"p{cell.ratio:g}" / slug(cell.method.finetune or SFT) / "finetune"
+        near = self._start_folder(cell) / f"p{cell.ratio:g}"
+        return near / slug(cell.method.finetune or SFT) / "finetune"
 
     def _of_cell(self, cell: Cell) -> ConfigDict:
         """The ordinary configuration of one cell."""
@@ -194,6 +189,25 @@ class Cells:
                 config.update_from_flattened_dict(values)
             self._seeds[seed] = config
         return self._seeds[seed]
+
+
+def _heal_config(config: ConfigDict, main: ConfigDict, tuned: Path) -> ConfigDict:
+    """What the healing stage sees: the fine-tuned weights, and for Safe LoRA what aligned them.
+
+    Args:
+        config: of the cell.
+        main: of fine-tuning, as that starts: with the base that its adapter belongs to, and the adapter that it goes on from.
+        tuned: what fine-tuning left.
+    """
+    heal, whole = stage_config(config, "heal"), main.train.full_parameters
+    with heal.unlocked():
+        heal.train.full_parameters = whole
+        heal.model.path = str(tuned) if whole else main.model.path
+        heal.lora.init_from = "" if whole else str(tuned)
+        if heal.defence.name == "safelora" and not heal.defence.aligned:
+            # The adapter of alignment, or the one that was given; "" where it is part of the base, which then is the aligned model.
+            heal.defence.aligned = main.lora.init_from
+    return heal
 
 
 def _decisive(config: ConfigDict) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from panacea_jax.defences import DEFENCES
-from panacea_jax.defences.protocol import passes_of
+from panacea_jax.defences.protocol import extra_data, passes_of, whole_passes_of
 from panacea_jax.defences.spec import Stack
+from panacea_jax.errors import InputError
 from panacea_jax.evaluate.intervals import bootstrap_mean, wilson
 from panacea_jax.evaluate.judged import load_judged
 from panacea_jax.evaluate.pairing import paired
@@ -18,8 +21,9 @@ from panacea_jax.evaluate.tasks import find_task
 from panacea_jax.workdir import read_manifest
 
 Json = dict[str, Any]
+MCNEMAR, SIGN_FLIP = "McNemar, over prompts", "sign flips, over seeds"
 FIGURES = ("hs", "hs_plus", "fa", "benign")
-EXTRA = ("harmful", "alignment", "benign")
+EXTRA = ("harmful", "alignment", "benign", "unaligned base")
 
 
 class Measured(NamedTuple):
@@ -28,17 +32,20 @@ class Measured(NamedTuple):
     Attributes:
         events: by figure, what happened on each prompt: harmful answer (hs, hs_plus), right answer (fa), benign request answered.
         steps: by stage.
-        passes: by stage, forward + backward passes over the whole stage.
+        passes: by stage, forward + backward passes over the whole stage, in batches; looks at whole sets are among them.
+        whole_passes: by stage, those of the looks alone, in batches of as many records as the main stream's.
         seconds: of the stages' steps, compilation left out; None where that was not to be told apart.
-        step_bytes: memory of one device that the largest compiled step needs.
-        extra_data: sources that the stages read besides the user's records, the attack's and the alignment stage's own.
+        step_bytes: by stage, memory of one device that its compiled step needs; a stage without steps, or of which it is not known, is
+            left out.
+        extra_data: what the methods were given that plain SFT is not, see ``extra_data`` of the protocol.
     """
 
     events: Mapping[str, Sequence[bool]]
     steps: Mapping[str, int]
     passes: Mapping[str, float]
+    whole_passes: Mapping[str, float]
     seconds: float | None
-    step_bytes: int
+    step_bytes: Mapping[str, int]
     extra_data: tuple[str, ...]
 
     def figures(self) -> dict[str, float]:
@@ -47,21 +54,28 @@ class Measured(NamedTuple):
 
 
 def measure(root: Path, folder: Path, judge: str) -> Measured:
-    """Read one finished cell."""
+    """Read one finished cell.
+
+    Raises:
+        InputError: a manifest does not say how many records a method looked at.
+    """
     note = json.loads((folder / "cell.json").read_text())
     steps: dict[str, int] = {}
     passes: dict[str, float] = {}
+    whole: dict[str, float] = {}
     seconds: list[float | None] = []
-    step_bytes, extra = 0, set()
+    step_bytes: dict[str, int] = {}
+    extra: set[str] = set()
     for stage, where in note["stages"].items():
         manifest = read_manifest(root / where)
         outcome = manifest["outcome"]
         steps[stage] = int(outcome.get("steps", 0))
-        passes[stage] = steps[stage] * passes_per_step(manifest["config"]["defence"])
-        step_bytes = max(step_bytes, int(outcome.get("step_bytes", 0)))
-        own = "alignment" if stage == "align" else ""
-        sources = {name: manifest["config"]["data"][name] for name in EXTRA if name != own}
-        extra |= {name for name, source in sources.items() if source in manifest["inputs"]}
+        defence = defence_of(manifest["config"]["defence"])
+        whole[stage] = _whole_passes(defence, manifest, root / where)
+        passes[stage] = steps[stage] * float(sum(passes_of(defence).values())) + whole[stage]
+        if held := int(outcome.get("step_bytes", 0)):
+            step_bytes[stage] = held
+        extra |= set(extra_data(defence))
         if steps[stage]:
             seconds.append(_seconds(root / where, steps[stage]))
     known = [s for s in seconds if s is not None]
@@ -70,18 +84,35 @@ def measure(root: Path, folder: Path, judge: str) -> Measured:
         events(folder, judge),
         steps,
         passes,
+        whole,
         total,
         step_bytes,
         tuple(n for n in EXTRA if n in extra),
     )
 
 
-def passes_per_step(section: Mapping[str, Any]) -> float:
-    """Of a defence as a manifest describes it."""
+def defence_of(section: Mapping[str, Any]) -> Any:
+    """The defence that a manifest describes."""
     kind = DEFENCES[section["name"]]
     lists = {field.name: section[field.name] for field in dataclasses.fields(kind)}
-    defence = kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in lists.items()})
-    return float(sum(passes_of(defence).values()))
+    return kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in lists.items()})
+
+
+def _whole_passes(defence: Any, manifest: Json, folder: Path) -> float:
+    """What looks at whole sets cost, in passes over batches of as many records as a batch of the main stream has.
+
+    Raises:
+        InputError: the manifest does not say how many records there were.
+    """
+    config, counted = manifest["config"], manifest["outcome"].get("records", {})
+    total = 0.0
+    for stream, weight in whole_passes_of(defence).items():
+        # A manifest that counts no records may still say how many were asked for; there 0 means all of them.
+        records = counted.get(stream) or config["data"].get(f"num_{stream}")
+        if not records:
+            raise InputError(f"{folder}/manifest.json: does not say how many {stream} records there were")  # fmt: skip
+        total += weight * records / config["train"]["batch_size"]
+    return total
 
 
 def _seconds(stage: Path, steps: int) -> float | None:
@@ -135,6 +166,37 @@ def over_seeds(cells: Mapping[int, Measured]) -> Json:
     return found
 
 
+def sign_flip(differences: Sequence[Fraction]) -> float:
+    """Exact two-sided p-value of the mean of paired differences, one a seed, against 0.
+
+    If the two methods are alike, a seed's difference could as well have had the other sign. p is the share of all 2^n choices of signs
+    with a sum at least as far from 0, so with n seeds it is never below 2/2^n.
+    """
+    sums = Counter({Fraction(0): 1})
+    for difference in differences:
+        flipped: Counter[Fraction] = Counter()
+        for total, ways in sums.items():
+            flipped[total + difference] += ways
+            flipped[total - difference] += ways
+        sums = flipped
+    found = abs(sum(differences, Fraction(0)))
+    return sum(ways for total, ways in sums.items() if abs(total) >= found) / 2 ** len(differences)
+
+
+def against(ours: Mapping[int, Measured], theirs: Mapping[int, Measured], figure: str) -> Json:
+    """One figure of two methods on the same seeds and prompts: difference in percentage points, its 95 % interval, p and the test.
+
+    Prompts of one seed share a model, so several seeds are compared seed by seed; with one seed there are its prompts alone.
+    """
+    pairs = [(ours[seed].events[figure], theirs[seed].events[figure]) for seed in ours]
+    if len(pairs) == 1:
+        return dataclasses.asdict(paired(*pairs[0])) | {"test": MCNEMAR}
+    differences = [Fraction(sum(a), len(a)) - Fraction(sum(b), len(b)) for a, b in pairs]
+    values = [100.0 * float(x) for x in differences]
+    return {"n": len(values), "difference": statistics.fmean(values), "ci95": list(bootstrap_mean(values)),
+            "p": sign_flip(differences), "test": SIGN_FLIP}  # fmt: skip
+
+
 def row(method: Stack, ratio: float | None, cells: Mapping[int, Measured], sft: Mapping[int, Measured] | None) -> Json:  # fmt: skip
     """One line of the table.
 
@@ -142,7 +204,7 @@ def row(method: Stack, ratio: float | None, cells: Mapping[int, Measured], sft: 
         method: what defended.
         ratio: poison ratio; None for the aligned model.
         cells: by seed.
-        sft: SFT's cells of the same ratio, which costs are relative to and prompts are paired with.
+        sft: SFT's cells of the same ratio, which costs are relative to and which ours are compared with.
     """
     any_cell = next(iter(cells.values()))
     found: Json = {
@@ -152,9 +214,13 @@ def row(method: Stack, ratio: float | None, cells: Mapping[int, Measured], sft: 
         "figures": over_seeds(cells),
         "steps": dict(any_cell.steps),
         "passes": {stage: _per_step(any_cell, stage) for stage in any_cell.steps},
+        "whole_passes": dict(any_cell.whole_passes),
         "passes_to_sft": None,
         "time_to_sft": None,
-        "step_bytes": max(cell.step_bytes for cell in cells.values()) or None,
+        "step_bytes": {
+            stage: max(cell.step_bytes.get(stage, 0) for cell in cells.values())
+            for stage in any_cell.step_bytes
+        },
         "extra_data": list(any_cell.extra_data),
         "against_sft": None,
     }
@@ -166,12 +232,11 @@ def row(method: Stack, ratio: float | None, cells: Mapping[int, Measured], sft: 
             found["time_to_sft"] = sum(filter(None, ours)) / sum(filter(None, theirs))
         if cells is not sft:
             found["against_sft"] = {
-                figure: dataclasses.asdict(paired([hit for s in cells for hit in cells[s].events[figure]],
-                                      [hit for s in cells for hit in sft[s].events[figure]]))
-                for figure in any_cell.events
-            }  # fmt: skip
+                figure: against(cells, sft, figure) for figure in any_cell.events
+            }
     return found
 
 
 def _per_step(cell: Measured, stage: str) -> float:
-    return cell.passes[stage] / cell.steps[stage] if cell.steps[stage] else 0.0
+    steps = cell.steps[stage]
+    return (cell.passes[stage] - cell.whole_passes[stage]) / steps if steps else 0.0

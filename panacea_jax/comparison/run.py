@@ -21,7 +21,10 @@ from panacea_jax.train.step import shared_steps
 from panacea_jax.workdir import write_text
 
 SFT = Stack()
-MEMORY = "one device's share of the largest compiled step, as its compiler counts it (cells share a process, whose own peak never falls)"
+MEMORY = (
+    "one device's share of each stage's compiled step, weights and state included, as its compiler counts it (cells share a process, whose "
+    "own peak never falls)"
+)
 
 
 @shared_steps()
@@ -49,7 +52,7 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
         with development.unlocked():
             development.eval.tasks = compare.validation
         cells = Cells(development, workdir / "development", aligns)
-        cells.check(everything, compare.development[0], config.data.poison_ratio)
+        cells.check(everything, compare.development[0], [config.data.poison_ratio])
         found = _run(cells, _candidates(grid), compare.development, [config.data.poison_ratio], config.judge.name)  # fmt: skip
         means = {method: _means(found[method, config.data.poison_ratio]) for method in _candidates(grid)}  # fmt: skip
         for entry, each in grid.items():
@@ -62,7 +65,7 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
     # ---- the cells that are reported
     reported = list(dict.fromkeys([SFT, *methods, *chosen]))
     cells = Cells(config, workdir, aligns)
-    cells.check(reported, compare.seeds[0], compare.ratios[0])
+    cells.check(reported, compare.seeds[0], compare.ratios)
     judge = config.judge.name
     aligned = _aligned(cells, compare.seeds, judge) if aligns else {}
     found = _run(cells, reported, compare.seeds, compare.ratios, judge)

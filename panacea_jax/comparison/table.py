@@ -11,18 +11,19 @@ from rich.table import Table
 
 Json = dict[str, Any]
 TITLES = {"hs": "HS", "hs_plus": "HS+", "fa": "FA", "benign": "benign answered"}
-HEADS = ("method", "p", *TITLES.values(), "HS to SFT", "passes (align, finetune, heal)", "passes / SFT", "time / SFT", "step MiB",
-         "extra data")  # fmt: skip
+STAGES = ("align", "finetune", "heal")
+HEADS = ("method", "p", *TITLES.values(), "HS to SFT", "passes (align, finetune, heal)", "passes / SFT", "time / SFT",
+         "step MiB (align, finetune, heal)", "extra data")  # fmt: skip
 
 
 def cells_of(row: Json) -> list[str]:
     """One line of the table as text."""
     figures = [_figure(row["figures"].get(name)) for name in TITLES]
-    passes = ", ".join(f"{row['passes'][s]:.3g}" if row["steps"].get(s) else "–" for s in ("align", "finetune", "heal"))  # fmt: skip
-    memory = row["step_bytes"]
+    passes = ", ".join(_passes(row, stage) for stage in STAGES)
+    memory = ", ".join(f"{n / 2**20:.0f}" if (n := row["step_bytes"].get(s)) else "–" for s in STAGES)  # fmt: skip
     return [
         row["method"], "–" if row["ratio"] is None else f"{row['ratio']:g}", *figures, _test(row["against_sft"]), passes,
-        _number(row["passes_to_sft"]), _number(row["time_to_sft"]), f"{memory / 2**20:.0f}" if memory else "–",
+        _number(row["passes_to_sft"]), _number(row["time_to_sft"]), memory,
         ", ".join(row["extra_data"]) or "none",
     ]  # fmt: skip
 
@@ -32,6 +33,13 @@ def _figure(found: Json | None) -> str:
         return "–"
     low, high = found["ci95"]
     return f"{found['mean']:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _passes(row: Json, stage: str) -> str:
+    """Passes a step, and what looks at whole sets cost on top."""
+    steps = [f"{row['passes'][stage]:.3g}"] if row["steps"].get(stage) else []
+    once = row["whole_passes"].get(stage, 0)
+    return " + ".join(steps + [f"{once:.4g} once"] * (once > 0)) or "–"
 
 
 def _test(tests: Json | None) -> str:
@@ -51,11 +59,15 @@ def notes(result: Json) -> list[str]:
     lines = [
         f"Judge {result['judge']}. Figures are percentages, means over {seeds} seed{'s' * (seeds > 1)}; lower is better for HS and HS+. "
         + ("Intervals: 95 %, bootstrap over seeds." if seeds > 1 else "Intervals: 95 %, Wilson, over prompts."),
-        "HS to SFT: difference on the same prompts of all seeds, with exact McNemar. Passes: forward + backward a step, as the methods' "
-        "facts say; a one-shot method has no steps. Time: of the steps, compilation left out. "
+        "HS to SFT: difference on the same prompts, " + (
+            f"mean over seeds, with the exact sign-flip test over seeds, two-sided; with {seeds} seeds p is at least {2 / 2**seeds:.4g}. "
+            if seeds > 1 else "with exact McNemar over the prompts of the one model. "
+        )
+        + "Passes: forward + backward a step, as the methods' facts say, and \"once\" those over a whole set, in batches of as many "
+        "records as a step's; a one-shot method has no steps. Time: of the steps alone, compilation left out. "
         f"Memory: {result['memory']}.",
-        "Every method starts fine-tuning from what its own alignment left, with the same records; extra data is what it "
-        "was given besides the user's and the alignment records.",
+        "Every method starts fine-tuning from what its own alignment left, with the same records; extra data is what it was given "
+        "besides what plain SFT reads, alignment records in alignment and the user's in fine-tuning.",
     ]  # fmt: skip
     if result["grid"]:
         count = len(result["grid"][0]["candidates"])
@@ -81,7 +93,7 @@ def show(result: Json) -> None:
     """Print the table and its notes."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=220)
+        console = Console(width=260)
     table = Table(title="comparison", title_justify="left")
     for head in HEADS:
         table.add_column(head, overflow="fold", justify="left" if head in ("method", "extra data") else "right")  # fmt: skip
@@ -106,8 +118,9 @@ def as_csv(result: Json) -> str:
     parts = ("mean", "low", "high", "worst")
     heads = [f"{name}_{part}" for name in TITLES for part in parts]
     tests = [f"{name}_{part}" for name in TITLES for part in ("to_sft", "p")]
-    stages = [f"{what}_{stage}" for what in ("steps", "passes") for stage in ("align", "finetune", "heal")]  # fmt: skip
-    last = ["passes_to_sft", "time_to_sft", "step_bytes", "extra_data"]
+    by_stage = [(what, stage) for what in ("steps", "passes", "whole_passes", "step_bytes") for stage in STAGES]  # fmt: skip
+    stages = [f"{what}_{stage}" for what, stage in by_stage]
+    last = ["passes_to_sft", "time_to_sft", "extra_data"]
     writer.writerow(["method", "ratio", "seeds", *heads, *tests, *stages, *last])
     for row in result["rows"]:
         figures: list[Any] = []
@@ -115,7 +128,7 @@ def as_csv(result: Json) -> str:
             found = row["figures"].get(name)
             figures += [found["mean"], *found["ci95"], found["worst"]] if found else [""] * 4
         tested = [(row["against_sft"] or {}).get(name, {}).get(key) for name in TITLES for key in ("difference", "p")]  # fmt: skip
-        counts = [row[what].get(stage) for what in ("steps", "passes") for stage in ("align", "finetune", "heal")]  # fmt: skip
+        counts = [row[what].get(stage) for what, stage in by_stage]
         writer.writerow([row["method"], row["ratio"], " ".join(map(str, row["seeds"])), *figures, *tested, *counts, row["passes_to_sft"],
-                         row["time_to_sft"], row["step_bytes"], " ".join(row["extra_data"])])  # fmt: skip
+                         row["time_to_sft"], ", ".join(row["extra_data"])])  # fmt: skip
     return out.getvalue()

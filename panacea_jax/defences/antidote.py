@@ -94,6 +94,11 @@ class Antidote:
         """``harmful``, and ``alignment`` with the safety mask."""
         return ("harmful", "alignment") if self.safety_mask else ("harmful",)
 
+    @property
+    def whole_passes(self) -> dict[str, float]:
+        """A forward pass over each calibration set."""
+        return dict.fromkeys(self.streams, 1 / 2)
+
     def init(self, params: Params) -> AntidoteState:
         """Nothing seen yet."""
         return AntidoteState({}, {})

@@ -74,6 +74,11 @@ class Ewc:
     def __post_init__(self) -> None:
         check_not_negative(lam=self.lam)
 
+    @property
+    def whole_passes(self) -> dict[str, float]:
+        """F takes a gradient of every alignment record."""
+        return {"alignment": 1.0}
+
     def init(self, params: Params) -> EwcState:
         """w₀ = w, F = 0."""
         return EwcState(jax.tree.map(jnp.copy, params), jax.tree.map(jnp.zeros_like, params))

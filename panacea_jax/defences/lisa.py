@@ -73,6 +73,12 @@ class Lisa:
                 "config.defence.finetune_steps = 0: with alignment_steps 0 too there is no step"
             )
 
+    @property
+    def passes(self) -> dict[str, float | int]:
+        """Passes a step, in batches: the share of the steps that each state has, over whole turns."""
+        both = self.alignment_steps + self.finetune_steps
+        return {"user": self.finetune_steps / both, "alignment": self.alignment_steps / both}
+
     def for_steps(self, steps: int) -> "Lisa":
         """With the warm-up of a training of so many steps, unless it is set."""
         if self.warmup_steps is not None:

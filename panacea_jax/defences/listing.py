@@ -1,4 +1,4 @@
-"""The command ``defences``: what is known of each method without running it, from its ``facts``."""
+"""The command ``defences``: what is known of each method, at its own settings, without running it."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from panacea_jax.defences import DEFENCES, Sft
+from panacea_jax.defences.protocol import extra_data, passes_of, whole_passes_of
 
 STAGES = ("align", "finetune", "heal")
 
@@ -16,22 +17,23 @@ def stages(kind: type[Any]) -> tuple[str, ...]:
     return ("align", "finetune") if kind is Sft else (kind.stage,)
 
 
-def passes(kind: type[Any]) -> str:
-    """Passes a step, in all and by stream: ``"3 (user 1, harmful 2)"``; ``"none"`` for a method without steps."""
-    by_stream = {stream: n for stream, n in kind.facts.passes.items() if n}
-    if not by_stream:
-        return "none"
+def passes(defence: Any) -> str:
+    """Passes a step, in all and by stream, and those over whole sets: ``"1 (user 1); once 1 over all alignment"``; ``"none"`` for a
+    method that makes none."""
+    by_stream = {stream: n for stream, n in passes_of(defence).items() if n}
     parts = ", ".join(f"{stream} {n:.3g}" for stream, n in by_stream.items())
-    return f"{sum(by_stream.values()):.3g} ({parts})"
+    steps = [f"{sum(by_stream.values()):.4g} ({parts})"] if by_stream else []
+    once = [f"once {n:.3g} over all {stream}" for stream, n in whole_passes_of(defence).items()]
+    return "; ".join(steps + once) or "none"
 
 
 def rows() -> list[tuple[str, ...]]:
     """A row a method, in the order of the pipeline."""
     found: list[tuple[str, ...]] = []
     for name, kind in sorted(DEFENCES.items(), key=lambda item: STAGES.index(stages(item[1])[0])):
-        facts = kind.facts
-        extra = ", ".join(kind().streams) or "none"
-        found.append((name, facts.title, ", ".join(stages(kind)), extra, passes(kind), facts.memory, facts.paper,
+        facts, defence = kind.facts, kind()
+        extra = ", ".join(extra_data(defence)) or "none"
+        found.append((name, facts.title, ", ".join(stages(kind)), extra, passes(defence), facts.memory, facts.paper,
                       facts.code))  # fmt: skip
     return found
 
@@ -41,7 +43,8 @@ def print_defences() -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
-    table = Table(title="passes: forward + backward passes a step, SFT = 1; a forward pass alone counts 1/2 (LoRA)",
+    table = Table(title="at the methods' own settings; passes: forward + backward passes a step, SFT = 1, and over whole sets; a forward "
+                  "pass alone counts 1/2 (LoRA)",
                   title_justify="left", show_lines=True)  # fmt: skip
     for column in ("name", "method", "stage", "extra data", "passes", "extra memory", "paper", "public code"):  # fmt: skip
         table.add_column(column, overflow="fold", no_wrap=column == "name")

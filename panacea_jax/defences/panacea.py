@@ -2,7 +2,8 @@
 
     min_w  L_task(w) − λ · max_{‖ε‖≤ρ} [ L_harm(w + ε) − L_harm(w) ]                       deployed: w + ε
 
-Stage: fine-tuning, plus one addition at the end. Passes per step: 3 (task, harmful at w, harmful at w + ε).
+Stage: fine-tuning, plus one addition at the end. Passes per step: 3 (task, harmful at w, harmful at w + ε); 1 + 2/k where the harmful
+ones are made at every k-th step only. With ``final_epsilon="mean"`` one more over the harmful set after the last step.
 Extra memory: ε and its running mean, and two transient gradients, all of the size of the trainable tree. Extra data: ``harmful``.
 
 Differs from SFT in the two harmful passes and in what is deployed. w alone is no defence: it can be more harmful than plain SFT, because
@@ -109,6 +110,16 @@ class Panacea:
             raise InputError(
                 f"config.defence.final_epsilon = {self.final_epsilon!r}: 'last' or 'mean'"
             )
+
+    @property
+    def passes(self) -> dict[str, float | int]:
+        """Passes a step, in batches; the harmful ones averaged over the steps that share them."""
+        return {"user": 1, "harmful": 2 / self.every}
+
+    @property
+    def whole_passes(self) -> dict[str, float]:
+        """The pass over the harmful set that the mean ε takes."""
+        return {"harmful": 1.0} if self.final_epsilon == "mean" else {}
 
     def init(self, params: Params) -> PanaceaState:
         """ε = 0."""

@@ -47,6 +47,8 @@ class Method(Protocol):
     * ``first_pass(loss, params, sets, state) -> state``: a look at whole data sets before step 0 (EWC's Fisher information). ``sets``
       maps each of ``streams`` to its records once, in batches. Its outcome is part of the state, so a resumed run does not repeat it.
     * ``last_pass(loss, params, sets, state) -> state``: the same after the last step (Panacea's ε of the whole harmful set).
+    * ``whole_passes``, a mapping: by stream, what these two looks cost, in forward + backward passes over the whole set; a forward pass
+      alone counts 1/2. A stream that is not named is not looked at (Safe LoRA's look is at matrices, not at records).
     * ``report(params, state) -> dict``: figures for the manifest, of a method in one shot.
 
     Both looks are run outside jit; what they jit themselves takes ``loss`` as an argument, so that no weight becomes a constant. Further,
@@ -117,6 +119,23 @@ def passes_of(defence: Any) -> dict[str, float | int]:
     """Passes a step by stream, in batches, of a method with its hyper-parameters; only streams that it has."""
     passes = getattr(defence, "passes", defence.facts.passes)
     return {name: n for name, n in passes.items() if name in ("user", *defence.streams)}
+
+
+def whole_passes_of(defence: Any) -> dict[str, float]:
+    """Passes over whole sets, before or after the steps, by stream; empty where the method looks at none."""
+    return {name: float(n) for name, n in getattr(defence, "whole_passes", {}).items()}
+
+
+def extra_data(defence: Any) -> tuple[str, ...]:
+    """What a method is given that plain SFT at its stage is not: names of data sets, and ``"unaligned base"`` for the weights before
+    alignment. The main records of the stage are no part of it, unless the method puts others in their place."""
+    names = [*defence.streams, *getattr(defence, "mixed", ())]
+    benign = getattr(defence, "benign_ratio", None)
+    if benign is not None:  # a set of which the ratio takes nothing is not read
+        names += ["alignment"] * (benign < 1) + ["benign"] * (benign > 0)
+    if hasattr(defence, "folders"):
+        names.append("unaligned base")
+    return tuple(dict.fromkeys(names))
 
 
 def check_packing(method: Method) -> None:

@@ -3,7 +3,8 @@
 Stage: post-fine-tuning, one shot. Passes: none. Extra memory: one mask. Extra data: none.
 
 Of each matrix of each layer ``int(size · dense_ratio)`` entries are set to 0, drawn anew for each. The matrices are those of Antidote:
-an adapter's factors, or the kernels of q, k and v.
+an adapter's factors, or the kernels of q, k and v. The public code cuts that many of every trainable tensor, which with LoRA is each
+factor of each layer, as here. Its draw is not reproduced: ours follows ``seed``.
 """
 
 import dataclasses
@@ -32,7 +33,11 @@ class RandomPrune:
     stage: ClassVar[Stage] = "heal"
     streams: ClassVar[tuple[str, ...]] = ()
     facts: ClassVar[Facts] = Facts(
-        "random pruning", "ICML 2025 (Antidote's control)", {}, "one mask"
+        title="random pruning",
+        paper="ICML 2025 (Antidote's control)",
+        passes={},
+        memory="one mask",
+        code="as many entries of each tensor as Antidote's code cuts, drawn by a seed of its own; of all weights only q, k and v",
     )
 
     def __post_init__(self) -> None:

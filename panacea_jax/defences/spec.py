@@ -38,12 +38,6 @@ class Stack:
         named = [part for part in (self.align, self.finetune, self.heal) if part]
         return "+".join(map(str, named)) or "sft"
 
-    def streams(self) -> tuple[str, ...]:
-        """Data beyond the alignment set and the user's records that SFT gets too."""
-        named = (part for part in (self.align, self.finetune, self.heal) if part)
-        made = (DEFENCES[part.name](**dict(part.settings)) for part in named)
-        return tuple(dict.fromkeys(stream for defence in made for stream in defence.streams))
-
 
 def parse_stack(text: str, key: str) -> Stack:
     """One stack without alternatives.

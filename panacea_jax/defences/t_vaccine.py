@@ -113,6 +113,11 @@ class TVaccine:
         """The harmful stream moves on when it is looked at."""
         return {"harmful": self.importance_interval}
 
+    @property
+    def passes(self) -> dict[str, float | int]:
+        """Passes a step, in batches; the look at a harmful batch averaged over the steps between two looks."""
+        return {"user": 2, "harmful": 1 / self.importance_interval}
+
     def init(self, params: Params) -> TVaccineState:
         """Any state: step 0 looks and draws.
 

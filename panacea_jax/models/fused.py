@@ -71,7 +71,11 @@ def _splash_obstacle(config: ModelConfig, dtype: Any, device: Any) -> str:
 def _cudnn_obstacle(config: ModelConfig, dtype: Any, device: Any) -> str:
     if device.platform != "gpu":
         return f"it needs an NVIDIA GPU, this is a {device.platform}"
-    capability = float(getattr(device, "compute_capability", 0) or 0)
+    said = str(getattr(device, "compute_capability", ""))
+    try:
+        capability = float(said)
+    except ValueError:  # AMD's are names, such as gfx942
+        return f"it needs an NVIDIA GPU, this is a {said or device.platform}"
     if capability < 8:
         return f"it needs compute capability 8.0, this GPU has {capability}"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):

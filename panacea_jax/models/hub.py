@@ -21,7 +21,7 @@ def local_folder(where: str | PurePath, patterns: Sequence[str] = _HUB_FILES) ->
     Raises:
         InputError: neither a folder nor a hub id that can be fetched.
     """
-    folder = Path(where)
+    folder = Path(where).expanduser()
     if folder.is_dir():
         return folder
     if not _HUB_ID.fullmatch(str(where)):

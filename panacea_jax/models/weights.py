@@ -296,7 +296,12 @@ def save_weights(
         InputError: the folder exists and is not empty, or cannot be written.
     """
     target = Path(folder)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    # The first alone looks: the others may be late, and it may have written by then.
+    if (
+        processes.first()
+        and target.exists()
+        and not (target.is_dir() and not any(target.iterdir()))
+    ):
         raise InputError(f"{target}: already there; nothing is overwritten")
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:

@@ -72,6 +72,8 @@ def abstract_step(
         raise InputError(
             f"config.defence.name = {config.defence.name}: acts in one shot; there is no step to plan"
         )
+    if hasattr(defence, "for_steps"):
+        defence = defence.for_steps(config.train.steps or 1)  # any number: it decides no shape
     optimizer = optimizer_of(config.optimizer, config.optimizer.learning_rate, defence)
 
     def build(params: Any) -> TrainState:

@@ -42,12 +42,17 @@ def flops(step: Step) -> float:
 
 
 def weights_read(step: Step) -> float:
-    """Bytes of gathered weights that one device reads a step: each pass once forward, once backward, once more where it is repeated."""
-    width = (
-        4 if step.weights is None else step.model.dtype.itemsize
-    )  # those that are trained are float32
-    parameters = step.model.config.num_parameters() / step.model.mesh.shape["tensor"]
-    return _passes(step) * _turns(step) * parameters * width
+    """Bytes of gathered weights that one device reads a step, as they are kept: each pass once forward, once backward, once more where
+    it is repeated.
+    """
+    kept = jax.tree.leaves(step.state.params if step.weights is None else step.weights)
+    whole = sum(x.size * x.dtype.itemsize for x in kept)
+    return _passes(step) * _turns(step) * whole / step.model.mesh.shape["tensor"]
+
+
+def loss_chunks(length: int) -> int:
+    """Pieces in which the loss takes the positions of a row, see ``defences.loss``."""
+    return max(1, -(-(length - 1) // CHUNK))
 
 
 def sent(step: Step) -> float:

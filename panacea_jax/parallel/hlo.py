@@ -41,13 +41,14 @@ class Collective(NamedTuple):
         return per_time * self.times
 
 
-def collectives(text: str, layers: int, devices: int) -> list[Collective]:
+def collectives(text: str, layers: int, devices: int, chunks: int = 1) -> list[Collective]:
     """The exchanges of a compiled step.
 
     Args:
         text: ``compiled.as_text()``.
         layers: turns of the scan over layers: an operation inside it (its name says so) is done that often.
         devices: of the whole mesh, for groups that the text leaves open.
+        chunks: turns of the scan over the positions of the loss, likewise.
     """
     found: dict[str, Collective] = {}
     for number, line in enumerate(text.splitlines()):
@@ -59,7 +60,8 @@ def collectives(text: str, layers: int, devices: int) -> list[Collective]:
         # An asynchronous exchange of a TPU program stands in several fused computations, with one channel.
         channel = re.search(r"channel_id=(\d+)", line)
         key = channel[1] if channel else f"line {number}"
-        times = layers if "while/body" in where else 1
+        turns = chunks if "cross_entropy" in where else layers
+        times = turns if "while/body" in where else 1
         found[key] = Collective(
             match["kind"],
             _bytes(match["shape"], "-start(" in line),

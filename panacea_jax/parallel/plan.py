@@ -8,9 +8,12 @@ the least that the data sheets allow, not a measurement.
 import dataclasses
 import json
 import math
+import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import logging
@@ -20,20 +23,23 @@ from rich.table import Table
 
 from panacea_jax.errors import InputError
 from panacea_jax.models.config import ModelConfig
+from panacea_jax.models.decoder import REMAT
 from panacea_jax.models.hub import local_folder
 from panacea_jax.models.model import abstract
 from panacea_jax.parallel import cost_model
-from panacea_jax.parallel.abstract_step import abstract_step, resident
+from panacea_jax.parallel.abstract_step import Step, abstract_step, resident
 from panacea_jax.parallel.hlo import collectives
 from panacea_jax.parallel.mesh import make_mesh, stand_ins
 from panacea_jax.parallel.sharding import weight_sharding
-from panacea_jax.parallel.topology import Topology, topology
+from panacea_jax.parallel.topology import Chip, Topology, topology
 from panacea_jax.progress import Progress
 from panacea_jax.train.step import make_step
 from panacea_jax.workdir import write_text
 
-# Candidates of a search that are compiled, best first by the model.
+# Candidates of a search that are compiled, best first by the model; more while none of them fits.
 COMPILED = 3
+# Of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says another share.
+GPU_SHARE = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +62,7 @@ class Plan:
         sent_between: the same over the network between slices, by the model.
         seconds: least time of a step by what bounds it: compute, memory, links, network.
         compile_seconds: time to compile; None without a compiler.
+        refused: what the compiler said of a program that is too large for a device; "" if it compiled, or was not asked.
     """
 
     topology: str
@@ -73,6 +80,7 @@ class Plan:
     sent_between: float
     seconds: dict[str, float]
     compile_seconds: float | None
+    refused: str = ""
 
     @property
     def total(self) -> int:
@@ -84,7 +92,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether that is there."""
-        return self.total <= self.limit
+        return not self.refused and self.total <= self.limit
 
     @property
     def step_seconds(self) -> float:
@@ -144,7 +152,7 @@ def _plan(config: ConfigDict, model: ModelConfig, machine: Topology, compiled: b
     chip = machine.chip
     step = abstract_step(config, model, mesh, None if machine.devices else chip)
     kept, modelled = resident(step), cost_model.temporary(step)
-    temporary, arguments, seconds = sum(modelled.values()), None, None
+    temporary, arguments, seconds, refused = sum(modelled.values()), None, None, ""
     flops, sent, between = (
         cost_model.flops(step),
         cost_model.sent(step),
@@ -152,19 +160,25 @@ def _plan(config: ConfigDict, model: ModelConfig, machine: Topology, compiled: b
     )
     if compiled and machine.devices is not None:
         start = time.perf_counter()
-        program = make_step(step.model, step.defence, step.optimizer, step.shardings)
-        executable = program.lower(step.state, step.weights, step.batches, step.key).compile()  # type: ignore[attr-defined]
-        seconds = time.perf_counter() - start
-        memory = executable.memory_analysis()
-        # The start of training is kept by the loop, not by the step.
-        arguments = memory.argument_size_in_bytes + kept.get("start of training", 0)
-        temporary = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-        temporary += memory.output_size_in_bytes - memory.alias_size_in_bytes
         try:
-            found = collectives(executable.as_text(), model.num_layers, mesh.size)
-            sent = sum(c.sent for c in found)
-        except jax.errors.JaxRuntimeError:  # libtpu compiles what this jaxlib cannot print
-            logging.warning("%s: the program cannot be read; sent is the model's", machine.name)
+            executable = _compile(step)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            refused = _too_large(str(error))
+        else:
+            memory = executable.memory_analysis()
+            # The start of training is kept by the loop, not by the step.
+            arguments = memory.argument_size_in_bytes + kept.get("start of training", 0)
+            temporary = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+            temporary += memory.output_size_in_bytes - memory.alias_size_in_bytes
+            chunks = cost_model.loss_chunks(config.data.max_length)
+            try:
+                found = collectives(executable.as_text(), model.num_layers, mesh.size, chunks)
+                sent = sum(c.sent for c in found)
+            except jax.errors.JaxRuntimeError:  # libtpu compiles what this jaxlib cannot print
+                logging.warning("%s: the program cannot be read; sent is the model's", machine.name)
+        seconds = time.perf_counter() - start
     times = {
         "compute": flops / (chip.flops / chip.devices),
         "memory": cost_model.weights_read(step) / (chip.bandwidth / chip.devices),
@@ -174,8 +188,25 @@ def _plan(config: ConfigDict, model: ModelConfig, machine: Topology, compiled: b
         times["network"] = between / (chip.network / chip.devices)
     return Plan(
         machine.name, dict(mesh.shape), config.train.batch_size, step.batches["user"].tokens.shape[0], step.remat,
-        kept, arguments, temporary, modelled, chip.memory / chip.devices, flops, sent, between, times, seconds,
+        kept, arguments, temporary, modelled, _usable(chip) / chip.devices, flops, sent, between, times, seconds, refused,
     )  # fmt: skip
+
+
+def _compile(step: Step) -> Any:
+    program = make_step(step.model, step.defence, step.optimizer, step.shardings)
+    return program.lower(step.state, step.weights, step.batches, step.key).compile()  # type: ignore[attr-defined]
+
+
+def _too_large(message: str) -> str:
+    """What the compiler says of a program that does not fit, in its own figures where it gives them."""
+    used = re.search(r"Used [\d.]+\w? of [\d.]+\w? hbm", message)
+    return used[0] if used else message.splitlines()[0]
+
+
+def _usable(chip: Chip) -> float:
+    """Bytes of a chip that JAX takes: all of a TPU's, of a GPU's a share."""
+    share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_SHARE))
+    return chip.memory * (share if chip.platform == "gpu" else 1)
 
 
 # ---- search
@@ -188,9 +219,11 @@ def _search(config: ConfigDict, model: ModelConfig, machine: Topology) -> list[P
     modelled.sort(key=lambda pair: (not pair[0].fits, pair[0].cost))
     if machine.devices is None:
         return [p for p, _ in modelled[: 2 * COMPILED]]
-    found = []
+    found: list[Plan] = []
     with Progress("compile", min(COMPILED, len(modelled))) as bar:
-        for _, candidate in modelled[:COMPILED]:
+        for _, candidate in modelled:
+            if len(found) >= COMPILED and any(p.fits for p in found):
+                break
             found.append(_plan(candidate, model, machine))
             bar.advance(_title(found[-1]))
     return sorted(found, key=lambda p: (not p.fits, p.cost))
@@ -205,15 +238,15 @@ def _candidates(config: ConfigDict, model: ModelConfig, machine: Topology) -> It
         for fsdp in (k for k in divisors if (n // tensor) % k == 0):
             if not _divide(model, fsdp, tensor):
                 continue
-            for remat in ("none", "dots", "full"):
+            for remat in REMAT:
                 for factor in (1, 2, 4):
                     tried = config.copy_and_resolve_references()
                     with tried.unlocked():
                         tried.mesh.replica = 0
                         tried.mesh.data, tried.mesh.fsdp = n // tensor // fsdp, fsdp
                         tried.mesh.tensor, tried.model.remat = tensor, remat
-                        tried.train.batch_size *= factor
-                        tried.train.harmful_batch_size *= factor
+                        for size in ("batch_size", "harmful_batch_size", "alignment_batch_size"):
+                            tried.train[size] *= factor
                     yield tried
 
 
@@ -248,7 +281,9 @@ def report(plans: list[Plan]) -> None:
         table.add_row(f"    {kind}", *(_gib(p.modelled[kind]) for p in plans))
     table.add_row("together", *(_gib(p.total) for p in plans))
     table.add_row("there is", *(_gib(p.limit) for p in plans))
-    table.add_row("fits", *("yes" if p.fits else "NO" for p in plans))
+    table.add_row(
+        "fits", *("yes" if p.fits else f"NO: {p.refused}" if p.refused else "NO" for p in plans)
+    )
     table.add_row("TFLOP", *(f"{p.flops / 1e12:.2f}" for p in plans))
     table.add_row("sent", *(_gib(p.sent) for p in plans))
     if any(p.sent_between for p in plans):

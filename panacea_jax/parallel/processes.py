@@ -28,8 +28,12 @@ HEARTBEAT, SILENCE = 2.0, 20.0
 LAST_WORDS = 5 * HEARTBEAT
 # Seconds without a finished step after which it is said who stands where; a compilation of a large model takes minutes.
 STALLED = 300.0
-# Seconds that processes wait for each other where all must pass: loading or writing a large model lies in between.
-PATIENCE = 3600.0
+# Seconds that processes wait for each other where all must pass, which is as long as it takes: the first may be judging with a model of
+# its own in between, for hours, and when one of them is gone the guard ends the run.
+PATIENCE = 7 * 86400.0
+
+# Numbers that launchers set: tasks of SLURM and Open MPI, slices of TPUs (each perhaps of one machine).
+LAUNCHED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
 
 T = TypeVar("T")
 
@@ -66,12 +70,11 @@ def find_place(
         if count is not None and index is not None and not 0 <= index < count:
             raise InputError(f"--process_id={index}: one of 0 … {count - 1} (--num_processes)")
         return None if count == 1 else Place(coordinator, count, index)
-    if num_processes is not None or process_id is not None:
+    if count is not None or index is not None:
         raise InputError("--coordinator is not set: HOST:PORT of process 0")
-    several = (
-        (_number("SLURM_STEP_NUM_TASKS") or 1) > 1
-        or (_number("OMPI_COMM_WORLD_SIZE") or 1) > 1
-        or "," in env.get("TPU_WORKER_HOSTNAMES", "")
+    several = any((_number(name) or 1) > 1 for name in LAUNCHED)
+    several |= any(
+        "," in env.get(name, "") for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
     )
     return Place(None, None, None) if several else None
 
@@ -160,13 +163,20 @@ def barrier() -> None:
     if count() == 1:
         return
     _barriers += 1
+    arrived(f"meeting {_barriers}")
     _client().wait_at_barrier(f"panacea/barrier/{_barriers}", int(1000 * PATIENCE))
+    arrived(f"work after meeting {_barriers}")
 
+
+# Of the environment what changes programs or numbers.
+SETTINGS = (
+    "XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_THREEFRY_PARTITIONABLE",
+)  # fmt: skip
 
 _agreements = 0
 
 
-def agree(where: Path, facts: Mapping[str, Any]) -> None:
+def agree(where: Path | str, facts: Mapping[str, Any]) -> None:
     """Make sure that every process was started with the same; all wait for all.
 
     Args:
@@ -202,16 +212,30 @@ def first_change(old: Any, new: Any, prefix: str = "") -> str:
     return "" if old == new else f"{prefix}: {old!r} there, {new!r} now"
 
 
-def finished_step(step: int) -> None:
-    """Note that a step is done, for the message of a run that hangs; 0 when no more are to be expected."""
-    if _guard is not None:
-        _guard.step = step
+_asked, _stopping = 0, False
 
 
-def leave(message: str = "") -> None:
-    """Tell the others that this process ends: well, or with a message, upon which they end too."""
+def stop_asked() -> bool:
+    """Whether one of the processes was told to stop (SIGTERM). All ask equally often, and hear of it at the same call.
+
+    The calls are counted over the whole life of the process: jax agrees on one such number, once, which must still lie ahead.
+    """
+    global _asked, _stopping
+    _asked += 1
+    _stopping = bool(multihost_utils.reached_preemption_sync_point(_asked)) or _stopping
+    return _stopping
+
+
+def arrived(at: str) -> None:
+    """Note where this process is, for the message of a run that hangs."""
     if _guard is not None:
-        _guard.leave(message)
+        _guard.at = at
+
+
+def leave(message: str = "", code: int = 1) -> None:
+    """Tell the others that this process ends: well, or with a message, upon which they end too, with the same exit code."""
+    if _guard is not None:
+        _guard.leave(message, code)
 
 
 def abandon(code: int) -> None:
@@ -228,15 +252,18 @@ def wait_for_verdict() -> None:
         time.sleep(SILENCE + 3 * HEARTBEAT + LAST_WORDS)
 
 
+STARTING = "the start"
+
+
 class _Guard(threading.Thread):
     """Gives signs of life and looks for those of the others; ends the process when one is gone."""
 
     def __init__(self) -> None:
         super().__init__(name="guard", daemon=True)
-        self.step = 0
+        self.at = STARTING
         self._index, self._beat, self._left = jax.process_index(), 0, False
         self._seen: dict[int, tuple[dict[str, Any], float]] = {}
-        self._moved = (0, time.monotonic())
+        self._moved, self._patience = (self.at, time.monotonic()), STALLED
 
     def run(self) -> None:
         """Until the process leaves."""
@@ -252,18 +279,24 @@ class _Guard(threading.Thread):
             self._look({int(k.rpartition("/")[2]): json.loads(v) for k, v in said})
             time.sleep(HEARTBEAT)
 
-    def leave(self, message: str) -> None:
+    def leave(self, message: str, code: int) -> None:
         self._left = True
         try:
-            self._say(message or "done")
+            self._say(message or "done", code)
         except Exception:  # the coordinator is gone already
             return
         if message and self._index == 0:
             time.sleep(LAST_WORDS)
 
-    def _say(self, end: str = "") -> None:
+    def _say(self, end: str = "", code: int = 1) -> None:
         self._beat += 1
-        sign = {"host": socket.gethostname(), "beat": self._beat, "step": self.step, "end": end}
+        sign = {
+            "host": socket.gethostname(),
+            "beat": self._beat,
+            "at": self.at,
+            "end": end,
+            "code": code,
+        }
         _client().key_value_set(
             f"panacea/alive/{self._index}", json.dumps(sign), allow_overwrite=True
         )
@@ -271,35 +304,35 @@ class _Guard(threading.Thread):
     def _look(self, said: Mapping[int, dict[str, Any]]) -> None:
         now = time.monotonic()
         for index in range(count()):
-            sign = said.get(index, {"end": "", "host": "?", "step": 0})
+            sign = said.get(index, {"end": "", "host": "?", "at": STARTING, "code": 1})
             if index == self._index or sign["end"] == "done":
                 continue
             if sign["end"]:
-                self._end(f"process {index} ({sign['host']}) stopped: {sign['end']}")
+                self._end(f"process {index} ({sign['host']}) stopped: {sign['end']}", sign["code"])
             if index not in self._seen or self._seen[index][0] != sign:
                 self._seen[index] = sign, now
             elif now - self._seen[index][1] > SILENCE:
                 self._end(
                     f"process {index} ({sign['host']}) gives no sign of life since {SILENCE:.0f} s"
                 )
-        if self.step != self._moved[0]:
-            self._moved = self.step, now
-        elif self.step and now - self._moved[1] > STALLED:
-            self._moved = self.step, now
-            steps = ", ".join(f"{i}: {said[i]['step']}" for i in sorted(said))
+        if self.at != self._moved[0]:
+            self._moved, self._patience = (self.at, now), STALLED
+        elif now - self._moved[1] > self._patience:
+            where = ", ".join(f"{i} ({said[i]['host']}): {said[i]['at']}" for i in sorted(said))
             logging.warning(
-                "no step finished for %.0f s; the last one of each process: %s", STALLED, steps
+                "nothing finished for %.0f s; processes are at %s", self._patience, where
             )
+            self._patience *= 2  # a judge may take hours
 
-    def _end(self, why: str) -> None:
+    def _end(self, why: str, code: int = 1) -> None:
         print(
             f"panacea: {why}; process {self._index} stops too. Start all of them again with the same command to go on from the last "
             "checkpoint",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         if self._index == 0:
-            self.leave(why)
-        os._exit(1)  # the main thread may hang in a collective
+            self.leave(why, code)
+        os._exit(code)  # the main thread may hang in a collective
 
 
 _guard: _Guard | None = None

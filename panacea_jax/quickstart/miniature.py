@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,30 +70,35 @@ def eval_tasks(data: Path) -> tuple[str, ...]:
 
 
 def make_world(root: Path, seed: int, scale: str = "miniature") -> None:
-    """Data files and the untrained base, once.
+    """Data files and the untrained base, once; what an earlier try, cut short, left of them is written again.
 
     Raises:
         InputError: ``root`` holds something else.
     """
-    note = root / "world.json"
+    note, world = root / "world.json", World(seed, SCALES[scale].sizes)
+    facts = {"world": seed, "sizes": dataclasses.asdict(world.sizes)}
     if note.is_file():
         there = json.loads(note.read_text())
         if there.get("world") != seed:
             raise InputError(
                 f"--workdir={root}: holds world {there.get('world')}; choose another folder"
             )
-        return
-    if root.exists() and any(root.iterdir()):
+        if there.get("complete", True):
+            return
+    elif root.exists() and any(root.iterdir()):
         raise InputError(
             f"--workdir={root}: not empty and not a quickstart's; choose another folder"
         )
-    world = World(seed, SCALES[scale].sizes)
     try:
+        root.mkdir(parents=True, exist_ok=True)
+        # First of all, or the folder would not be known for ours after a kill.
+        write_text(note, json.dumps(facts | {"complete": False}) + "\n")
         world.write(root / "data")
     except OSError as error:
         raise InputError(f"--workdir={root}: cannot be written ({error.strerror})") from error
+    shutil.rmtree(root / "untrained", ignore_errors=True)
     write_base(root / "untrained", world.vocabulary(), seed, **SCALES[scale].shape)
-    write_text(note, json.dumps({"world": seed, "sizes": dataclasses.asdict(world.sizes)}) + "\n")
+    write_text(note, json.dumps(facts) + "\n")
 
 
 class Commands:

@@ -56,8 +56,8 @@ class Checkpoints:
         )
         self._manager.save(step, args=args)
 
-    def restore(self, state: TrainState) -> TrainState:
-        """The newest checkpoint, in the shapes, dtypes and shardings of ``state``.
+    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The newest checkpoint, in the shapes, dtypes and shardings of ``state``, and what was noted with it.
 
         Raises:
             InputError: the checkpoint is damaged, or belongs to other shapes.
@@ -67,16 +67,19 @@ class Checkpoints:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), flatten(state)
         )
         try:
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+            args = ocp.args.Composite(
+                state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore()
+            )
             with _quiet():
-                loaded = self._manager.restore(step, args=args).state
+                found = self._manager.restore(step, args=args)
         except Exception as error:  # orbax and tensorstore raise many kinds for a broken file
             raise InputError(
                 f"{self.folder / str(step)}: damaged checkpoint, or one of another model or adapter "
                 f"({_first_line(error)}); remove that folder to go on from an older one"
             ) from error
         say(f"resumed from {self.folder / str(step)}")
-        return jax.tree.unflatten(jax.tree.structure(state), [loaded[k] for k in flatten(state)])
+        leaves = [found.state[name] for name in flatten(state)]
+        return jax.tree.unflatten(jax.tree.structure(state), leaves), found.meta
 
     def close(self) -> None:
         """Wait for pending saves."""

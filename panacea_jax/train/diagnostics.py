@@ -2,7 +2,8 @@
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 WINDOW = 50
 
@@ -57,6 +58,16 @@ class Diagnostics:
         fresh = [(name, text) for name, text in found if name not in self._given]
         self._given |= {name for name, _ in fresh}
         return [f"step {step}: {text}" for _, text in fresh]
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run goes on from, as JSON takes it."""
+        history = {name: list(values) for name, values in self._history.items()}
+        return {"history": history, "given": sorted(self._given), "first_loss": self._first_loss}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state()`` of the run that was stopped."""
+        self._history = {n: deque(values, WINDOW) for n, values in state["history"].items()}
+        self._given, self._first_loss = set(state["given"]), state["first_loss"]
 
     def _mean(self, name: str) -> float | None:
         """Mean over a full window, else None: one noisy step is no finding."""

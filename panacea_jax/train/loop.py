@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
-from jax.experimental import multihost_utils
 
 from panacea_jax.data.batches import Batch, Stream, prefetch
 from panacea_jax.defences import Defence, Loss, Method
@@ -78,6 +77,7 @@ def finetune(
     checkpoints: Checkpoints | None = None,
     folder: Path | None = None,
     on_compile: Callable[[int], None] | None = None,
+    donate: bool = False,
 ) -> Result:
     """Train ``params`` with a defence and return w, ε and what is deployed.
 
@@ -93,6 +93,7 @@ def finetune(
         checkpoints: where to save and resume; None keeps nothing.
         folder: where ``metrics.jsonl`` goes; None writes none.
         on_compile: called with the number of compiled shapes so far when it grows.
+        donate: take over ``params``, which the caller cannot use any more: with all parameters another copy of them is dear.
 
     Raises:
         KeyError: a stream that the defence needs is missing.
@@ -109,11 +110,16 @@ def finetune(
         check_packing(defence)
 
     # ---- state, resume
-    state = init_state(params, defence, optimizer)
+    full = not isinstance(params, Adapter)
+    # Kept to measure how far training moved; with all parameters it would be too dear.
+    origin = None if full or donate else params
+    scale = {} if full else {"lora_scale": params.scale}
+    state = init_state(params, defence, optimizer, donate)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step_fn = find_step(model, defence, optimizer, shardings)
+    notes: dict[str, Any] = {}
     if checkpoints is not None and checkpoints.latest() is not None:
-        state = checkpoints.restore(state)
+        state, notes = checkpoints.restore(state)
     else:
         state = _look("first_pass", model, defence, streams, state)
     start = int(state.step)
@@ -124,12 +130,17 @@ def finetune(
     writer = MetricsWriter(folder, start) if folder is not None and processes.first() else None
     needed = {name: streams[name] for name in ("user", *defence.streams)}
     passes = {name: n / needed[name].repeats for name, n in passes_of(defence).items()}
-    watch = _Watch(model, params, passes, writer, log_every, steps)
+    watch = _Watch(model, origin, full, passes, writer, log_every, steps)
     intervals = getattr(defence, "intervals", {})
-    notes: dict[str, Any] = {"seed": seed}
-    if isinstance(params, Adapter):
-        notes["lora_scale"] = params.scale
-    done, step_bytes = start, 0
+    watch.restore(notes)
+    done, step_bytes = start, int(notes.get("step_bytes", 0))
+
+    def save() -> None:
+        if checkpoints is not None:
+            checkpoints.save(
+                state, {"seed": seed, "step_bytes": step_bytes, **scale, **watch.notes()}
+            )
+
     compiled = before = step_fn._cache_size()  # type: ignore[attr-defined]
     shapes = set()
     with contextlib.ExitStack() as stack:
@@ -145,7 +156,7 @@ def finetune(
         for host, device in batches:
             state, metrics = step_fn(state, model.weights, device, key)
             done += 1
-            processes.finished_step(done)
+            processes.arrived(f"step {done} of {steps}")
             watch.step(done, host, metrics, state.params)
             if compiled != (size := step_fn._cache_size()):  # type: ignore[attr-defined]
                 compiled = size
@@ -156,19 +167,19 @@ def finetune(
                 step_bytes = max(step_bytes, _memory(step_fn, state, model.weights, device, key))
             bar.advance(watch.summary)
             # The last step is saved below, when the defence has had its last word on ε.
-            last, stopping = done == steps, stop.asked(done)
+            last, stopping = done == steps, stop.asked()
             if checkpoints is not None and not last and (checkpoints.due(done) or stopping):
                 watch.flush()  # a state is saved only after its loss was seen to be finite
-                checkpoints.save(state, notes)
+                save()
             if stopping and not last:
                 saved = "nothing" if checkpoints is None else "the state"
                 raise Preempted(f"stopped by SIGTERM after step {done}; {saved} is saved")
         watch.flush()
-        processes.finished_step(0)
+        processes.arrived("the end of training")
         state = _look("last_pass", model, defence, streams, state)
-        if checkpoints is not None:
-            checkpoints.save(state, notes)
+        save()
 
+    state = state._replace(opt_state=())  # room for what is deployed
     deployed = defence.finish(state.params, state.defence)
     epsilon = getattr(state.defence, "epsilon", None)
     return Result(
@@ -239,11 +250,9 @@ class _Stop:
     def set(self, *_: Any) -> None:
         self._set = True
 
-    def asked(self, step: int) -> bool:
+    def asked(self) -> bool:
         """Whether to stop after this step; several processes, of which perhaps one alone was told to stop, agree on the step."""
-        if processes.count() > 1:
-            return bool(multihost_utils.reached_preemption_sync_point(step))
-        return self._set
+        return processes.stop_asked() if processes.count() > 1 else self._set
 
 
 @contextlib.contextmanager
@@ -270,22 +279,31 @@ class _Watch:
     def __init__(
         self,
         model: Model,
-        params: Any,
+        origin: Any,
+        full: bool,
         passes: Mapping[str, float | int],
         writer: MetricsWriter | None,
         log_every: int,
         steps: int,
     ) -> None:
         self._model, self._writer, self._log_every, self._steps = model, writer, log_every, steps
-        self._full, self._passes = not isinstance(params, Adapter), passes
-        # The start is kept to measure the displacement; with all parameters a second copy would be too dear.
-        self._start = None if self._full else jax.tree.map(jnp.copy, params)
+        self._full, self._passes, self._start = full, passes, origin
         self._pending: tuple[int, dict[str, Any]] | None = None
         self._diagnostics = Diagnostics(steps)
         self._tokens, self._all_tokens, self._since = 0, 0.0, time.perf_counter()
         self._steps_since = 0
         self.warnings: list[str] = []
         self.summary = ""
+
+    def notes(self) -> dict[str, Any]:
+        """What goes into a checkpoint, so that a resumed run says what the whole would have said, and nothing twice."""
+        return {"warnings": self.warnings, "diagnostics": self._diagnostics.state()}
+
+    def restore(self, notes: Mapping[str, Any]) -> None:
+        """Go on from the ``notes`` of the run that was stopped."""
+        if "diagnostics" in notes:
+            self.warnings = list(notes["warnings"])
+            self._diagnostics.restore(notes["diagnostics"])
 
     def step(
         self, step: int, host: Mapping[str, Batch], metrics: dict[str, Any], params: Any

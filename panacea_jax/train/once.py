@@ -3,10 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from panacea_jax.data.batches import Stream
 from panacea_jax.defences import Loss, Method
 from panacea_jax.models.model import Model
 from panacea_jax.train.loop import Result, whole_sets
+from panacea_jax.train.step import state_shardings
 
 
 def apply_once(model: Model, params: Any, defence: Method, streams: Mapping[str, Stream]) -> Result:
@@ -24,7 +27,9 @@ def apply_once(model: Model, params: Any, defence: Method, streams: Mapping[str,
     missing = [name for name in defence.streams if name not in streams]
     if missing:
         raise KeyError(f"{type(defence).__name__} needs the data streams {missing}")
-    state = defence.init(params)
+    # Jitted, so that noise of the size of the weights is drawn where they lie.
+    places = state_shardings(jax.eval_shape(defence.init, params), params)
+    state = jax.jit(defence.init, out_shardings=places)(params)
     first_pass = getattr(defence, "first_pass", None)
     if first_pass is not None:
         state = first_pass(Loss.of(model), params, whole_sets(model, defence, streams), state)

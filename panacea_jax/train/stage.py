@@ -24,6 +24,7 @@ from panacea_jax.errors import InputError
 from panacea_jax.export import WITHOUT_EPSILON, epsilon_note, save_epsilon, save_model
 from panacea_jax.models import lora
 from panacea_jax.models.full import full_parameters
+from panacea_jax.models.fused import choose
 from panacea_jax.models.model import Model, load
 from panacea_jax.models.peft import save_adapter
 from panacea_jax.parallel import make_mesh, processes
@@ -194,9 +195,11 @@ def train_stage(config: ConfigDict, workdir: Path, name: str) -> Path:
     # ---- export
     export(config, stage.folder, result, getattr(result.state, "epsilon_mean", None))
     report = getattr(defence, "report", None)
+    attention = choose(config.model.attention, model.config, model.dtype, mesh.devices.flat[0])
     stage.finish({
         "base": str(config.model.path), "steps": result.steps, "compilations": result.compilations,
-        "step_bytes": result.step_bytes, "warnings": list(result.warnings), "template": template_id(config.data.template, tokenizer),
+        "step_bytes": result.step_bytes, "warnings": list(result.warnings),
+        "attention": f"{attention.name}: {attention.why}", "template": template_id(config.data.template, tokenizer),
         "records": {k: len(s.examples) for k, s in streams.items()},
         **({} if report is None else {"report": report(params, result.state)}),
     })  # fmt: skip
@@ -223,7 +226,7 @@ def _train(
     return finetune(
         model, params, defence, streams,
         optimizer=optimizer, steps=steps, seed=config.seed, log_every=config.train.log_every,
-        checkpoints=checkpoints, folder=folder,
+        checkpoints=checkpoints, folder=folder, donate=config.train.full_parameters,
     )  # fmt: skip
 
 

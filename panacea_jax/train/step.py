@@ -37,11 +37,11 @@ Step = Callable[[TrainState, Any, Mapping[str, Batch], Key[Array, ""]], tuple[Tr
 
 
 def init_state(
-    params: Any, defence: Defence, optimizer: optax.GradientTransformation
+    params: Any, defence: Defence, optimizer: optax.GradientTransformation, donate: bool = False
 ) -> TrainState:
     """The state before step 0, every buffer on the devices of ``params``.
 
-    ``params`` is copied: the step donates its state, and the caller's tree must stay usable.
+    ``params`` is copied, since the step donates its state and the caller's tree must stay usable; with ``donate`` it is taken over.
     """
 
     def build(params: Any) -> TrainState:
@@ -50,7 +50,8 @@ def init_state(
         return TrainState(params, optimizer.init(params), defence.init(params), step)
 
     shapes = jax.eval_shape(build, params)
-    return jax.jit(build, out_shardings=state_shardings(shapes, params))(params)
+    places, taken = state_shardings(shapes, params), 0 if donate else ()
+    return jax.jit(build, out_shardings=places, donate_argnums=taken)(params)
 
 
 def state_shardings(state: Any, params: Any) -> Any:

@@ -122,7 +122,10 @@ def test_costs_and_data(finished):
     assert sft["passes_to_sft"] == 1.0 and ours["passes_to_sft"] == 2.0
     assert noise["passes_to_sft"] == 1.0 and noise["passes"]["heal"] == 0.0
     assert sft["time_to_sft"] == 1.0 and ours["time_to_sft"] > 0
-    assert ours["step_bytes"] > sft["step_bytes"] > 0
+    assert ours["whole_passes"] == {"align": 0.0, "finetune": 0.0}
+    assert ours["step_bytes"]["finetune"] > sft["step_bytes"]["finetune"] > 0
+    assert ours["step_bytes"]["align"] == sft["step_bytes"]["align"] > 0
+    assert noise["step_bytes"].keys() == {"align", "finetune"}  # a method in one shot has no step
     assert ours["extra_data"] == ["harmful"] and sft["extra_data"] == noise["extra_data"] == []
     assert ours["against_sft"]["hs"]["n"] == 12 and sft["against_sft"] is None
 
@@ -163,6 +166,70 @@ def test_a_reported_world_cannot_be_chosen_on(tmp_path, capsys):
     flags = ("--config.compare.grid=('panacea:rho=1|2',)", "--config.compare.development=(0,)")
     assert panacea("run", f"--config={RECIPE}:smoke", *flags, f"--workdir={tmp_path}") == 2
     assert "config.compare.development" in capsys.readouterr().err
+
+
+def test_every_ratio_is_looked_at_before_anything_is_trained(tmp_path, capsys):
+    """The second ratio asks for more attack records than there are."""
+    place = make_place(tmp_path / "place")
+    flags = place.flags(
+        "--config.compare.methods=('panacea',)", "--config.compare.ratios=(0.25, 0.75)"
+    )
+    out = tmp_path / "out"
+    assert panacea("run", *flags, f"--workdir={out}") == 2
+    assert "config.data.attack" in capsys.readouterr().err
+    assert not (out / "shared").exists()
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """A base with its sources, and an adapter on it that was made elsewhere."""
+    root = tmp_path_factory.mktemp("adapted")
+    place = make_place(root / "place")
+    made = root / "made"
+    flags = place.flags(
+        "--config.defence.name=sft", "--config.train.steps=2", "--config.data.attack="
+    )
+    assert panacea("align", *flags, f"--workdir={made}") == 0
+    return place, made / "align" / "adapter"
+
+
+def unaligned(adapted, out, method, *flags):
+    """A comparison without an alignment stage that starts from an adapter; the folder of the method's only cell."""
+    place, adapter = adapted
+    flags = place.flags(
+        f"--config.compare.methods=('{method}',)", "--config.compare.ratios=(0.25,)", f"--config.lora.init_from={adapter}",
+        "--config.train.steps=2", *flags,
+    )  # fmt: skip
+    assert panacea("run", *flags, f"--workdir={out}") == 0
+    [folder] = out.glob(f"cells/{method.partition(':')[0]}*/seed0-p0.25")
+    return folder
+
+
+def heal_manifest(folder):
+    return json.loads((folder / "heal" / "manifest.json").read_text())
+
+
+def test_a_given_adapter_is_merged_once_and_for_every_stage(adapted, tmp_path):
+    """Without an alignment stage too, heal and the answers stand on the base that the fine-tuned adapter belongs to."""
+    folder = unaligned(
+        adapted, tmp_path, "random_perturbation:rho=0.1", "--config.lora.policy=merged"
+    )
+    [merged] = tmp_path.rglob("base/model")
+    heal = heal_manifest(folder)
+    assert heal["config"]["model"]["path"] == heal["outcome"]["base"] == str(merged)
+    [answers] = folder.glob("generations/**/manifest.json")
+    assert json.loads(answers.read_text())["config"]["model"]["path"] == str(merged)
+    tuned = json.loads(next(tmp_path.glob("shared/**/finetune/manifest.json")).read_text())
+    assert tuned["config"]["lora"]["init_from"] == "" and tuned["outcome"]["base"] == str(merged)
+
+
+@pytest.mark.parametrize("policy", ["single", "merged"])
+def test_safe_lora_takes_a_given_adapter_for_what_aligned(adapted, policy, tmp_path):
+    place, adapter = adapted
+    folder = unaligned(adapted, tmp_path, "safelora:num_layers=1", f"--config.lora.policy={policy}")
+    defence = heal_manifest(folder)["config"]["defence"]
+    assert defence["aligned"] == (str(adapter) if policy == "single" else "")
+    assert defence["base"] == str(place.base)
 
 
 def test_a_grid_on_a_base_of_ones_own(tmp_path):

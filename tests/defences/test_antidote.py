@@ -162,12 +162,26 @@ def test_statistics_do_not_depend_on_batches(world):
             np.testing.assert_allclose(other[name], value, rtol=tolerance)
 
 
-def test_statistics_are_float32_in_a_bfloat16_model(tmp_path):
+def test_statistics_are_float32_in_a_bfloat16_model_and_do_not_grow_with_the_set(tmp_path):
     base = save(build("llama2"), tmp_path / "base")
     model = load(base, dtype="bfloat16")
     adapter = lora.init(model, 2, 4, key=jax.random.key(0))
-    found = mean_squares(Loss.of(model), adapter, streams()["harmful"].once())
+    held = []
+
+    def watched(batches):
+        for batch in batches:
+            held.append(sum(x.nbytes for x in jax.live_arrays()))
+            yield batch
+
+    found = mean_squares(
+        Loss.of(model), adapter, watched(streams(2, fixed_length=True)["harmful"].once())
+    )
     assert {x.dtype for x in found.values()} == {jnp.dtype("float32")}
+    few = mean_squares(Loss.of(model), adapter, [streams(2, fixed_length=True)["harmful"].batch(0)])
+    assert {n: x.shape for n, x in few.items()} == {n: x.shape for n, x in found.items()}
+    # From the second batch on there are statistics; the inputs of a batch are more than that many bytes.
+    batch_inputs = 2 * 32 * model.config.hidden_size * 2
+    assert len(held) == 6 and held[-1] - held[1] < batch_inputs
 
 
 def test_equal_scores_are_cut_from_the_end():

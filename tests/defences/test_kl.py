@@ -79,6 +79,30 @@ def test_limits_are_sft(tiny):
     assert_close(still, gradient(tiny, Sft(), at_start=True)[0])
 
 
+def bytes_of(leaves):
+    return sum(x.size * x.dtype.itemsize for x in leaves)
+
+
+def beside_the_base(tiny, defence):
+    """Bytes that a step is given or has in its program, less those of the base, in adapters."""
+    loss, start, _ = tiny
+    batch = jax.tree.map(jnp.asarray, pad(EXAMPLES, 16, 2))
+
+    def step(weights, w, state, batch):
+        loss_fn = Loss(loss.model, weights)
+        return defence.gradient(loss_fn, w, {"user": batch}, state, KEY)
+
+    whole = jax.jit(step).trace(loss.weights, start, defence.init(start), batch).jaxpr
+    base, adapter = (bytes_of(jax.tree.leaves(tree)) for tree in (loss.weights, start))
+    assert base > 10 * adapter
+    return (bytes_of([*whole.in_avals, *whole.consts]) - base) / adapter
+
+
+def test_no_second_base(tiny):
+    """The teacher is the starting adapter on the same base: two adapters and a batch."""
+    assert 2 < beside_the_base(tiny, Kl()) < 3 and beside_the_base(tiny, Sft()) < 2
+
+
 @pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
 def test_impossible_values_name_the_key(bad):
     with pytest.raises(InputError, match=r"config\.defence\.lam"):

@@ -11,6 +11,7 @@ from panacea_jax.defences import Ldifs, Loss, Sft
 from panacea_jax.errors import InputError
 from panacea_jax.models import lora
 from panacea_jax.models.model import load
+from tests.defences.test_kl import beside_the_base
 from tests.tiny import write_model
 
 KEY = jax.random.key(0)
@@ -94,6 +95,11 @@ def test_limits_are_sft(tiny):
     still, _, metrics = gradient(tiny, Ldifs(rho=1.0), at_start=True)
     assert metrics["penalty"] == 0 and metrics["layers_counted"] == 2
     assert_close(still, gradient(tiny, Sft(), at_start=True)[0], 1e-6)
+
+
+def test_no_second_base(tiny):
+    """The reference is the starting adapter on the same base: two adapters and a batch."""
+    assert 2 < beside_the_base(tiny, Ldifs()) < 3
 
 
 @pytest.mark.parametrize(

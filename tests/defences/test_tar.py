@@ -104,15 +104,34 @@ def test_limits(gradient_of):
     np.testing.assert_allclose(still, weight * flat(at_start), rtol=1e-9, atol=1e-12)
 
 
-def test_the_attack_lowers_the_harmful_loss_and_a_rate_is_drawn_from_a_tuple(gradient_of):
-    found, _, _, batches = gradient_of
-    # The same batch at every step of the adversary, so that its losses can be compared.
+@pytest.fixture
+def same(gradient_of):
+    """The same harmful batch at every step of the adversary, so that its losses can be compared."""
+    batches = gradient_of[3]
     first = unweave(batches["harmful"], 5)
-    same = {**batches, "harmful": jax.tree.map(lambda x: jnp.repeat(x[0], 5, axis=0), first)}
-    one, metrics = found(Tar(**SMALL), batches=same)
+    return {**batches, "harmful": jax.tree.map(lambda x: jnp.repeat(x[0], 5, axis=0), first)}
+
+
+def test_the_attack_lowers_the_harmful_loss(gradient_of, same):
+    _, metrics = gradient_of[0](Tar(**SMALL), batches=same)
     assert metrics["harmful_loss_attacked"] < metrics["harmful_loss"]
-    drawn, _ = found(Tar(**SMALL | {"inner_learning_rate": (2e-3, 2e-3)}), batches=same)
-    np.testing.assert_allclose(drawn, one, rtol=1e-9, atol=1e-12)
+
+
+def test_a_rate_is_drawn_from_a_tuple(gradient_of, same):
+    """Every key gives the gradient of one of the rates, and each rate comes."""
+    _, loss, w, _ = gradient_of
+    rates = (5e-4, 2e-3)
+
+    def gradients(defence, keys):
+        one = jax.jit(lambda loss, key: defence.tamper_gradient(loss, w, same["harmful"], key)[0])
+        return [flat(one(loss, key)) for key in keys]
+
+    keys = jax.random.split(jax.random.key(0), 8)
+    alone = [gradients(Tar(**SMALL | {"inner_learning_rate": r}), keys[:1])[0] for r in rates]
+    assert np.linalg.norm(alone[0] - alone[1]) > 1e-3 * np.linalg.norm(alone[0])
+    drawn = gradients(Tar(**SMALL | {"inner_learning_rate": rates}), keys)
+    found = [[np.allclose(g, a, rtol=1e-9, atol=1e-12) for a in alone] for g in drawn]
+    assert {tuple(f) for f in found} == {(True, False), (False, True)}
 
 
 def test_memory_does_not_grow_with_the_number_of_inner_steps(wide_setting):

@@ -70,8 +70,9 @@ def test_vaccine(setting, full):
     assert_same(ours.params, torchs, full, setting[-1])
 
 
-def test_random_vaccine(setting):
-    model, params, torchs = start(setting, False)
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_random_vaccine(setting, full):
+    model, params, torchs = start(setting, full)
     ours = run(model, params, RandomVaccine(rho=0.04))
 
     def noise(t):
@@ -83,7 +84,7 @@ def test_random_vaccine(setting):
         return 0.2 * jax.random.normal(step_key(t), shape, model.dtype)  # 0.04 is a variance
 
     theirs.random_vaccine(torchs, batches(), noise)
-    assert_same(ours.params, torchs, False, setting[-1])
+    assert_same(ours.params, torchs, full, setting[-1])
 
 
 @pytest.mark.parametrize(

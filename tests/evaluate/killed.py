@@ -1,4 +1,4 @@
-"""Real processes that run one `panacea` command each and are killed with SIGKILL part of the way.
+"""Real processes that run one `panacea` command each and kill themselves with SIGKILL part of the way.
 
 They are forked from a server that has the imports behind it (``multiprocessing``'s "forkserver",
 started by ``exec`` and so free of this process's threads), because ten times two interpreters that
@@ -11,8 +11,7 @@ import json
 import multiprocessing
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 PRELOAD = [
@@ -27,10 +26,12 @@ PRELOAD = [
 ]
 
 
-def _command(arguments: Sequence[str], log: str) -> None:
+def _command(arguments: Sequence[str], log: str, files: Sequence[Path], kill_at: int) -> None:
     """What the child does: the command line, with its output in a file."""
     from panacea_jax import cli
 
+    if kill_at:
+        _kill_at(files, kill_at)
     with (
         open(log, "a") as stream,
         contextlib.redirect_stdout(stream),
@@ -38,6 +39,18 @@ def _command(arguments: Sequence[str], log: str) -> None:
     ):
         code = cli.run(arguments)
     os._exit(code)
+
+
+def _kill_at(files: Sequence[Path], count: int) -> None:
+    """End this process with SIGKILL when it is about to flush line ``count``: another process that looks on would come too late."""
+    flush = os.fsync
+
+    def fsync(file: int) -> None:
+        if lines(files) >= count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        flush(file)
+
+    os.fsync = fsync
 
 
 class Commands:
@@ -51,16 +64,13 @@ class Commands:
         self._log = folder / "log"
 
     def __call__(
-        self, arguments: Sequence[str], kill_when: Callable[[], bool] | None = None
+        self, arguments: Sequence[str], files: Sequence[Path] = (), kill_at: int = 0
     ) -> int:
-        """Run a command line; −9 if it was killed, which happens once ``kill_when`` is true."""
-        process = self._context.Process(target=_command, args=(list(arguments), str(self._log)))
+        """Run a command line; −9 if it was killed, which happens once ``files`` have ``kill_at`` lines (0: never)."""
+        process = self._context.Process(
+            target=_command, args=(list(arguments), str(self._log), list(files), kill_at)
+        )
         process.start()
-        while process.is_alive():
-            if kill_when is not None and kill_when():
-                os.kill(process.pid, signal.SIGKILL)
-                break
-            time.sleep(0.0005)
         process.join()
         assert process.exitcode is not None
         return process.exitcode

@@ -32,9 +32,9 @@ def disturb(commands: Commands, command: list[str], files: list[Path], total: in
     """Kill the command each time that another eleventh of the lines is there, then let it end."""
     for kill in range(1, KILLS + 1):
         point = max(total * kill // (KILLS + 1), lines(files) + 1)
-        code = commands(command, lambda point=point: lines(files) >= point)
+        code = commands(command, files, point)
         assert code == -9, f"kill {kill}: ended with {code} before it\n{commands.log()[-2000:]}"
-        assert lines(files) < total, f"kill {kill} came too late"
+        assert point <= lines(files) < total, f"kill {kill}: {lines(files)} lines"
         if kill % 2:
             tear(files, keep=(kill - 1) / (KILLS - 2))  # from one byte to all but the newline
     assert commands(command) == 0, commands.log()[-2000:]

@@ -119,6 +119,7 @@ def test_splash_over_eight_devices(tmp_path):
 TPU = SimpleNamespace(platform="tpu")
 H100 = SimpleNamespace(platform="gpu", compute_capability="9.0")
 A100 = SimpleNamespace(platform="gpu", compute_capability="8.0")
+MI300 = SimpleNamespace(platform="gpu", compute_capability="gfx942")
 V100 = SimpleNamespace(platform="gpu", compute_capability="7.0")
 CPU = SimpleNamespace(platform="cpu")
 LLAMA = ModelConfig("llama", 8, 8, 8, 1, 1, 1, 128, 1.0)
@@ -137,6 +138,7 @@ GEMMA2 = dataclasses.replace(GEMMA, model_type="gemma2", attention_softcap=50.0)
         (A100, GEMMA, "bfloat16", "xla", "not cudnn: it takes heads of up to 128 in steps of 8, not 256"),
         (H100, GEMMA2, "bfloat16", "xla", "not cudnn: it cannot cap scores as gemma2 does"),
         (H100, LLAMA, "float32", "xla", "not cudnn: it takes bfloat16 and float16, not float32"),
+        (MI300, LLAMA, "bfloat16", "xla", "not cudnn: it needs an NVIDIA GPU, this is a gfx942"),
         (V100, LLAMA, "float16", "xla", "not cudnn: it needs compute capability 8.0, this GPU has 7.0"),
     ],
 )  # fmt: skip

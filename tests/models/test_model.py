@@ -5,7 +5,6 @@ import functools
 import os
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -232,9 +231,8 @@ def _equations(jaxpr) -> int:
     return len(jaxpr.eqns) + sum(_equations(v.jaxpr) for v in inner if hasattr(v, "jaxpr"))
 
 
-@pytest.mark.slow
 def test_program_does_not_grow_with_depth():
-    sizes, seconds = [], []
+    sizes = []
     for layers in (4, 16, 32):
         config = _small(num_layers=layers)
         graphdef, _ = models.abstract(config, "float32", "full")
@@ -242,12 +240,7 @@ def test_program_does_not_grow_with_depth():
         tokens = jnp.zeros((2, 8), jnp.int32)
         loss = lambda w, m=ours: jnp.sum(m.apply(w, None, tokens)[0])  # noqa: E731, B023
         sizes.append(_equations(jax.make_jaxpr(jax.grad(loss))(ours.weights).jaxpr))
-        lowered = jax.jit(jax.grad(loss)).lower(ours.weights)
-        start = time.process_time()
-        lowered.compile()
-        seconds.append(time.process_time() - start)
     assert sizes[0] == sizes[1] == sizes[2] > 50
-    assert max(seconds) < 2 * min(seconds)  # generous, for a busy machine; equations are exact
 
 
 def test_flops_match_xla_without_scan():

@@ -14,8 +14,11 @@ from panacea_jax.train.step import make_step
 
 SHAPE = {
     "model_type": "llama", "vocab_size": 256, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3,
-    "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+    "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
 }  # fmt: skip
+
+
+LENGTH = 65  # the loss goes over two chunks of positions
 
 
 def main(meshes, remat):
@@ -26,13 +29,15 @@ def main(meshes, remat):
         config = get_config()
         config.model.dtype, config.model.remat, config.lora.rank = "float32", remat, 4
         config.train.batch_size = config.train.harmful_batch_size = batch
-        config.data.max_length = 32
+        config.data.max_length = LENGTH
         count = data * fsdp * tensor
         mesh = make_mesh(data, fsdp, tensor, jax.devices()[:count])
         step = abstract_step(config, model, mesh)
         program = make_step(step.model, step.defence, step.optimizer, step.shardings)
         compiled = program.lower(step.state, step.weights, step.batches, step.key).compile()
-        exchanged = collectives(compiled.as_text(), model.num_layers, mesh.size)
+        exchanged = collectives(
+            compiled.as_text(), model.num_layers, mesh.size, cost_model.loss_chunks(LENGTH)
+        )
         gathers = [c.size for c in exchanged if c.kind == "all-gather"]
         found.append({
             "sent": sum(c.sent for c in exchanged),

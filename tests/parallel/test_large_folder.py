@@ -1,7 +1,6 @@
 """A folder shaped like a 70B model, of sparse files, is opened and planned without being read."""
 
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -53,15 +52,14 @@ def folder(tmp_path_factory):
 
 
 class Frugal:
-    """Asserts that a block of code reads little (of all files, modules among them) and is over in seconds."""
+    """Asserts that a block of code reads little, of all files, modules among them."""
 
     def __enter__(self):
-        self.start, self.read = time.monotonic(), self._bytes()
+        self.read = self._bytes()
 
     def __exit__(self, kind, *_):
         if kind is None:
             assert self._bytes() - self.read < 100e6
-            assert time.monotonic() - self.start < 60
 
     @staticmethod
     def _bytes():

@@ -3,10 +3,12 @@
 import json
 import re
 
+import jax
 import pytest
 
 from panacea_jax import cli
 from panacea_jax.config import get_config
+from panacea_jax.defences import DEFENCES
 from panacea_jax.defences.loss import CHUNK
 from panacea_jax.models.config import ModelConfig
 from panacea_jax.parallel import cost_model, make_mesh
@@ -89,6 +91,26 @@ def test_bytes_between_slices(monkeypatch):
     step = abstract_step(config, ModelConfig.from_dict(CONFIG), mesh)
     gradients = 3 * 32 * (4096 + 4096) * 32 * 2  # q, k, v; 32 layers, rank 32, bfloat16
     assert cost_model.sent_between(step) == 3 * gradients / 4 * 2 * 1 / 2
+
+
+TINY = CONFIG | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64,
+                 "num_attention_heads": 2, "num_key_value_heads": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n for n, kind in DEFENCES.items() if hasattr(kind, "gradient")])
+def test_the_step_of_every_method_can_be_planned(name):
+    """Traced from shapes alone, as for a topology that is not there."""
+    config = get_config()
+    config.defence.name, config.lora.rank, config.data.max_length = name, 2, 16
+    config.train.batch_size = config.train.harmful_batch_size = 2
+    if name == "t_vaccine":
+        config.defence.layers = 1
+    if name == "tar":
+        config.defence.inner_steps = 4
+    step = abstract_step(config, ModelConfig.from_dict(TINY), make_mesh(devices=jax.devices()[:1]))
+    program = make_step(step.model, step.defence, step.optimizer, step.shardings)
+    program.trace(step.state, step.weights, step.batches, step.key)
+    assert cost_model.flops(step) > 0
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

@@ -248,6 +248,11 @@ def test_sigterm_to_one_saves_and_stops_all(place, cache, four, tmp_path):
     run.processes[2].send_signal(signal.SIGTERM)
     assert run.wait(120) == [75] * 4, [run.said(i) for i in range(4)]
     assert "stopped by SIGTERM after step" in run.said(0)
+    # A signal that comes before the resumed run's first step is kept until then.
+    resumed = Together(cache, tmp_path / "resumed", 4, _finetune(place, workdir, *mesh))
+    resumed.until(lambda: "resumed from" in resumed.said(0))
+    resumed.processes[1].send_signal(signal.SIGTERM)
+    assert resumed.wait(120) == [75] * 4, [resumed.said(i) for i in range(4)]
     again = Together(cache, tmp_path / "again", 4, _finetune(place, workdir, *mesh))
     assert again.wait() == [0] * 4, again.said(0)
     want, got = _adapter(four), _adapter(workdir)
@@ -255,19 +260,22 @@ def test_sigterm_to_one_saves_and_stops_all(place, cache, four, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_that_disagree_stop(place, cache, tmp_path):
+@pytest.mark.parametrize("key", ["optimizer.learning_rate=0.5", "mesh.tensor=2"])
+def test_processes_that_disagree_stop(place, cache, tmp_path, key):
+    """Also about what changes the program and not the outcome: they would wait for each other for ever."""
     arguments = _finetune(place, tmp_path / "run")
-    own = [[], ["--config.optimizer.learning_rate=0.5"]]
+    own = [[], [f"--config.{key}"]]
     run = Together(cache, tmp_path / "logs", 2, arguments, own=own)
     assert run.wait(100) == [2, 2], [run.said(i) for i in range(2)]
-    for i in range(2):
-        assert "process 1 differs from process 0: config.optimizer.learning_rate" in run.said(i)
+    said = f"process 1 differs from process 0: config.{key.partition('=')[0]}"
+    assert all(said in run.said(i) for i in range(2)), [run.said(i) for i in range(2)]
     assert not (tmp_path / "run").exists()
 
 
 ENVIRONMENT = (
     "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_STEP_NUM_TASKS",
-    "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "MEGASCALE_NUM_SLICES",
+    "SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE",
     "JAX_LOCAL_DEVICE_IDS",
 )  # fmt: skip
 
@@ -287,6 +295,9 @@ def test_the_place_is_found(env):
     assert processes.find_place("h:1") == ("h:1", None, None)  # a launcher says the rest
     env("SLURM_STEP_NUM_TASKS", "1")
     assert processes.find_place() is None
+    env("MEGASCALE_NUM_SLICES", "2")  # of one machine each
+    assert processes.find_place() == (None, None, None)
+    env("MEGASCALE_NUM_SLICES", "1")
     env("SLURM_STEP_NUM_TASKS", "2")
     assert processes.find_place() == (None, None, None)
     env("JAX_COORDINATOR_ADDRESS", "a:2")
@@ -308,6 +319,12 @@ def test_the_place_is_found(env):
 def test_half_a_place_is_refused(env, arguments, said):
     with pytest.raises(InputError, match=said.replace("…", ".")):
         processes.find_place(*arguments)
+
+
+def test_half_a_place_in_the_environment_is_refused(env):
+    env("JAX_PROCESS_ID", "2")
+    with pytest.raises(InputError, match="--coordinator is not set"):
+        processes.find_place()
 
 
 @pytest.mark.parametrize(

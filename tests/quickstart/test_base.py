@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from panacea_jax.data.sources import Record
 from panacea_jax.data.template import render
 from panacea_jax.data.tokenizer import load_tokenizer
+from panacea_jax.errors import InputError
 from panacea_jax.generate.stage import eos_ids
 from panacea_jax.models.model import load
+from panacea_jax.quickstart import miniature
 from panacea_jax.quickstart.base import LLAMA, STDDEV, write_base
 
 WORDS = ["blorf", "gandle", "mend", "the", "?", "sure", "assistant"]
@@ -71,6 +73,26 @@ def test_chat_prompts_end_where_the_answer_starts(folder):
     assert words == ["user", ":", "mend", "the", "blorf", "?", "assistant"]
     whole = tokenizer(prompt + "sure" + tokenizer.eos_token).input_ids
     assert whole[: len(words)] == tokenizer(prompt).input_ids and whole[-1] == 1
+
+
+def test_a_world_cut_short_is_written_again(tmp_path, monkeypatch):
+    """A kill while its files are written leaves a folder that the same command takes up; someone else's stays refused."""
+
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    miniature.make_world(whole, 3, "tiny")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(miniature, "write_base", die)
+        miniature.make_world(cut, 3, "tiny")
+    (cut / "data" / "user.jsonl").write_text("torn")
+    miniature.make_world(cut, 3, "tiny")
+    files = [p.relative_to(whole) for p in whole.rglob("*") if p.is_file()]
+    assert files and all((cut / p).read_bytes() == (whole / p).read_bytes() for p in files)
+    (tmp_path / "other" / "data").mkdir(parents=True)
+    with pytest.raises(InputError, match="not empty and not a quickstart's"):
+        miniature.make_world(tmp_path / "other", 3, "tiny")
 
 
 def test_generation_ends_at_eos(folder):

@@ -1,5 +1,7 @@
 """Each warning is given when its signature shows, once, and not before."""
 
+import json
+
 import pytest
 
 from panacea_jax.train.diagnostics import WINDOW, Diagnostics
@@ -45,6 +47,21 @@ def test_rising_loss():
     for step in range(2 * WINDOW):
         warnings += diagnostics.observe(step, HEALTHY | {"loss": 1.0 + step / WINDOW})
     assert len(warnings) == 1 and "rose" in warnings[0]
+
+
+def test_a_resumed_run_warns_as_the_whole_would_have():
+    """Of a rise against the loss of the beginning, and of nothing a second time; through JSON, as a checkpoint keeps it."""
+    losses = [HEALTHY | {"clamped": 1.0, "loss": 1.0 + step / WINDOW} for step in range(2 * WINDOW)]
+    whole = Diagnostics(0)
+    wanted = [line for step, metrics in enumerate(losses) for line in whole.observe(step, metrics)]
+    assert len(wanted) == 2
+    for stop in (1, WINDOW - 10, WINDOW + 1, 2 * WINDOW - 1):
+        first, second, found = Diagnostics(0), Diagnostics(0), []
+        for step, metrics in enumerate(losses):
+            if step == stop:
+                second.restore(json.loads(json.dumps(first.state())))
+            found += (first if step < stop else second).observe(step, metrics)
+        assert found == wanted
 
 
 def test_nan_is_left_out_of_the_means():

@@ -12,7 +12,7 @@ import pytest
 
 from panacea_jax.data.batches import Stream
 from panacea_jax.data.encode import Example
-from panacea_jax.defences import Loss, Panacea, Sft
+from panacea_jax.defences import Loss, Panacea, Sft, panacea
 from panacea_jax.models import lora
 from panacea_jax.models.full import full_parameters
 from panacea_jax.models.model import load
@@ -148,6 +148,16 @@ def test_sigterm_saves_and_the_restart_ends_bit_for_bit(model, tmp_path):
     stopped = Checkpoints(tmp_path / "c").latest()
     assert stopped is not None and 0 < stopped < 8
     assert_equal(whole.params, run(model, checkpoints=Checkpoints(tmp_path / "c")).params)
+
+
+def test_warnings_and_memory_survive_a_resume(model, tmp_path, monkeypatch):
+    """The clamp is passed at the first step; a run that only finishes what was saved still says so, and does not say it again."""
+    monkeypatch.setattr(panacea, "HARMFUL_LOSS_CLAMP", 0.5)
+    whole = run(model)
+    assert [line.partition(":")[0] for line in whole.warnings] == ["step 1"]
+    for steps in (5, 8, 8):
+        last = run(model, steps=steps, checkpoints=Checkpoints(tmp_path / "c"))
+    assert last.warnings == whole.warnings and last.step_bytes == whole.step_bytes > 0
 
 
 def test_a_missing_stream_is_named(model):
