@@ -1,7 +1,8 @@
 """The command ``doctor``: what this machine has, what a configuration will use of it, and whether
 its files can be used.
 
-Nothing is downloaded, trained or placed on a device; of the weights only file headers are read.
+Nothing is downloaded or trained. Of the base only file headers are read; the adapter of
+``config.lora.init_from`` is read whole, as a run would place it.
 """
 
 import contextlib

@@ -1,5 +1,6 @@
 """Methods of the three stages combine from the configuration alone, and both policies of the starting adapter."""
 
+import itertools
 import json
 import shutil
 
@@ -195,6 +196,6 @@ def test_the_command_line_trains_with_every_method(stack, tmp_path):
         assert all(np.isfinite(x).all() for x in weights[-1].values())
     started = manifest(workdir, "finetune")["config"]["lora"]["init_from"]
     assert started == str(workdir / "align" / "adapter")
-    for before, after in zip(weights, weights[1:]):
+    for before, after in itertools.pairwise(weights):
         moved = [np.abs(after[name] - x).max() for name, x in before.items()]
-        assert 0 < min(moved) and max(moved) < 1
+        assert min(moved) > 0 and max(moved) < 1

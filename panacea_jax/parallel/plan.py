@@ -135,10 +135,12 @@ def plan(
             for p in chosen
         ]
         write_text(workdir / "plan.json", json.dumps(records, indent=1) + "\n")
-    if not chosen[0].fits:
+    best = chosen[0]
+    if not best.fits:
+        needed = best.refused or f"{_gib(best.total)} of {_gib(best.limit)} a device needed"
         raise InputError(
-            f"--topology={name}: {_gib(chosen[0].total)} of {_gib(chosen[0].limit)} a device needed; "
-            "use more chips, a larger mesh.fsdp or .tensor, model.remat=full, a smaller batch or max_length, or --search"
+            f"--topology={name}: {needed}; use more chips, a larger mesh.fsdp or .tensor, model.remat=full, a smaller batch or "
+            "max_length, or --search"
         )
     return chosen
 
@@ -199,14 +201,16 @@ def _compile(step: Step) -> Any:
 
 def _too_large(message: str) -> str:
     """What the compiler says of a program that does not fit, in its own figures where it gives them."""
-    used = re.search(r"Used [\d.]+\w? of [\d.]+\w? hbm", message)
-    return used[0] if used else message.splitlines()[0]
+    found = re.search(r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", message)
+    if found:
+        return f"temporaries of {found[1]} and {found[2]} of memory"
+    return message.splitlines()[0]
 
 
 def _usable(chip: Chip) -> float:
     """Bytes of a chip that JAX takes: all of a TPU's, of a GPU's a share."""
     share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_SHARE))
-    return chip.memory * (share if chip.platform == "gpu" else 1)
+    return chip.memory * (share if chip.platform == "gpu" else 1.0)
 
 
 # ---- search
@@ -281,9 +285,9 @@ def report(plans: list[Plan]) -> None:
         table.add_row(f"    {kind}", *(_gib(p.modelled[kind]) for p in plans))
     table.add_row("together", *(_gib(p.total) for p in plans))
     table.add_row("there is", *(_gib(p.limit) for p in plans))
-    table.add_row(
-        "fits", *("yes" if p.fits else f"NO: {p.refused}" if p.refused else "NO" for p in plans)
-    )
+    table.add_row("fits", *("yes" if p.fits else "NO" for p in plans))
+    if any(p.refused for p in plans):
+        table.add_row("the compiler", *(p.refused for p in plans))
     table.add_row("TFLOP", *(f"{p.flops / 1e12:.2f}" for p in plans))
     table.add_row("sent", *(_gib(p.sent) for p in plans))
     if any(p.sent_between for p in plans):

@@ -13,7 +13,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 class MetricsWriter:
     """One JSON line and one TensorBoard event per logged step.
 
-    On resume, lines at or after the resumed step are dropped first, so that the file reads as if the run had never stopped.
+    On resume, lines after the resumed step are dropped first, so that the file reads as if the run had never stopped.
     """
 
     def __init__(self, folder: Path, start_step: int = 0) -> None:

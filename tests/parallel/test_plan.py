@@ -11,11 +11,11 @@ from panacea_jax.config import get_config
 from panacea_jax.defences import DEFENCES
 from panacea_jax.defences.loss import CHUNK
 from panacea_jax.models.config import ModelConfig
-from panacea_jax.parallel import cost_model, make_mesh
+from panacea_jax.parallel import cost_model, make_mesh, plan
 from panacea_jax.parallel.abstract_step import abstract_step
 from panacea_jax.parallel.hlo import collectives
 from panacea_jax.parallel.mesh import stand_ins
-from panacea_jax.parallel.topology import topology
+from panacea_jax.parallel.topology import CHIPS, Topology, topology
 from panacea_jax.train.step import make_step
 from tests.on_devices import on_devices
 
@@ -172,6 +172,32 @@ def test_what_does_not_fit_is_said(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 320}))
     assert cli.run(["plan", f"--config.model.path={tmp_path}", "--topology=gpu:a100x1"]) == 2
     assert "a device needed; use more chips" in capsys.readouterr().err
+
+
+def test_a_program_that_is_too_large_to_compile(tmp_path, capsys, monkeypatch):
+    """As the TPU compiler words it; it is an answer, not a failure."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    here = Topology("v5e:1x1", CHIPS["v5e"], 1, jax.devices()[:1])
+    monkeypatch.setattr(plan, "topology", lambda name: here)
+    arguments = ["plan", f"--config.model.path={tmp_path}", "--topology=v5e:1x1"]
+    arguments += ["--config.data.max_length=16", f"--workdir={tmp_path}/out"]
+    assert cli.run(arguments) == 0
+    message = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries "
+        "(46.71G) exceeds available HBM (15.75G). HLO module: jit_step."
+    )
+
+    def refuse(step):
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(plan, "_compile", refuse)
+    capsys.readouterr()
+    assert cli.run(arguments) == 2
+    said = capsys.readouterr()
+    assert "temporaries of 46.71G and 15.75G of memory; use more chips" in said.err
+    assert "NO" in said.out
+    [found] = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert not found["fits"] and found["refused"]
 
 
 @pytest.mark.parametrize(
