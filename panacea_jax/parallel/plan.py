@@ -177,7 +177,7 @@ def _plan(config: ConfigDict, model: ModelConfig, machine: Topology, compiled: b
             chunks = cost_model.loss_chunks(config.data.max_length)
             try:
                 found = collectives(executable.as_text(), model.num_layers, mesh.size, chunks)
-                sent = sum(c.sent for c in found)
+                sent = float(sum(c.sent for c in found))
             except jax.errors.JaxRuntimeError:  # libtpu compiles what this jaxlib cannot print
                 logging.warning("%s: the program cannot be read; sent is the model's", machine.name)
         seconds = time.perf_counter() - start
