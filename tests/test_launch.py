@@ -299,6 +299,20 @@ def test_tpu_gives_up_on_failure(stage):
     assert len(stage.calls("gcloud")) == 5
 
 
+@pytest.mark.parametrize("hosts", [1, 4])
+def test_tpu_hands_a_signal_on_and_does_not_start_again(stage, hosts):
+    """The hosts are told to save; what their run ends with is the script's own end."""
+    addresses = "".join(f"10.0.0.{i}\\n" for i in range(hosts))
+    saves = 'touch "$LOGS/ready.$$"; until [ -e "$LOGS/told" ]; do sleep 0.05; done; exit 75'
+    stage.stand_in("gcloud", f"printf '{addresses}'", "0", "0", "0", saves, 'touch "$LOGS/told"')
+    process = stage.start(LAUNCH / "tpu_pod.sh", "pod", "zone", *RUN)
+    _until(lambda: len(stage.ready()) == 1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 75 and len(stage.calls("gcloud")) == 6
+    name = "-x panacea" if hosts > 1 else "-f '^bash launch/local.sh'"
+    assert f"--command=pkill -TERM {name}]" in stage.calls("gcloud")[-1]
+
+
 def _manifest(name: str) -> dict:
     """A manifest filled in with its own example."""
     text = (LAUNCH / "gke" / name).read_text()

@@ -350,6 +350,51 @@ def test_one_process_a_machine_takes_all_its_devices(env, monkeypatch, name, val
     assert given == [("h:1", 2, 0, [] if all_of_them else None)]
 
 
+@pytest.fixture
+def guard(monkeypatch):
+    """Of process 0 of 2; it raises where it would end the process."""
+
+    def end(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes.os, "_exit", end)
+    monkeypatch.setattr(processes._Guard, "leave", lambda *_: None)
+    return processes._Guard()
+
+
+def _sign(at, end="", code=1):
+    return {"host": "node", "beat": 0, "at": at, "end": end, "code": code}
+
+
+def test_a_hang_says_where_everybody_is(guard, monkeypatch, caplog):
+    """Also before the first step and at a meeting; more rarely each time; and again once something has moved."""
+    now = [1000.0]
+    monkeypatch.setattr(processes.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(processes, "SILENCE", 1e9)
+    guard.at = "meeting 3"
+
+    def warnings_at(second):
+        now[0] = 1000.0 + second
+        caplog.clear()
+        guard._look({0: _sign("meeting 3"), 1: _sign("the start")})
+        return [record.getMessage() for record in caplog.records]
+
+    assert warnings_at(0) == [] and warnings_at(299) == []
+    (said,) = warnings_at(301)
+    assert "0 (node): meeting 3, 1 (node): the start" in said
+    assert warnings_at(500) == [] and len(warnings_at(602)) == 1 and warnings_at(1100) == []
+    guard.at = "step 1 of 9"
+    assert warnings_at(1200) == [] and len(warnings_at(1501)) == 1
+
+
+def test_the_others_end_with_the_code_of_the_first_to_stop(guard, capfd):
+    with pytest.raises(SystemExit) as ended:
+        guard._look({0: _sign("step 2 of 9"), 1: _sign("", "config.x = 1: no", 2)})
+    assert ended.value.code == 2
+    assert "process 1 (node) stopped: config.x = 1: no" in capfd.readouterr().err
+
+
 def test_first_change():
     a = {"x": 1, "y": {"z": [1, 2]}}
     assert processes.first_change(a, {"x": 1, "y": {"z": [1, 2]}}) == ""
