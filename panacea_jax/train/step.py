@@ -55,12 +55,15 @@ def init_state(
 
 
 def state_shardings(state: Any, params: Any) -> Any:
-    """Each part of the state that has the shape of the trainable tree lives where the tree lives; the rest is replicated."""
+    """Each part of the state that has the shape of the trainable tree lives where the tree lives; the rest is replicated over its mesh,
+    or lies on its device.
+    """
     like = jax.tree.map(lambda x: x.sharding, params)
     structure = jax.tree.structure(params)
     sizes = [x.shape for x in jax.tree.leaves(params)]
-    mesh = jax.tree.leaves(params)[0].sharding.mesh
-    scalar = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    scalar = jax.tree.leaves(params)[0].sharding
+    if isinstance(scalar, jax.sharding.NamedSharding):
+        scalar = jax.sharding.NamedSharding(scalar.mesh, jax.sharding.PartitionSpec())
 
     def is_params(node: Any) -> bool:
         same = jax.tree.structure(node) == structure  # type: ignore[operator]

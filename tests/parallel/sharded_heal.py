@@ -8,7 +8,14 @@ import jax
 import numpy as np
 
 from panacea_jax.data.batches import Stream
-from panacea_jax.defences import Antidote, MagnitudePrune, RandomPrune, Realign, SafeLora
+from panacea_jax.defences import (
+    Antidote,
+    MagnitudePrune,
+    RandomPerturbation,
+    RandomPrune,
+    Realign,
+    SafeLora,
+)
 from panacea_jax.export import epsilon_tensors, save_model
 from panacea_jax.models import lora
 from panacea_jax.models.full import full_parameters
@@ -40,13 +47,15 @@ def heal(base, aligned, mesh):
     found = {"start": adapter}
     for name, method in {
         "antidote": Antidote(0.3), "random_prune": RandomPrune(0.3), "magnitude_prune": MagnitudePrune(0.3),
-        "safelora": SafeLora(str(base), num_layers=3),
+        "safelora": SafeLora(str(base), num_layers=3), "random_perturbation": RandomPerturbation(0.5),
     }.items():  # fmt: skip
         found[name] = apply_once(model, adapter, method, streams).deployed
     tail = {"optimizer": make_optimizer(1e-2), "steps": 3}
     found["realign"] = finetune(model, adapter, Realign(), streams, **tail).deployed
     bare, params = full_parameters(model)
     found["full_start"] = params
+    noise = RandomPerturbation(0.5)
+    found["full_random_perturbation"] = apply_once(bare, params, noise, streams).deployed
     found["full_antidote"] = apply_once(bare, params, Antidote(0.3), streams).deployed
     return {name: epsilon_tensors(tree) for name, tree in found.items()}
 
