@@ -21,7 +21,7 @@ import numpy as np
 
 from panacea_jax.data.batches import Batch
 from panacea_jax.defences import DEFENCES
-from panacea_jax.defences.protocol import passes_of
+from panacea_jax.defences.protocol import for_steps, passes_of
 from panacea_jax.models import lora
 from panacea_jax.models.config import ModelConfig
 from panacea_jax.models.model import Model, init
@@ -74,8 +74,7 @@ def make_model() -> Model:
 
 def defence_of(name: str) -> Any:
     """The method as it is counted."""
-    defence = DEFENCES[name](**SETTINGS.get(name, {}))
-    return defence.for_steps(100) if hasattr(defence, "for_steps") else defence
+    return for_steps(DEFENCES[name](**SETTINGS.get(name, {})), 100)
 
 
 def _batch(seed: int, several: int) -> Batch:

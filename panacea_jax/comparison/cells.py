@@ -204,7 +204,9 @@ def _heal_config(config: ConfigDict, main: ConfigDict, tuned: Path) -> ConfigDic
         heal.train.full_parameters = whole
         heal.model.path = str(tuned) if whole else main.model.path
         heal.lora.init_from = "" if whole else str(tuned)
-        if heal.defence.name == "safelora" and not heal.defence.aligned:
+        if (
+            heal.defence.aligned == ""
+        ):  # a method that compares with the aligned model, of which nothing was said
             # The adapter of alignment, or the one that was given; "" where it is part of the base, which then is the aligned model.
             heal.defence.aligned = main.lora.init_from
     return heal

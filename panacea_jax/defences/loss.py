@@ -113,8 +113,13 @@ class Loss:
             return jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - picked, 0).sum()
 
         with jax.named_scope("cross_entropy"):
-            total = part(*parts) if parts[1].shape[1] <= CHUNK else _in_chunks(part, parts)
+            total = part(*parts) if num_chunks(parts[1].shape[1]) <= 1 else _in_chunks(part, parts)
             return total, parts[2].sum().astype(total.dtype)
+
+
+def num_chunks(positions: int) -> int:
+    """Pieces in which the loss takes so many positions."""
+    return -(-positions // CHUNK)
 
 
 def _in_chunks(
@@ -126,7 +131,7 @@ def _in_chunks(
     """
 
     def cut(x: Array) -> Array:
-        count = -(-x.shape[1] // CHUNK)
+        count = num_chunks(x.shape[1])
         x = jnp.pad(x, [(0, 0), (0, count * CHUNK - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], count, CHUNK, *x.shape[2:]), 1, 0)
 

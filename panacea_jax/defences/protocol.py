@@ -121,6 +121,17 @@ def passes_of(defence: Any) -> dict[str, float | int]:
     return {name: n for name, n in passes.items() if name in ("user", *defence.streams)}
 
 
+def for_steps(defence: Any, steps: int) -> Any:
+    """The method, told the total number of steps if it asks for that."""
+    return defence.for_steps(steps) if hasattr(defence, "for_steps") else defence
+
+
+def mixed_of(defence: Any) -> tuple[str, ...]:
+    """The sets whose records the method appends to the user's."""
+    found: tuple[str, ...] = getattr(defence, "mixed", ())
+    return found
+
+
 def whole_passes_of(defence: Any) -> dict[str, float]:
     """Passes over whole sets, before or after the steps, by stream; empty where the method looks at none."""
     return {name: float(n) for name, n in getattr(defence, "whole_passes", {}).items()}
@@ -129,7 +140,7 @@ def whole_passes_of(defence: Any) -> dict[str, float]:
 def extra_data(defence: Any) -> tuple[str, ...]:
     """What a method is given that plain SFT at its stage is not: names of data sets, and ``"unaligned base"`` for the weights before
     alignment. The main records of the stage are no part of it, unless the method puts others in their place."""
-    names = [*defence.streams, *getattr(defence, "mixed", ())]
+    names = [*defence.streams, *mixed_of(defence)]
     benign = getattr(defence, "benign_ratio", None)
     if benign is not None:  # a set of which the ratio takes nothing is not read
         names += ["alignment"] * (benign < 1) + ["benign"] * (benign > 0)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from panacea_jax.config import make_defence
 from panacea_jax.data.batches import Batch
 from panacea_jax.defences import Defence
+from panacea_jax.defences.protocol import for_steps
 from panacea_jax.errors import InputError
 from panacea_jax.models import lora, quantise
 from panacea_jax.models.config import ModelConfig
@@ -29,7 +30,7 @@ from panacea_jax.parallel.sharding import (
 from panacea_jax.parallel.topology import Chip
 from panacea_jax.train.optimizer import optimizer_of
 from panacea_jax.train.records import batch_sizes
-from panacea_jax.train.step import TrainState, state_shardings
+from panacea_jax.train.step import TrainState, fresh_state, state_shardings
 
 
 class Step(NamedTuple):
@@ -72,15 +73,9 @@ def abstract_step(
         raise InputError(
             f"config.defence.name = {config.defence.name}: acts in one shot; there is no step to plan"
         )
-    if hasattr(defence, "for_steps"):
-        defence = defence.for_steps(config.train.steps or 1)  # any number: it decides no shape
+    defence = for_steps(defence, config.train.steps or 1)  # any number: it decides no shape
     optimizer = optimizer_of(config.optimizer, config.optimizer.learning_rate, defence)
-
-    def build(params: Any) -> TrainState:
-        step = jnp.zeros((), jnp.int32)
-        return TrainState(params, optimizer.init(params), defence.init(params), step)
-
-    state = jax.eval_shape(build, params)
+    state = jax.eval_shape(lambda params: fresh_state(params, defence, optimizer), params)
     shardings = state_shardings(state, params)
     state = placed(state, shardings)
     parts, length = batch_rows(mesh), config.data.max_length

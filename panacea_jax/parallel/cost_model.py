@@ -50,11 +50,6 @@ def weights_read(step: Step) -> float:
     return _passes(step) * _turns(step) * whole / step.model.mesh.shape["tensor"]
 
 
-def loss_chunks(length: int) -> int:
-    """Pieces in which the loss takes the positions of a row, see ``defences.loss``."""
-    return max(1, -(-(length - 1) // CHUNK))
-
-
 def sent(step: Step) -> float:
     """Bytes that one device sends a step within its slice.
 

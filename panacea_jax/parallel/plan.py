@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from panacea_jax.defences.loss import num_chunks
 from panacea_jax.errors import InputError
 from panacea_jax.models.config import ModelConfig
 from panacea_jax.models.decoder import REMAT
@@ -174,7 +175,7 @@ def _plan(config: ConfigDict, model: ModelConfig, machine: Topology, compiled: b
             arguments = memory.argument_size_in_bytes + kept.get("start of training", 0)
             temporary = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
             temporary += memory.output_size_in_bytes - memory.alias_size_in_bytes
-            chunks = cost_model.loss_chunks(config.data.max_length)
+            chunks = num_chunks(config.data.max_length - 1)
             try:
                 found = collectives(executable.as_text(), model.num_layers, mesh.size, chunks)
                 sent = float(sum(c.sent for c in found))

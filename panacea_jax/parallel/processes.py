@@ -32,6 +32,13 @@ STALLED = 300.0
 # its own in between, for hours, and when one of them is gone the guard ends the run.
 PATIENCE = 7 * 86400.0
 
+# Of the environment what changes programs or numbers.
+SETTINGS = (
+    "XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_THREEFRY_PARTITIONABLE",
+)  # fmt: skip
+# Where a process is before its first meeting.
+STARTING = "the start"
+
 # Numbers that launchers set: tasks of SLURM and Open MPI, slices of TPUs (each perhaps of one machine).
 LAUNCHED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
 
@@ -168,11 +175,6 @@ def barrier() -> None:
     arrived(f"work after meeting {_barriers}")
 
 
-# Of the environment what changes programs or numbers.
-SETTINGS = (
-    "XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_THREEFRY_PARTITIONABLE",
-)  # fmt: skip
-
 _agreements = 0
 
 
@@ -250,9 +252,6 @@ def wait_for_verdict() -> None:
     """After a collective has failed: wait for the guard, which ends this process if somebody is gone."""
     if _guard is not None:
         time.sleep(SILENCE + 3 * HEARTBEAT + LAST_WORDS)
-
-
-STARTING = "the start"
 
 
 class _Guard(threading.Thread):

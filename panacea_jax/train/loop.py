@@ -17,7 +17,7 @@ from absl import logging
 
 from panacea_jax.data.batches import Batch, Stream, prefetch
 from panacea_jax.defences import Defence, Loss, Method
-from panacea_jax.defences.protocol import check_packing, passes_of
+from panacea_jax.defences.protocol import check_packing, for_steps, passes_of
 from panacea_jax.models.adapter import Adapter
 from panacea_jax.models.model import Model
 from panacea_jax.parallel import batch_sharding, processes
@@ -101,8 +101,7 @@ def finetune(
         Diverged: the loss is NaN or infinite; the step is named, the last good checkpoint stays.
         Preempted: SIGTERM; the state was saved.
     """
-    if hasattr(defence, "for_steps"):
-        defence = defence.for_steps(steps)
+    defence = for_steps(defence, steps)
     missing = [name for name in ("user", *defence.streams) if name not in streams]
     if missing:
         raise KeyError(f"{type(defence).__name__} needs the data streams {missing}")

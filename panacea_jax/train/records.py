@@ -10,6 +10,7 @@ from panacea_jax.data.encode import encode_all
 from panacea_jax.data.mixing import first, poison, realignment
 from panacea_jax.data.sources import Record, by_safety, fingerprint, load_records, parse
 from panacea_jax.defences import Defence, Method
+from panacea_jax.defences.protocol import mixed_of
 from panacea_jax.errors import InputError
 from panacea_jax.workdir import sha256_folder
 
@@ -97,7 +98,7 @@ def stage_records(config: ConfigDict, stage: str, defence: Method) -> dict[str, 
         sources[name] = Source(f"config.data.{name}", records, sizes[name])
     for name in getattr(defence, "paired_streams", ()):
         _check_pairs(name, sources["user"], sources[name])
-    for name in mixed(defence):
+    for name in mixed_of(defence):
         sources["user"].records.extend(defender_records(config, name))
     return sources
 
@@ -123,11 +124,6 @@ def _realignment(config: ConfigDict, defence: Any) -> list[Record]:
     benign = defender_records(config, "benign") if ratio > 0 else []
     n = defence.steps * config.train.batch_size
     return realignment(refusals, benign, n, ratio, config.seed, config.data.shuffle)
-
-
-def mixed(defence: Method) -> tuple[str, ...]:
-    """The sets whose records a defence appends to the user's."""
-    return getattr(defence, "mixed", ())
 
 
 def _check_pairs(name: str, main: Source, other: Source) -> None:
@@ -183,7 +179,7 @@ def stage_inputs(config: ConfigDict, stage: str, defence: Method) -> dict[str, s
     main = {"align": ("alignment",), "finetune": ("user", "attack"), "heal": ()}[stage]
     if _is_mix(defence):
         main = ("alignment", "benign")
-    names = (*main, *defence.streams, *mixed(defence))
+    names = (*main, *defence.streams, *mixed_of(defence))
     found = {
         config.data[name]: fingerprint(config.data[name], f"config.data.{name}")
         for name in names

@@ -94,7 +94,7 @@ def model_inputs(config: ConfigDict) -> dict[str, str]:
     if not config.model.path:
         raise InputError("config.model.path is not set: give a Hugging Face folder or a hub id")
     inputs = {}
-    folder = Path(config.model.path)
+    folder = Path(config.model.path).expanduser()
     if folder.is_dir():
         inputs[str(folder)] = sha256_folder(folder, ("*.json", "*.safetensors"))
     if config.lora.init_from:

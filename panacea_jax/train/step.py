@@ -36,6 +36,14 @@ Metrics = dict[str, Float[Array, ""]]
 Step = Callable[[TrainState, Any, Mapping[str, Batch], Key[Array, ""]], tuple[TrainState, Metrics]]
 
 
+def fresh_state(
+    params: Any, defence: Defence, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """The state before step 0, of ``params`` themselves."""
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(params, optimizer.init(params), defence.init(params), step)
+
+
 def init_state(
     params: Any, defence: Defence, optimizer: optax.GradientTransformation, donate: bool = False
 ) -> TrainState:
@@ -45,9 +53,7 @@ def init_state(
     """
 
     def build(params: Any) -> TrainState:
-        params = jax.tree.map(jnp.copy, params)
-        step = jnp.zeros((), jnp.int32)
-        return TrainState(params, optimizer.init(params), defence.init(params), step)
+        return fresh_state(jax.tree.map(jnp.copy, params), defence, optimizer)
 
     shapes = jax.eval_shape(build, params)
     places, taken = state_shardings(shapes, params), 0 if donate else ()

@@ -6,6 +6,7 @@ import sys
 import jax
 
 from panacea_jax.config import get_config
+from panacea_jax.defences.loss import num_chunks
 from panacea_jax.models.config import ModelConfig
 from panacea_jax.parallel import cost_model, make_mesh, sharding
 from panacea_jax.parallel.abstract_step import abstract_step, resident
@@ -36,7 +37,7 @@ def main(meshes, remat):
         program = make_step(step.model, step.defence, step.optimizer, step.shardings)
         compiled = program.lower(step.state, step.weights, step.batches, step.key).compile()
         exchanged = collectives(
-            compiled.as_text(), model.num_layers, mesh.size, cost_model.loss_chunks(LENGTH)
+            compiled.as_text(), model.num_layers, mesh.size, num_chunks(LENGTH - 1)
         )
         gathers = [c.size for c in exchanged if c.kind == "all-gather"]
         found.append({

@@ -151,12 +151,14 @@ def test_reading_a_program():
     assert (other.size, other.group, other.times) == (32, 4, 1)
 
 
-def test_a_gpu_is_planned_by_the_model(tmp_path, capsys):
+def test_a_gpu_is_planned_by_the_model(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     arguments = ["plan", f"--config.model.path={tmp_path}", f"--workdir={tmp_path}/out"]
     assert cli.run([*arguments, "--topology=gpu:h100x8", "--search"]) == 0
     plans = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert plans[0]["fits"] and plans[0]["arguments"] is None
+    assert plans[0]["limit"] == 0.75 * 80 * 2**30
     costs = [p["step_seconds"] * 8 / p["batch_size"] for p in plans if p["fits"]]
     assert costs == sorted(costs)
     # 13.5 GB of bf16 weights and an adapter with its moments, ε, ε's mean and the start, on eight devices.

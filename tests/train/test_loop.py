@@ -160,6 +160,18 @@ def test_warnings_and_memory_survive_a_resume(model, tmp_path, monkeypatch):
     assert last.warnings == whole.warnings and last.step_bytes == whole.step_bytes > 0
 
 
+def test_parameters_that_are_given_away(model):
+    """The same outcome, and nothing of the caller's tree is left to hold memory."""
+    whole = run(model, full=True, steps=2)
+    bare, params = start(model, True)
+    given = jax.tree.map(jnp.copy, params)
+    taken = finetune(
+        bare, given, Panacea(rho=0.5, lam=0.3), streams(), optimizer=make_optimizer(1e-2), steps=2, donate=True
+    )  # fmt: skip
+    assert_equal(whole.deployed, taken.deployed)
+    assert all(x.is_deleted() for x in jax.tree.leaves(given))
+
+
 def test_a_missing_stream_is_named(model):
     bare, params = start(model, False)
     with pytest.raises(KeyError, match="harmful"):
