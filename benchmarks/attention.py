@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from panacea_jax.models.attention import attend
 from panacea_jax.models.config import ModelConfig
-from panacea_jax.models.fused import choose, fused_attention
+from panacea_jax.models.fused import choose_backend, fused_attention
 from panacea_jax.parallel import make_mesh
 
 # What their config.json say of attention.
@@ -111,7 +111,7 @@ def main() -> None:
     print(f"{'shape':12} {'length':>6} {'back-end':8} {'error':>8} {'plain':>8} {'ms':>8} {'plain':>8}")  # fmt: skip
     for name in args.shapes:
         model = model_of(name)
-        backend = choose("auto", model, jnp.bfloat16, device)
+        backend = choose_backend("auto", model, jnp.bfloat16, device)
         if backend.name == "xla":
             print(f"{name:12} {backend.why}")
             continue

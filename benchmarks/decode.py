@@ -24,9 +24,9 @@ from panacea_jax.data.sources import load_records
 from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.generate import decode
 from panacea_jax.models.config import ModelConfig
-from panacea_jax.models.model import Model, init
+from panacea_jax.models.model import Model, random_model
 from panacea_jax.parallel import make_mesh
-from panacea_jax.parallel.topology import CHIPS, GPUS
+from panacea_jax.planning.topology import CHIPS, GPUS
 
 SMALL = {
     "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8,
@@ -155,7 +155,7 @@ def main() -> None:
         "rms_norm_eps": 1e-5,
         **SHAPES[args.shape],
     }
-    model = init(
+    model = random_model(
         ModelConfig.from_dict(config),
         jax.random.key(0),
         mesh=make_mesh(tensor=args.tensor),

@@ -37,7 +37,7 @@ import numpy as np
 
 from panacea_jax.models import lora, tensorfile
 from panacea_jax.models.config import ModelConfig, read_config
-from panacea_jax.models.model import abstract, load
+from panacea_jax.models.model import abstract_model, load
 from panacea_jax.models.weights import hf_shapes, save_weights
 from panacea_jax.parallel import make_mesh, processes
 
@@ -68,7 +68,7 @@ def make_folder(folder: Path, config: dict[str, Any], dtype: str, files: int) ->
     """Write a model of random numbers in so many safetensors files; returns the bytes of its tensors."""
     kept = DTYPES[dtype]
     numbers = np.random.default_rng(0).standard_normal(2**20, np.float32).astype(kept)
-    shapes = hf_shapes(abstract(ModelConfig.from_dict(config))[1])
+    shapes = hf_shapes(abstract_model(ModelConfig.from_dict(config))[1])
     entries = [
         tensorfile.Entry(name, shape, kept, partial(np.resize, numbers, shape))
         for name, shape in shapes.items()
@@ -79,7 +79,7 @@ def make_folder(folder: Path, config: dict[str, Any], dtype: str, files: int) ->
     file_of = {entry.name: names[int(b * files / total)] for entry, b in zip(entries, before)}
     folder.mkdir()
     for name in names:
-        tensorfile.write(folder / name, [e for e in entries if file_of[e.name] == name])
+        tensorfile.write_tensors(folder / name, [e for e in entries if file_of[e.name] == name])
     index = {"weight_map": file_of}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": dtype}))

@@ -21,8 +21,8 @@ from panacea_jax.config import get_config
 from panacea_jax.models.adapter import BLOCK_OF
 from panacea_jax.models.config import ModelConfig
 from panacea_jax.parallel import make_mesh
-from panacea_jax.parallel.abstract_step import abstract_step
-from panacea_jax.parallel.topology import topology
+from panacea_jax.planning.abstract_step import abstract_step
+from panacea_jax.planning.topology import topology
 from panacea_jax.train.step import make_step
 
 LLAMA_2_7B = {

@@ -13,14 +13,14 @@ from typing import Any
 
 import jax
 
-from panacea_jax.data.batches import Batch, Stream, lengths
+from panacea_jax.data.batches import Batch, Stream, length_buckets
 from panacea_jax.data.encode import encode_all
 from panacea_jax.data.sources import load_records
 from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.defences import Sft
 from panacea_jax.models import lora
 from panacea_jax.models.config import ModelConfig
-from panacea_jax.models.model import init
+from panacea_jax.models.model import random_model
 from panacea_jax.train.optimizer import make_optimizer
 from panacea_jax.train.step import init_state, make_step
 
@@ -42,7 +42,7 @@ def main() -> None:
     examples = encode_all(records, tokenizer, "alpaca", args.length, "--source")
     streams = {
         packing: Stream(
-            "user", examples, args.batch, 0, True, lengths(args.length),
+            "user", examples, args.batch, 0, True, length_buckets(args.length),
             fixed_length=bool(args.fixed), packing=packing,
         )
         for packing in (False, True)
@@ -77,7 +77,7 @@ def time_steps(
         "num_hidden_layers": args.layers, "num_attention_heads": 6, "num_key_value_heads": 6,
         "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
     })  # fmt: skip
-    model = init(config, jax.random.key(0), dtype="float32")
+    model = random_model(config, jax.random.key(0), dtype="float32")
     optimizer, key = make_optimizer(2e-5), jax.random.key(0)
     state = init_state(lora.init(model, 8, 4, key=jax.random.key(1)), Sft(), optimizer)
     step = make_step(model, Sft(), optimizer, jax.tree.map(lambda x: x.sharding, state))

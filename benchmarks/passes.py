@@ -21,10 +21,10 @@ import numpy as np
 
 from panacea_jax.data.batches import Batch
 from panacea_jax.defences import DEFENCES
-from panacea_jax.defences.protocol import for_steps, passes_of
+from panacea_jax.defences.protocol import Defence, passes_of
 from panacea_jax.models import lora
 from panacea_jax.models.config import ModelConfig
-from panacea_jax.models.model import Model, init
+from panacea_jax.models.model import Model, random_model
 from panacea_jax.parallel import make_mesh
 from panacea_jax.train.optimizer import make_optimizer
 from panacea_jax.train.step import init_state, make_step
@@ -69,12 +69,12 @@ def unrolled() -> Iterator[None]:
 
 def make_model() -> Model:
     """A random model of the shape."""
-    return init(ModelConfig.from_dict(SHAPE), jax.random.key(0), mesh=make_mesh(devices=jax.devices()[:1]))  # fmt: skip
+    return random_model(ModelConfig.from_dict(SHAPE), jax.random.key(0), mesh=make_mesh(devices=jax.devices()[:1]))  # fmt: skip
 
 
 def defence_of(name: str) -> Any:
     """The method as it is counted."""
-    return for_steps(DEFENCES[name](**SETTINGS.get(name, {})), 100)
+    return DEFENCES[name](**SETTINGS.get(name, {})).for_steps(100)
 
 
 def _batch(seed: int, several: int) -> Batch:
@@ -87,10 +87,10 @@ def step_flops(model: Model, defence: Any) -> float:
     """FLOPs of the compiled step."""
     params = lora.init(model, RANK, 4, ("q", "k", "v"), key=jax.random.key(1))
     # A method that leaves layers out of a step has an optimizer of its own.
-    partial = {"partial": True} if hasattr(defence, "trained") else {}
+    partial = {"partial": True} if defence.partial else {}
     optimizer = make_optimizer(1e-3, **partial)
     state = init_state(params, defence, optimizer)
-    repeats = getattr(defence, "repeats", {})
+    repeats = {name: spec.repeats for name, spec in defence.streams.items()}
     names = ("user", *defence.streams)
     batches = {name: _batch(i, repeats.get(name, 1)) for i, name in enumerate(names)}
     with unrolled():
@@ -117,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    stepping = [name for name, kind in DEFENCES.items() if sum(kind.facts.passes.values())]
+    stepping = [name for name, kind in DEFENCES.items() if issubclass(kind, Defence)]
     parser.add_argument(
         "names", nargs="*", default=stepping, help="defences; by default all with steps"
     )

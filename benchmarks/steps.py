@@ -23,7 +23,7 @@ from panacea_jax.defences import Panacea, Sft
 from panacea_jax.generate.decode import generate
 from panacea_jax.models import lora
 from panacea_jax.models.config import ModelConfig
-from panacea_jax.models.model import Model, init
+from panacea_jax.models.model import Model, random_model
 from panacea_jax.train import throughput
 from panacea_jax.train.optimizer import make_optimizer
 from panacea_jax.train.step import init_state, make_step
@@ -125,7 +125,7 @@ def main() -> None:
     args = parser.parse_args()
     hf_config = json.loads(args.config_json.read_text())
     config = ModelConfig.from_dict(hf_config)
-    model = init(config, jax.random.key(0), dtype=args.dtype, remat=args.remat)
+    model = random_model(config, jax.random.key(0), dtype=args.dtype, remat=args.remat)
     device = jax.devices()[0]
     print(f"jax {jax.__version__}, {device.device_kind} x{jax.device_count()}, {args}")
     peak = throughput.peak_flops(device)

@@ -1,25 +1,26 @@
 """The command line: ``panacea <command> --config=FILE[:variant] --config.a.b=value --workdir=DIR``.
 
-Exit codes: 0 done, 1 failed, 2 bad input (one line says what), 75 preempted and saved: start the same command again.
+Parses and dispatches, nothing else. Exit codes: 0 done, 1 failed, 2 bad input (one line says what), 75 preempted and saved: start the same
+command again.
 """
 
+import contextlib
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import jax
 from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
-from ml_collections.config_flags import config_path
 
-from panacea_jax import config as config_module
-from panacea_jax import workdir
 from panacea_jax.errors import InputError
-from panacea_jax.parallel import processes
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+# Nothing above imports JAX, and a command imports what it needs when it runs: --help and bad flags answer at once.
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130
 
@@ -28,7 +29,7 @@ class Command(NamedTuple):
     """One command: what it does in a line, what runs it, and the flags it reads besides --config."""
 
     summary: str
-    run: Callable[[flags.FlagValues, ConfigDict], Path | None]
+    run: Callable[[flags.FlagValues, "ConfigDict"], Path | None]
     flags: tuple[str, ...] = ("workdir",)
     several: bool = False  # whether several processes may run it together
 
@@ -39,113 +40,113 @@ def _workdir(values: flags.FlagValues) -> Path:
     return Path(values.workdir)
 
 
-# Commands import what they need when they run, so that --help and bad flags answer at once.
+def _path(text: str) -> Path | None:
+    return Path(text) if text else None
 
 
-def _quickstart(values: flags.FlagValues, config: ConfigDict) -> Path:
-    from panacea_jax.quickstart.run import quickstart
+def _quickstart(values: flags.FlagValues, config: "ConfigDict") -> Path:
+    from panacea_jax.stages.quickstart import quickstart
 
     return quickstart(Path(values.workdir or "quickstart_results"), values.world)
 
 
-def _align(values: flags.FlagValues, config: ConfigDict) -> Path:
-    from panacea_jax.train.stage import train_stage
+def _train(name: str) -> Callable[[flags.FlagValues, "ConfigDict"], Path]:
+    def run(values: flags.FlagValues, config: "ConfigDict") -> Path:
+        from panacea_jax.stages.train import train_stage
+        from panacea_jax.train.watch import Profile
 
-    return train_stage(config, _workdir(values), "align")
+        profile = Profile.parse(values.profile)
+        return train_stage(config, _workdir(values), name, profile=profile)
 
-
-def _finetune(values: flags.FlagValues, config: ConfigDict) -> Path:
-    from panacea_jax.train.stage import train_stage
-
-    return train_stage(config, _workdir(values), "finetune")
-
-
-def _heal(values: flags.FlagValues, config: ConfigDict) -> Path:
-    from panacea_jax.train.stage import heal_stage
-
-    return heal_stage(config, _workdir(values))
+    return run
 
 
-def _generate(values: flags.FlagValues, config: ConfigDict) -> Path:
-    from panacea_jax.generate.stage import generate_stage
+def _generate(values: flags.FlagValues, config: "ConfigDict") -> Path:
+    from panacea_jax.stages.generate import generate_stage
 
     return generate_stage(config, _workdir(values))
 
 
-def _judge(values: flags.FlagValues, config: ConfigDict) -> Path:
-    from panacea_jax.evaluate.stage import judge_stage
+def _judge(values: flags.FlagValues, config: "ConfigDict") -> Path:
+    from panacea_jax.stages.judge import judge_stage
 
     return judge_stage(config, _workdir(values))
 
 
-def _score(values: flags.FlagValues, config: ConfigDict) -> Path:
-    from panacea_jax.evaluate.score_stage import score_stage
-
-    def folder(path: str) -> Path | None:
-        return Path(path) if path else None
+def _score(values: flags.FlagValues, config: "ConfigDict") -> Path:
+    from panacea_jax.stages.score import score_stage
 
     return score_stage(
         config, _workdir(values), generations=values.generations, template=values.template,
         against=[Path(path) for path in values.against.split(",") if path],
-        undefended=folder(values.undefended), aligned=folder(values.aligned),
+        undefended=_path(values.undefended), aligned=_path(values.aligned),
     )  # fmt: skip
 
 
-def _perplexity(values: flags.FlagValues, config: ConfigDict) -> Path:
-    from panacea_jax.evaluate.perplexity import perplexity_stage
+def _perplexity(values: flags.FlagValues, config: "ConfigDict") -> Path:
+    from panacea_jax.stages.perplexity import perplexity_stage
 
     return perplexity_stage(config, _workdir(values))
 
 
-def _run(values: flags.FlagValues, config: ConfigDict) -> Path:
-    from panacea_jax.pipeline import run
+def _run(values: flags.FlagValues, config: "ConfigDict") -> Path:
+    if config.compare.methods or config.compare.grid:
+        from panacea_jax.comparison.run import compare_methods
 
-    return run(config, _workdir(values))
+        return compare_methods(config, _workdir(values))
+    from panacea_jax.stages.run import run_stages
+    from panacea_jax.train.watch import Profile
 
-
-def _layers(values: flags.FlagValues, config: ConfigDict) -> Path:
-    from panacea_jax.analysis.stage import layers_stage
-
-    paths = (Path(v) if v else None for v in (values.workdir, values.epsilon, values.checkpoint))
-    return layers_stage(*paths)
+    return run_stages(config, _workdir(values), Profile.parse(values.profile))
 
 
-def _convert(values: flags.FlagValues, config: ConfigDict) -> Path:
-    from panacea_jax.convert import convert
+def _layers(values: flags.FlagValues, config: "ConfigDict") -> Path:
+    from panacea_jax.stages.layers import layers_stage
+
+    return layers_stage(*map(_path, (values.workdir, values.epsilon, values.checkpoint)))
+
+
+def _convert(values: flags.FlagValues, config: "ConfigDict") -> Path:
+    from panacea_jax.stages.convert import convert
 
     if not values.out:
         raise InputError("--out is not set: name the folder to write")
-    return convert(config, Path(values.out), Path(values.epsilon) if values.epsilon else None)
+    return convert(config, Path(values.out), _path(values.epsilon))
 
 
-def _defences(values: flags.FlagValues, config: ConfigDict) -> None:
-    from panacea_jax.defences.listing import print_defences
+def _defences(values: flags.FlagValues, config: "ConfigDict") -> None:
+    from panacea_jax.stages.defences import print_defences
 
     print_defences()
 
 
-def _doctor(values: flags.FlagValues, config: ConfigDict) -> None:
-    from panacea_jax.doctor import doctor
+def _doctor(values: flags.FlagValues, config: "ConfigDict") -> None:
+    from panacea_jax.stages.doctor import doctor
 
     doctor(config)
 
 
-def _plan(values: flags.FlagValues, config: ConfigDict) -> Path | None:
-    from panacea_jax.parallel.plan import plan
+def _plan(values: flags.FlagValues, config: "ConfigDict") -> Path | None:
+    from panacea_jax.stages.plan import plan_stage
 
-    if not values.topology:
-        raise InputError("--topology is not set: name a machine, like v5e:4x4 or gpu:h100x8")
-    folder = Path(values.workdir) if values.workdir else None
-    plan(config, values.topology, values.search, folder)
-    return folder and folder / "plan.json"
+    return plan_stage(config, values.topology, values.search, _path(values.workdir))
 
 
+def _launch(values: flags.FlagValues, config: "ConfigDict") -> None:
+    from panacea_jax.stages.launch import print_script
+
+    print_script(values.print)
+
+
+TRAINING = ("workdir", "profile")
 COMMANDS = {
     "quickstart": Command("the whole experiment in a miniature world, no download, minutes on a laptop", _quickstart, ("workdir", "world")),
-    "run": Command("every stage of a recipe: align, finetune, heal, generate, judge, layers (perplexity if asked for)", _run, several=True),
-    "align": Command("safety alignment of the base on config.data.alignment", _align, several=True),
-    "finetune": Command("fine-tuning on user data with config.defence", _finetune, several=True),
-    "heal": Command("a post-fine-tuning defence on a finished adapter or model", _heal, several=True),
+    "run": Command(
+        "every stage of a recipe: align, finetune, heal, generate, judge, layers (perplexity if asked for)", _run, TRAINING, True,
+    ),
+    "align": Command("safety alignment of the base on config.data.alignment", _train("align"), TRAINING, True),
+    "finetune": Command("fine-tuning on user data with config.defence", _train("finetune"), TRAINING, True),
+    "heal": Command("a post-fine-tuning defence on a finished adapter or model", _train("heal"), TRAINING, True),
     "generate": Command("answers to config.eval.tasks", _generate, several=True),
     "judge": Command("verdicts and scores.json from the answers", _judge),
     "score": Command(
@@ -158,6 +159,7 @@ COMMANDS = {
     "defences": Command("every defence: stage, data, passes a step, memory, paper", _defences, ()),
     "doctor": Command("what this machine has, and what a configuration will use of it", _doctor, (), several=True),
     "plan": Command("memory and least time of a step on a machine that is not there", _plan, ("workdir", "topology", "search")),
+    "launch": Command("the launch scripts for SLURM, TPU pods, GKE and others, for a machine without a clone", _launch, ("print",)),
 }  # fmt: skip
 
 # Where a process stands among several; without them the launcher's environment says so.
@@ -178,12 +180,14 @@ FLAG_HELP = {
     "checkpoint": "checkpoint folder (…/checkpoints/<step>)",
     "topology": "machine to plan for: v5e:4x4, 2*v5p:2x2x1 (two slices), tpu7x:2x2x1, gpu:h100x8 …",
     "out": "Hugging Face folder to write",
+    "profile": "record steps with jax.profiler, STEP:COUNT, into WORKDIR/<stage>/profile",
+    "print": "name of the script; without it all names are listed",
 }
 
 
 def _usage() -> str:
     lines = [
-        "usage: panacea <command> [--config=FILE[:variant]] [--config.KEY=VALUE …] [--workdir=DIR]",
+        "usage: panacea <command> [--config=RECIPE[:variant]] [--config.KEY=VALUE …] [--workdir=DIR]",
         "",
         "commands:",
     ]
@@ -196,12 +200,16 @@ def _usage() -> str:
 
 
 def _command_help(name: str) -> str:
+    from ml_collections.config_flags import config_path
+
+    from panacea_jax import config as config_module
+
     command = COMMANDS[name]
     lines = [
         f"panacea {name}: {command.summary}",
         "",
         "flags:",
-        "  --config=FILE[:variant]  recipe; without it the defaults below",
+        "  --config=RECIPE[:variant]  a file, or the name of one that comes with the package; without it the defaults below",
     ]
     lines += [f"  --{f}=…  {FLAG_HELP[f]}" for f in command.flags if f in FLAG_HELP]
     if "world" in command.flags:
@@ -221,12 +229,18 @@ def _command_help(name: str) -> str:
     return "\n".join(lines)
 
 
-def parse(command: str, arguments: Sequence[str]) -> tuple[flags.FlagValues, ConfigDict]:
+def parse_command(
+    command: str, arguments: Sequence[str]
+) -> "tuple[flags.FlagValues, ConfigDict]":
     """Flags and the validated configuration of a command.
 
     Raises:
         InputError: an unknown flag or key, a value of the wrong type, an unreadable recipe, an impossible value.
     """
+    from ml_collections import config_flags
+
+    from panacea_jax import config as config_module
+
     values = flags.FlagValues()
     for name in COMMANDS[command].flags:
         if name == "world":
@@ -275,33 +289,34 @@ def _take_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
         raise InputError(
             "--config is given twice"
             if len(found) > 1
-            else "--config: name a recipe, FILE[:variant]"
+            else "--config: name a recipe, FILE[:variant] or NAME[:variant]"
         )
     return (found[0] if found else ""), rest
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``panacea``; ends the process with the command's exit code."""
-    try:
-        code = run(sys.argv[1:] if argv is None else argv)
-    except Exception:
-        if processes.joined():
-            traceback.print_exc()
-            processes.abandon(EXIT_FAILED)
-        raise
-    if code:
-        processes.abandon(code)
+    with contextlib.ExitStack() as together:
+        code = run(sys.argv[1:] if argv is None else argv, together)
+        if code:
+            _abandon(code)
     sys.exit(code)
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run one command line and return its exit code."""
+def run(arguments: Sequence[str], together: contextlib.ExitStack | None = None) -> int:
+    """Run one command line and return its exit code.
+
+    Args:
+        arguments: of the command line.
+        together: where this process leaves the others that it joined; by default at the end of this call.
+    """
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0 if arguments else EXIT_BAD_INPUT
     name, *rest = arguments
     if name not in COMMANDS:
-        return _fail(f"unknown command {name!r}; known are {', '.join(COMMANDS)}", EXIT_BAD_INPUT)
+        print(f"panacea: unknown command {name!r}; known are {', '.join(COMMANDS)}", file=sys.stderr)
+        return EXIT_BAD_INPUT
     if any(a in ("-h", "--help") for a in rest):
         print(_command_help(name))
         return 0
@@ -310,13 +325,24 @@ def run(arguments: Sequence[str]) -> int:
     logging.set_verbosity(logging.WARNING)
     # transformers advises to install PyTorch, which is not needed here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    with contextlib.ExitStack() as stack:
+        return _run_command(name, rest, together or stack)
+
+
+def _run_command(name: str, arguments: Sequence[str], together: contextlib.ExitStack) -> int:
+    import jax
+
+    from panacea_jax import workdir
+    from panacea_jax.parallel import processes
+    from panacea_jax.train.signals import Diverged, Preempted
+
     try:
-        values, config = parse(name, rest)
+        values, config = parse_command(name, arguments)
         if COMMANDS[name].several:
             place = processes.find_place(
                 values.coordinator, values.num_processes, values.process_id
             )
-            processes.join(place)
+            together.enter_context(processes.joined(place))
             environment = {k: v for k, v in os.environ.items() if k in processes.SETTINGS}
             facts = {"config": config.to_dict(), "environment": environment}
             processes.agree(f"panacea {name}", workdir.plain(facts))
@@ -328,31 +354,40 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(
             "interrupted; the same command goes on from the last checkpoint", EXIT_INTERRUPTED
         )
+    except Preempted as error:
+        return _fail(f"{error}; start the same command again to go on", EXIT_PREEMPTED)
+    except Diverged as error:
+        return _fail(str(error), EXIT_FAILED)
     except Exception as error:
-        from panacea_jax.train.loop import Diverged, Preempted
-
-        if isinstance(error, Preempted):
-            return _fail(f"{error}; start the same command again to go on", EXIT_PREEMPTED)
-        if isinstance(error, Diverged):
-            return _fail(str(error), EXIT_FAILED)
         if isinstance(error, jax.errors.JaxRuntimeError):
             processes.wait_for_verdict()
         processes.leave(f"{type(error).__name__}: {error}")
+        if processes.count() > 1:
+            traceback.print_exc()
+            processes.abandon(EXIT_FAILED)
         raise
-    finally:
-        workdir.release()
     if path is not None and processes.first():
         print(os.path.relpath(path))
     return 0
 
 
 def _fail(message: str, code: int) -> int:
+    from panacea_jax.parallel import processes
+
     print(f"panacea: {message}", file=sys.stderr, flush=True)
     if code == EXIT_PREEMPTED:
         processes.barrier()  # the first one's end would cut the others off from their coordinator
         message = ""
     processes.leave(message, code)
     return code
+
+
+def _abandon(code: int) -> None:
+    """End at once where others would be waited for."""
+    if "jax" in sys.modules:
+        from panacea_jax.parallel import processes
+
+        processes.abandon(code)
 
 
 if __name__ == "__main__":

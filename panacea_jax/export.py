@@ -41,14 +41,12 @@ def export_adapter(result: Result, folder: str | Path, *, without_epsilon: bool 
     Raises:
         InputError: all parameters were trained (use :func:`export_model`).
     """
-    params = _deployed(result, without_epsilon)
+    params, note = deployed(result, without_epsilon)
     if not isinstance(params, Adapter):
         raise InputError(
             "export_adapter: all parameters were trained, so there is no adapter; use export_model"
         )
-    save_adapter(
-        params, Path(folder), str(result.model.folder or ""), epsilon_note(result, without_epsilon)
-    )
+    save_adapter(params, Path(folder), str(result.model.folder or ""), note)
     return Path(folder)
 
 
@@ -60,7 +58,7 @@ def export_model(result: Result, folder: str | Path, *, without_epsilon: bool = 
         folder: Hugging Face folder to write.
         without_epsilon: leave ε out; a warning is given.
     """
-    save_model(result.model, _deployed(result, without_epsilon), Path(folder))
+    save_model(result.model, deployed(result, without_epsilon)[0], Path(folder))
     return Path(folder)
 
 
@@ -88,19 +86,18 @@ def stored_dtype(hf_config: Mapping[str, Any]) -> str:
     return str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
 
 
-def _deployed(result: Result, without_epsilon: bool) -> Any:
-    if not without_epsilon:
-        return result.deployed
-    if result.epsilon is not None:
-        logging.warning("%s", WITHOUT_EPSILON)
-    return result.params
+def deployed(result: Result, without_epsilon: bool = False) -> tuple[Any, dict[str, str]]:
+    """What leaves a run, decided here alone: w + ε, or with ``without_epsilon`` w, upon which a warning is given.
 
-
-def epsilon_note(result: Result, without_epsilon: bool) -> dict[str, str]:
-    """What an exported adapter says of ε, so that nobody adds it twice."""
+    Returns:
+        The parameters, and what an exported adapter says of ε, so that nobody adds it twice: "applied" or "left out".
+    """
     if result.epsilon is None:
-        return {}
-    return {"epsilon": "left out" if without_epsilon else "applied"}
+        return result.deployed, {}
+    if not without_epsilon:
+        return result.deployed, {"epsilon": "applied"}
+    logging.warning("%s", WITHOUT_EPSILON)
+    return result.params, {"epsilon": "left out"}
 
 
 def epsilon_tensors(epsilon: Any) -> dict[str, np.ndarray]:

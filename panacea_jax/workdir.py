@@ -42,15 +42,12 @@ PACKAGES = (
 )
 
 
-# Folders of the stages that this process is at work in, with the open files that say so to others.
-_ours: dict[Path, IO[Any]] = {}
-
-
-class Stage:
+class StageFolder:
     """One stage's folder: checked when opened, made and marked when work in it begins.
 
     Nothing is written in between, so that bad input found there (a source, a tensor) leaves no folder behind that the corrected
-    command would then be refused for.
+    command would then be refused for. Used with ``with``: at the end of the block others may work there, whether the stage was finished
+    or not; what a next try goes on from stays.
 
     Attributes:
         folder: ``WORKDIR/<stage>``.
@@ -75,12 +72,19 @@ class Stage:
         self.name, self.folder = name, workdir / name
         self._path = self.folder / MANIFEST
         self._config, self._inputs = plain(config), dict(inputs)
+        self._lock: IO[Any] | None = None
         self.done = self._look(workdir)
         if processes.count() > 1:  # alone there is nothing to hash our code for
             processes.agree(
                 self.folder,
                 {"config": self._config, "inputs": self._inputs, "versions": versions(), "code": _code(), "done": self.done},
             )  # fmt: skip
+
+    def __enter__(self) -> "StageFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._release()
 
     def _look(self, workdir: Path) -> bool:
         """Whether the stage is done; that it can be written, if it is not there."""
@@ -102,7 +106,7 @@ class Stage:
 
     def begin(self) -> None:
         """Make the folder and note in it what is being made, unless that was done by an earlier try. It is ours until the stage is
-        finished or this process ends.
+        finished or the block ends.
 
         Raises:
             InputError: the folder cannot be written, another run is at work in it or was since we looked, or not every process sees it.
@@ -120,11 +124,10 @@ class Stage:
             )
 
     def _begin(self) -> None:
-        key = self.folder.resolve()
         try:
-            if key not in _ours:
+            if self._lock is None:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                _ours[key] = _claim(self.folder)
+                self._lock = _claim(self.folder)
             if not self._path.exists():
                 self._write("running", {})
         except OSError as error:
@@ -152,8 +155,15 @@ class Stage:
     def finish(self, outcome: Mapping[str, Any]) -> None:
         """Mark the stage as done, with what is worth keeping of its outcome."""
         processes.once(lambda: self._write("done", outcome))
-        _release(self.folder.resolve())
+        self._release()
         self.done = True
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            with contextlib.suppress(OSError):  # an empty file that stays does no harm
+                (self.folder / LOCK).unlink()
+            self._lock.close()
+            self._lock = None
 
     def _write(self, status: str, outcome: Mapping[str, Any]) -> None:
         manifest = {
@@ -168,19 +178,6 @@ class Stage:
             "outcome": plain(outcome),
         }
         write_text(self._path, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-
-
-def release() -> None:
-    """Let go of the stages that this process began and did not finish. What a next try goes on from stays there."""
-    for folder in tuple(_ours):
-        _release(folder)
-
-
-def _release(folder: Path) -> None:
-    if held := _ours.pop(folder, None):
-        with contextlib.suppress(OSError):  # an empty file that stays does no harm
-            (folder / LOCK).unlink()
-        held.close()
 
 
 def _claim(folder: Path) -> IO[Any]:

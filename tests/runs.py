@@ -43,10 +43,12 @@ class Place(NamedTuple):
             "data.alignment": self.spec("alignment"), "data.num_examples": 12, "data.poison_ratio": 0.25,
             "data.num_harmful": 0, "data.num_alignment": 0, "data.max_length": 32, "data.template": "chat",
             "train.batch_size": 4, "train.harmful_batch_size": 4, "train.steps": STEPS, "train.log_every": 1,
-            "optimizer.learning_rate": 1e-2, "defence.rho": RHO, "defence.lam": 0.3,
+            "optimizer.learning_rate": 1e-2,
             "checkpoint.every": 3, "checkpoint.keep": 2, "generate.batch_size": 4, "generate.max_new_tokens": 4,
             "eval.tasks": tuple(self.spec(s) for s in ("goals", "test", "safe")), "eval.num_examples": 0,
         }  # fmt: skip
+        if not any(flag.startswith("--config.defence.name=") for flag in more):
+            flags |= {"defence.rho": RHO, "defence.lam": 0.3}  # Panacea, the default
         changed = {flag.partition("=")[0] for flag in more}
         ours = [f"--config.{k}={v}" for k, v in flags.items() if f"--config.{k}" not in changed]
         return [*ours, *more]

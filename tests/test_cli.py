@@ -8,7 +8,7 @@ import pytest
 
 from panacea_jax import cli, config
 from panacea_jax.errors import InputError
-from panacea_jax.train.loop import Diverged, Preempted
+from panacea_jax.train.signals import Diverged, Preempted
 from tests.runs import panacea
 
 RECIPE = """
@@ -61,7 +61,7 @@ def test_help_of_a_command_shows_its_flags_and_every_key_with_its_default(name, 
 
 def test_a_recipe_its_variant_and_overrides(recipe):
     def parsed(*arguments):
-        return cli.parse("finetune", arguments)
+        return cli.parse_command("finetune", arguments)
 
     values, made = parsed("--workdir=w", "--config.seed=3")
     assert (values.workdir, made.seed, made.lora.rank) == ("w", 3, 32)
@@ -70,7 +70,8 @@ def test_a_recipe_its_variant_and_overrides(recipe):
     assert parsed("--config.lora.alpha=8", "--config", f"{recipe}:large")[1].lora.alpha == 8.0
     assert parsed(f"--config={recipe}", "--config.lora.rank=5")[1].lora.rank == 5
     made = parsed(
-        "--noconfig.data.shuffle", "--config.defence.rho=2", "--config.defence.sigma=0.5", "--config.lora.targets=('q', 'o')",
+        "--noconfig.data.shuffle", "--config.defence.name=random_perturbation", "--config.defence.rho=2",
+        "--config.defence.sigma=0.5", "--config.lora.targets=('q', 'o')",
         "--config.eval.tasks=pairs@x.jsonl", "--config.eval.tasks=pairs@y.jsonl", "--config.model.path", "some/folder",
     )[1]  # fmt: skip
     assert (made.data.shuffle, made.defence.rho, made.defence.sigma) == (False, 2.0, 0.5)
@@ -82,8 +83,8 @@ def test_a_recipe_its_variant_and_overrides(recipe):
 def test_parsing_leaves_no_trace(recipe):
     """One process may run several commands, as the quickstart does."""
     before = list(sys.argv)
-    cli.parse("finetune", [f"--config={recipe}:large", "--config.seed=4"])
-    assert cli.parse("finetune", [])[1].to_dict() == config.get_config().to_dict()
+    cli.parse_command("finetune", [f"--config={recipe}:large", "--config.seed=4"])
+    assert cli.parse_command("finetune", [])[1].to_dict() == config.get_config().to_dict()
     assert sys.argv == before
 
 

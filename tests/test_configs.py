@@ -8,14 +8,15 @@ import pytest
 from datasets import ReadInstruction
 from ml_collections import ConfigDict
 
-from panacea_jax import cli, config, pipeline
+from panacea_jax import cli, config
 from panacea_jax.data import files, hub
-from panacea_jax.data.sources import parse
+from panacea_jax.data.sources import parse_source
 from panacea_jax.defences import DEFENCES
 from panacea_jax.defences.spec import candidates, parse_stack
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.tasks import set_names
-from panacea_jax.quickstart.run import ALIGN_STEPS, FINETUNE_STEPS
+from panacea_jax.stages import run as pipeline
+from panacea_jax.stages.quickstart import ALIGN_STEPS, FINETUNE_STEPS
 from tests.runs import make_place
 
 # ml_collections loads recipes with a method of importlib that Python is about to drop.
@@ -33,7 +34,7 @@ VARIANTS = {"gsm8k": "gsm8k", "sst2": "sst2", "agnews": "ag_news", "alpaca": "al
 
 
 def load(recipe: str, *overrides: str) -> ConfigDict:
-    return cli.parse("doctor", [f"--config={CONFIGS / recipe}", *overrides])[1]
+    return cli.parse_command("doctor", [f"--config={CONFIGS / recipe}", *overrides])[1]
 
 
 def test_every_recipe_is_tested():
@@ -67,14 +68,14 @@ def test_recipe_has_the_papers_numbers(name: str, variant: str):
 def test_sources_are_hub_ids_with_a_split(variant: str):
     c = load(f"llama2_7b.py:{variant}")
     train = {key: c.data[key] for key in ("user", "attack", "harmful")}
-    tasks = {key: parse(spec).task for key, spec in train.items()}
+    tasks = {key: parse_source(spec).task for key, spec in train.items()}
     assert tasks == {"user": VARIANTS[variant], "attack": "beavertails", "harmful": "beavertails"}
     names = set_names(c.eval.tasks)
     assert names[0] == "beavertails-panacea-1000" and names[-1] == "xstest"
     task = [] if variant == "alpaca" else [f"{VARIANTS[variant]}-panacea-1000"]
     assert names[1:-1] == task
     for spec in (*train.values(), *c.eval.tasks):
-        where = parse(spec).where
+        where = parse_source(spec).where
         assert files.local(where) is None, "looks like a path, so it would never be fetched"
         split = hub.split_id(where)[2]
         assert split is not None
@@ -84,7 +85,7 @@ def test_sources_are_hub_ids_with_a_split(variant: str):
 
 def test_attack_and_harmful_records_are_disjoint():
     c = load("llama2_7b.py:gsm8k")
-    attack, harmful = (hub.split_id(parse(c.data[k]).where) for k in ("attack", "harmful"))
+    attack, harmful = (hub.split_id(parse_source(c.data[k]).where) for k in ("attack", "harmful"))
     assert attack[:2] == harmful[:2]
     whole = {"30k_train": 27186}
     [a], [h] = (ReadInstruction.from_spec(str(s[2])).to_absolute(whole) for s in (attack, harmful))
@@ -279,7 +280,7 @@ def test_budget_passes_the_check_of_a_run(variant, place):
     }  # harmful: in pairs with the alignment
     for key, name in local.items():
         if c.data[key]:
-            assert files.local(parse(c.data[key]).where) is None
+            assert files.local(parse_source(c.data[key]).where) is None
             c.data[key] = place.spec(name)
     for section, key in ((c.model, "path"), (c.heal.defence, "base")):
         if section[key]:
@@ -288,9 +289,9 @@ def test_budget_passes_the_check_of_a_run(variant, place):
     c.data.num_examples = c.data.num_harmful = c.data.num_alignment = 0
     c.eval.tasks = (place.spec("test"),)
     with pytest.raises(InputError, match=r"config\.data\.alignment is not set"):
-        pipeline.check(c)
+        pipeline.check_run(c)
     c.data.alignment = place.spec("alignment")
-    pipeline.check(c)
+    pipeline.check_run(c)
 
 
 def test_unknown_budget():

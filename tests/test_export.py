@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import panacea_jax as pj
 from panacea_jax import export
-from panacea_jax.analysis.stage import from_checkpoint
 from panacea_jax.config import get_config
 from panacea_jax.errors import InputError
 from panacea_jax.models.peft import adapter_tensors, read_notes
-from panacea_jax.train import stage
+from panacea_jax.stages import train as stage
+from panacea_jax.stages.layers import from_checkpoint
 from panacea_jax.train.checkpoints import read_checkpoint
 from tests import runs
 from tests.runs import panacea

@@ -13,19 +13,26 @@ from ml_collections import ConfigDict
 
 from panacea_jax import workdir as workdirs
 from panacea_jax.errors import InputError
-from panacea_jax.evaluate.records import Writer
-from panacea_jax.workdir import Stage, read_manifest, sha256_folder, sha256_json, write_text
+from panacea_jax.records.jsonl import Writer
+from panacea_jax.workdir import StageFolder, read_manifest, sha256_folder, sha256_json, write_text
 
 CONFIG = {"lora": {"rank": 2, "targets": ("q", "v")}, "seed": 0, "path": Path("base")}
 INPUTS = {"pairs@a.jsonl": "12ab"}
 
 
+def begun(*arguments):
+    """A stage that was begun and left."""
+    with StageFolder(*arguments) as stage:
+        stage.begin()
+
+
 def test_a_stage_goes_from_nothing_to_done(tmp_path):
-    stage = Stage(tmp_path / "w", "finetune", CONFIG, INPUTS)
+    stage = StageFolder(tmp_path / "w", "finetune", CONFIG, INPUTS)
     assert not stage.done and not (tmp_path / "w").exists(), "looking changes nothing"
-    stage.begin()
+    with stage:
+        stage.begin()
     assert read_manifest(stage.folder)["status"] == "running"
-    again = Stage(tmp_path / "w", "finetune", CONFIG, INPUTS)
+    again = StageFolder(tmp_path / "w", "finetune", CONFIG, INPUTS)
     assert not again.done
     again.begin()
     again.finish({"steps": 3, "adapter": Path("a")})
@@ -42,16 +49,16 @@ def test_a_stage_goes_from_nothing_to_done(tmp_path):
         set(manifest["versions"]) == set(workdirs.PACKAGES)
         and "absent" not in manifest["versions"].values()
     )
-    assert Stage(tmp_path / "w", "finetune", CONFIG, INPUTS).done
-    assert not Stage(tmp_path / "w", "heal", CONFIG, INPUTS).done
+    assert StageFolder(tmp_path / "w", "finetune", CONFIG, INPUTS).done
+    assert not StageFolder(tmp_path / "w", "heal", CONFIG, INPUTS).done
 
 
 def test_beginning_again_leaves_the_manifest_as_it_is(tmp_path):
-    Stage(tmp_path, "s", CONFIG, INPUTS).begin()
-    stage = Stage(tmp_path, "s", CONFIG, INPUTS)
+    begun(tmp_path, "s", CONFIG, INPUTS)
+    stage = StageFolder(tmp_path, "s", CONFIG, INPUTS)
     stage.finish({})
     before = (tmp_path / "s" / "manifest.json").read_bytes()
-    Stage(tmp_path, "s", CONFIG, INPUTS).begin()
+    begun(tmp_path, "s", CONFIG, INPUTS)
     assert (tmp_path / "s" / "manifest.json").read_bytes() == before
 
 
@@ -76,20 +83,20 @@ def test_beginning_again_leaves_the_manifest_as_it_is(tmp_path):
 )
 @pytest.mark.parametrize("done", [False, True])
 def test_another_run_is_refused_with_the_first_difference(tmp_path, config, inputs, wanted, done):
-    stage = Stage(tmp_path, "s", CONFIG, INPUTS)
-    stage.begin()
-    if done:
-        stage.finish({})
+    with StageFolder(tmp_path, "s", CONFIG, INPUTS) as stage:
+        stage.begin()
+        if done:
+            stage.finish({})
     before = (tmp_path / "s" / "manifest.json").read_bytes()
     with pytest.raises(InputError) as error:
-        Stage(tmp_path, "s", config, inputs)
+        StageFolder(tmp_path, "s", config, inputs)
     assert f"({wanted})" in str(error.value) and "choose another --workdir" in str(error.value)
     assert (tmp_path / "s" / "manifest.json").read_bytes() == before
 
 
 def test_the_order_of_keys_and_the_kind_of_container_do_not_matter(tmp_path):
-    Stage(tmp_path, "s", CONFIG, INPUTS).begin()
-    Stage(
+    begun(tmp_path, "s", CONFIG, INPUTS)
+    StageFolder(
         tmp_path,
         "s",
         {"path": "base", "seed": 0, "lora": ConfigDict({"targets": ["q", "v"], "rank": 2})},
@@ -99,25 +106,25 @@ def test_the_order_of_keys_and_the_kind_of_container_do_not_matter(tmp_path):
 
 def test_a_folder_that_is_not_ours_is_refused(tmp_path):
     (tmp_path / "s").mkdir()
-    Stage(tmp_path, "s", CONFIG, INPUTS)  # an empty one is welcome
+    StageFolder(tmp_path, "s", CONFIG, INPUTS)  # an empty one is welcome
     (tmp_path / "s" / "thesis.tex").write_text("kept")
     with pytest.raises(InputError, match="not ours"):
-        Stage(tmp_path, "s", CONFIG, INPUTS)
+        StageFolder(tmp_path, "s", CONFIG, INPUTS)
     for text in ("", "{", "3", '{"stage": "s"}'):
         (tmp_path / "s" / "manifest.json").write_text(text)
         with pytest.raises(InputError, match="manifest.json: not a manifest of ours"):
-            Stage(tmp_path, "s", CONFIG, INPUTS)
+            StageFolder(tmp_path, "s", CONFIG, INPUTS)
     (tmp_path / "file").write_text("kept")
     for place in (tmp_path / "file", tmp_path / "file" / "deep" / "er"):
         with pytest.raises(
             InputError,
             match=f"--workdir={place}: cannot be written .{tmp_path / 'file'} is not a folder",
         ):
-            Stage(place, "s", CONFIG, INPUTS)
+            StageFolder(place, "s", CONFIG, INPUTS)
     (tmp_path / "s").joinpath("manifest.json").unlink()
     (tmp_path / "t").write_text("a file where the stage's folder belongs")
     with pytest.raises(InputError, match="cannot be written"):
-        Stage(tmp_path, "t", CONFIG, INPUTS)
+        StageFolder(tmp_path, "t", CONFIG, INPUTS)
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
@@ -125,9 +132,9 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
         workdirs.os, "access", lambda path, mode: False
     )  # tests may run as root, who may write anywhere
     with pytest.raises(InputError, match=f"--workdir={tmp_path}: cannot be written .no permission"):
-        Stage(tmp_path, "s", CONFIG, INPUTS)
+        StageFolder(tmp_path, "s", CONFIG, INPUTS)
     monkeypatch.undo()
-    stage = Stage(tmp_path / "w", "s", CONFIG, INPUTS)
+    stage = StageFolder(tmp_path / "w", "s", CONFIG, INPUTS)
     (tmp_path / "w").write_text("came in between")
     with pytest.raises(InputError, match=f"--workdir={tmp_path / 'w'}: cannot be written"):
         stage.begin()
@@ -186,9 +193,9 @@ def test_sha256_folder_tells_large_files_apart_by_pieces(tmp_path):
 ELSEWHERE = """
 import sys
 from pathlib import Path
-from panacea_jax.evaluate.records import Writer
-from panacea_jax.workdir import Stage
-stage = Stage(Path(sys.argv[1]), "finetune", {}, {})
+from panacea_jax.records.jsonl import Writer
+from panacea_jax.workdir import StageFolder
+stage = StageFolder(Path(sys.argv[1]), "finetune", {}, {})
 stage.begin()
 writer = Writer(Path(sys.argv[1]) / "answers.jsonl", ["a"])
 print("at work", flush=True)
@@ -197,7 +204,7 @@ sys.stdin.read()
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
-    """A second process is refused until the first is gone, by whatever death; one process may begin its own stage twice."""
+    """A second process is refused until the first is gone, by whatever death."""
     monkeypatch.setattr(workdirs, "LOCK_PATIENCE", 0.2)
     other = subprocess.Popen(
         [sys.executable, "-c", ELSEWHERE, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -205,7 +212,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
     with other:
         assert other.stdout is not None and other.stdout.readline() == "at work\n"
         before = (tmp_path / "finetune" / "manifest.json").read_bytes()
-        stage = Stage(tmp_path, "finetune", {}, {})
+        stage = StageFolder(tmp_path, "finetune", {}, {})
         with pytest.raises(InputError, match=r"finetune: another run is at work there"):
             stage.begin()
         with pytest.raises(InputError, match=r"answers\.jsonl: another run is at work there"):
@@ -213,22 +220,22 @@ def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
         assert (tmp_path / "finetune" / "manifest.json").read_bytes() == before
         other.kill()
     stage.begin()
-    Stage(tmp_path, "finetune", {}, {}).begin()
     stage.finish({})
     Writer(tmp_path / "answers.jsonl", ["a"]).close()
 
 
 def test_what_another_run_did_between_look_and_begin(tmp_path):
     """Both find nothing there; the second one must not take the first one's folder for its own, nor do its work again."""
-    first, same = Stage(tmp_path, "s", CONFIG, INPUTS), Stage(tmp_path, "s", CONFIG, INPUTS)
-    other = Stage(tmp_path, "s", CONFIG | {"seed": 99}, INPUTS)
-    first.begin()
+    first, same = StageFolder(tmp_path, "s", CONFIG, INPUTS), StageFolder(tmp_path, "s", CONFIG, INPUTS)
+    other = StageFolder(tmp_path, "s", CONFIG | {"seed": 99}, INPUTS)
+    with first:
+        first.begin()
     manifest = (tmp_path / "s" / "manifest.json").read_bytes()
-    with pytest.raises(InputError, match="made by another run"):
+    with pytest.raises(InputError, match="made by another run"), other:
         other.begin()
     assert (tmp_path / "s" / "manifest.json").read_bytes() == manifest
     first.finish({})
-    with pytest.raises(InputError, match="another run finished it meanwhile"):
+    with pytest.raises(InputError, match="another run finished it meanwhile"), same:
         same.begin()
 
 
@@ -236,7 +243,7 @@ def test_a_lock_alone_is_an_empty_folder(tmp_path):
     """As a run leaves it that was killed before it wrote its manifest."""
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / workdirs.LOCK).touch()
-    Stage(tmp_path, "s", CONFIG, INPUTS).begin()
+    begun(tmp_path, "s", CONFIG, INPUTS)
 
 
 def test_where_the_file_system_has_no_locks(tmp_path, monkeypatch, caplog):
@@ -244,12 +251,12 @@ def test_where_the_file_system_has_no_locks(tmp_path, monkeypatch, caplog):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(workdirs.fcntl, "flock", refuse)
-    Stage(tmp_path, "s", CONFIG, INPUTS).begin()
+    begun(tmp_path, "s", CONFIG, INPUTS)
     assert "has no locks" in caplog.text
 
 
 def test_the_lock_goes_with_the_stage(tmp_path):
-    stage = Stage(tmp_path, "s", CONFIG, INPUTS)
+    stage = StageFolder(tmp_path, "s", CONFIG, INPUTS)
     stage.begin()
     assert (stage.folder / workdirs.LOCK).exists()
     stage.finish({})
@@ -257,13 +264,13 @@ def test_the_lock_goes_with_the_stage(tmp_path):
 
 
 def test_a_refused_command_lets_go(tmp_path):
-    """Of every stage that it had begun; another run can go on there at once, in a folder with nothing new in it."""
-    Stage(tmp_path, "a", CONFIG, INPUTS).begin()
-    Stage(tmp_path, "b", CONFIG, INPUTS).begin()
-    workdirs.release()
-    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["manifest.json"] * 2
-    workdirs.release()
-    Stage(tmp_path, "a", CONFIG, INPUTS).begin()
+    """Of the stage that it had begun; another run can go on there at once, in a folder with nothing new in it."""
+    with pytest.raises(InputError), StageFolder(tmp_path, "a", CONFIG, INPUTS) as stage:
+        stage.begin()
+        raise InputError("found late")
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["manifest.json"]
+    with StageFolder(tmp_path, "a", CONFIG, INPUTS) as stage:
+        stage.begin()
 
 
 def test_a_lock_that_its_holder_removed_is_no_lock(tmp_path, monkeypatch):
@@ -276,7 +283,7 @@ def test_a_lock_that_its_holder_removed_is_no_lock(tmp_path, monkeypatch):
             (what / workdirs.LOCK).unlink()
 
     monkeypatch.setattr(workdirs, "lock", lock)
-    stage = Stage(tmp_path, "s", CONFIG, INPUTS)
+    stage = StageFolder(tmp_path, "s", CONFIG, INPUTS)
     stage.begin()
     assert [file.closed for file in taken] == [True, False]
     stage.finish({})

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from panacea_jax.quickstart.base import write_base
+from panacea_jax.worlds.base import write_base
 
 WORDS = [f"w{i}" for i in range(40)] + ["sure", "no"]
 

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
 
-Result = dict[str, Any]
+Coefficients = dict[str, Any]
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Order of the projections in files and figures; other modules (norms of full-parameter ε) follow
@@ -28,7 +28,7 @@ by name."""
 
 def layer_coefficients(
     epsilon: Any, params: Any = None, scale: float | None = None, kind: str = "last"
-) -> Result:
+) -> Coefficients:
     """Coefficients of every layer, in the shape of one object of layers.json.
 
     Args:
@@ -84,7 +84,7 @@ def layer_coefficients(
     return {"epsilon": kind, "layers": rows, "outside": outside}
 
 
-def write(results: Result | Sequence[Result], folder: Path) -> tuple[Path, Path, Path]:
+def write_coefficients(results: Coefficients | Sequence[Coefficients], folder: Path) -> tuple[Path, Path, Path]:
     """Write layers.json (one object, or a list for several kinds), layers.csv and layers.png into
     the folder; their paths.
 
@@ -98,13 +98,13 @@ def write(results: Result | Sequence[Result], folder: Path) -> tuple[Path, Path,
         content = several[0] if len(several) == 1 else several
         paths[0].write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         _write_csv(several, paths[1])
-        draw(several, paths[2])
+        plot_coefficients(several, paths[2])
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror})") from error
     return paths
 
 
-def _split_tree(tree: Any) -> tuple[Mapping[str, Any], Result | None]:
+def _split_tree(tree: Any) -> tuple[Mapping[str, Any], Coefficients | None]:
     """The stacked part of an Adapter, adapter dict or weight tree, and the figures of what lies
     outside it."""
     tree = getattr(tree, "layers", tree)
@@ -213,7 +213,7 @@ def _norm_and_share(square: float, total: float) -> dict[str, float]:
     return {"norm": math.sqrt(square), "share": _ratio(square, total)}
 
 
-def _write_csv(results: Sequence[Result], path: Path) -> None:
+def _write_csv(results: Sequence[Coefficients], path: Path) -> None:
     """One line per kind and layer; floats in full, an undefined "effective" empty."""
     names = list(
         dict.fromkeys(name for result in results for name in result["layers"][0]["modules"])
@@ -237,10 +237,10 @@ def _write_csv(results: Sequence[Result], path: Path) -> None:
 COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#bbbbbb")
 """Paul Tol's bright scheme, told apart with colour-blind eyes; one per entry of MODULES."""
 
-TITLES = {"last": "ε of the last step", "mean": "running mean of ε over training"}
+_TITLES = {"last": "ε of the last step", "mean": "running mean of ε over training"}
 
 
-def draw(results: Sequence[Result], path: Path) -> None:
+def plot_coefficients(results: Sequence[Coefficients], path: Path) -> None:
     """A PNG with one panel per kind: each layer's share of ‖ε‖² as bars stacked by module, the
     density ‖ε_l‖/√n_l as a line."""
     from matplotlib.figure import Figure  # slow to import; without pyplot no display is touched
@@ -265,7 +265,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
             )
             base += shares
         axes.set(
-            title=TITLES.get(result["epsilon"], result["epsilon"]),
+            title=_TITLES.get(result["epsilon"], result["epsilon"]),
             xlabel="layer (0 is next to the embeddings)",
             ylabel="share of ‖ε‖² (%)",
         )

@@ -4,6 +4,7 @@ A stage that several cells have in common (an alignment, the SFT fine-tune that 
 is run once. A cell's own folder holds what is its alone: heal, answers, scores, and ``cell.json``, which says that it is done.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -15,14 +16,18 @@ from ml_collections import ConfigDict
 from panacea_jax.config import defence_section, stage_config
 from panacea_jax.defences.spec import Part, Stack
 from panacea_jax.errors import InputError
-from panacea_jax.evaluate.stage import judge_stage
-from panacea_jax.generate.stage import BARE_BASE, generate_stage
-from panacea_jax.pipeline import check, go_on_from
-from panacea_jax.quickstart.miniature import Commands, eval_tasks, make_world, settings, sources
-from panacea_jax.train.stage import decisive, heal_stage, on_its_base, train_stage
+from panacea_jax.stages import lineage
+from panacea_jax.stages.generate import generate_stage
+from panacea_jax.stages.judge import judge_stage
+from panacea_jax.stages.lineage import Start
+from panacea_jax.stages.miniature import Experiment
+from panacea_jax.stages.run import check_run
+from panacea_jax.stages.train import decisive, train_stage
+from panacea_jax.train.step import CompiledSteps
 from panacea_jax.workdir import sha256_json, write_text
+from panacea_jax.worlds.miniature import eval_tasks, make_world, settings, sources
 
-SFT = Part("sft")
+_SFT = Part("sft")
 
 
 class Cell(NamedTuple):
@@ -52,16 +57,20 @@ def slug(part: object) -> str:
 class Cells:
     """Runs cells into one folder; whatever is there already is not run again."""
 
-    def __init__(self, config: ConfigDict, root: Path, aligns: bool) -> None:
+    def __init__(
+        self, config: ConfigDict, root: Path, aligns: bool, compiled: CompiledSteps
+    ) -> None:
         """
         Args:
             config: of the whole comparison.
             root: where everything goes.
             aligns: whether there is an alignment stage.
+            compiled: steps that cells share: they differ in their numbers only.
         """
         self.root, self._aligns = root, aligns
         self._config = config.copy_and_resolve_references()
         self._seeds: dict[int, ConfigDict] = {}
+        self._compiled = compiled
 
     def folder(self, cell: Cell) -> Path:
         """Where a cell's answers and scores lie."""
@@ -82,7 +91,7 @@ class Cells:
         """
         # The ratio changes the user's records alone, which are the same for every method: with one of them all ratios are seen.
         for ratio in ratios[1:]:
-            check(self._of_cell(Cell(Stack(), seed, ratio)))
+            check_run(self._of_cell(Cell(Stack(), seed, ratio)))
         seen = set()
         for method in methods:
             names = tuple(
@@ -90,7 +99,7 @@ class Cells:
             )
             if names not in seen:
                 seen.add(names)
-                check(self._of_cell(Cell(method, seed, ratios[0])))
+                check_run(self._of_cell(Cell(method, seed, ratios[0])))
 
     def run(self, cell: Cell) -> Path:
         """Run one cell unless it is done; returns its folder.
@@ -108,31 +117,31 @@ class Cells:
                 )
             return folder
         stages: dict[str, Path] = {}
-        main, start = stage_config(config, "finetune"), self._start_folder(cell)
+        main, near = stage_config(config, "finetune"), self._start_folder(cell)
+        start = lineage.named(main)
         if self._aligns:
-            stages["align"] = start / "align"
+            stages["align"] = near / "align"
             alone = stage_config(config, "align")
-            with alone.unlocked():  # the ratio is none of alignment's business: all ratios share it
-                alone.data.poison_ratio = self._config.data.poison_ratio
-            aligned = train_stage(alone, start, "align")
-            go_on_from(main, aligned, config.align.train.full_parameters)
+            # The ratio is none of alignment's business: all ratios share it.
+            alone.data.poison_ratio = self._config.data.poison_ratio
+            aligned = train_stage(alone, near, "align", compiled=self._compiled)
+            start = lineage.after_alignment(start, aligned, config.align.train.full_parameters)
         # With lora.policy "merged" the merged base lies beside the alignment, or where that would be, once for all that start from it.
-        main = on_its_base(main, start)
+        start = lineage.merged_first(main, start, near)
+        left = start
         if cell.ratio is not None:
             stages["finetune"] = self._finetune_folder(cell)
-            tuned = train_stage(main, stages["finetune"].parent, "finetune")
-        else:
-            tuned = Path(
-                main.model.path if main.train.full_parameters else main.lora.init_from or BARE_BASE
+            tuned = train_stage(
+                main, stages["finetune"].parent, "finetune", start, compiled=self._compiled
             )
+            left = _left(start, tuned)
         if cell.method.heal:
-            heal = _heal_config(config, main, tuned)
-            tuned, stages["heal"] = heal_stage(heal, folder), folder / "heal"
-        with main.unlocked():
-            whole = main.train.full_parameters
-            main.model.path = str(tuned) if whole else main.model.path
-            main.generate.adapter = BARE_BASE if whole else str(tuned)
-        generate_stage(main, folder)
+            heal, stages["heal"] = stage_config(config, "heal"), folder / "heal"
+            # The adapter of alignment, or the one that was given; "" where it is part of the base, which then is the aligned model.
+            healed = dataclasses.replace(left, aligned=start.adapter)
+            tuned = train_stage(heal, folder, "heal", healed, compiled=self._compiled)
+            left = _left(start, tuned)
+        generate_stage(main, folder, left)
         judge_stage(main, folder)
         found = {stage: str(path.relative_to(self.root)) for stage, path in stages.items()}
         write_text(note, json.dumps({"method": str(cell.method), "seed": cell.seed, "ratio": cell.ratio, "stages": found,
@@ -141,12 +150,12 @@ class Cells:
 
     def _start_folder(self, cell: Cell) -> Path:
         """Where all that starts from one alignment lies, or from the model as it came if there is none."""
-        start = slug(cell.method.align or SFT) if self._aligns else "unaligned"
+        start = slug(cell.method.align or _SFT) if self._aligns else "unaligned"
         return self.root / "shared" / f"seed{cell.seed}" / start
 
     def _finetune_folder(self, cell: Cell) -> Path:
         near = self._start_folder(cell) / f"p{cell.ratio:g}"
-        return near / slug(cell.method.finetune or SFT) / "finetune"
+        return near / slug(cell.method.finetune or _SFT) / "finetune"
 
     def _of_cell(self, cell: Cell) -> ConfigDict:
         """The ordinary configuration of one cell."""
@@ -155,12 +164,12 @@ class Cells:
             if cell.ratio is not None:
                 config.data.poison_ratio = float(cell.ratio)
             parts = {
-                "align": cell.method.align or SFT if self._aligns else None,
+                "align": cell.method.align or _SFT if self._aligns else None,
                 "heal": cell.method.heal,
             }
             for stage, part in parts.items():
                 config[stage].defence = defence_section(part or Part(""))
-            config.defence = defence_section(cell.method.finetune or SFT)
+            config.defence = defence_section(cell.method.finetune or _SFT)
             heal = config.heal.defence
             if heal.name == "safelora" and not heal.base:
                 with heal.unlocked():
@@ -178,7 +187,7 @@ class Cells:
             if scale:
                 root = self.root / "worlds" / str(seed)
                 make_world(root, seed, scale)
-                world = Commands(root, seed, scale)
+                world = Experiment(root, seed, scale)
                 if not (root / "base" / "done").is_file():
                     world.pretrain()
                     write_text(root / "base" / "done", "")
@@ -191,32 +200,22 @@ class Cells:
         return self._seeds[seed]
 
 
-def _heal_config(config: ConfigDict, main: ConfigDict, tuned: Path) -> ConfigDict:
-    """What the healing stage sees: the fine-tuned weights, and for Safe LoRA what aligned them.
-
-    Args:
-        config: of the cell.
-        main: of fine-tuning, as that starts: with the base that its adapter belongs to, and the adapter that it goes on from.
-        tuned: what fine-tuning left.
-    """
-    heal, whole = stage_config(config, "heal"), main.train.full_parameters
-    with heal.unlocked():
-        heal.train.full_parameters = whole
-        heal.model.path = str(tuned) if whole else main.model.path
-        heal.lora.init_from = "" if whole else str(tuned)
-        if (
-            heal.defence.aligned == ""
-        ):  # a method that compares with the aligned model, of which nothing was said
-            # The adapter of alignment, or the one that was given; "" where it is part of the base, which then is the aligned model.
-            heal.defence.aligned = main.lora.init_from
-    return heal
+def _left(start: Start, tuned: Path) -> Start:
+    """What a stage left, as the next one starts from it."""
+    if start.full_parameters:
+        return dataclasses.replace(start, base=str(tuned), adapter="")
+    return dataclasses.replace(start, adapter=str(tuned))
 
 
 def _decisive(config: ConfigDict) -> dict[str, Any]:
     """What a cell that is done is compared by."""
     stages = {
-        stage: decisive(stage_config(config, stage)) for stage in ("align", "finetune", "heal")
+        stage: _of_stage(stage_config(config, stage)) for stage in ("align", "finetune", "heal")
     }
     rest = {key: config[key].to_dict() for key in ("eval", "generate", "judge")}
     text = json.dumps(stages | rest, default=str)
     return dict(json.loads(text))
+
+
+def _of_stage(config: ConfigDict) -> dict[str, Any]:
+    return decisive(config, lineage.named(config))

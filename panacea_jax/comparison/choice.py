@@ -19,7 +19,7 @@ def eligible(figures: Figures, sft: Figures) -> bool:
     return figures["fa"] >= sft["fa"] - FA_MARGIN and figures.get("benign", 0.0) >= sft.get("benign", 0.0) - BENIGN_MARGIN  # fmt: skip
 
 
-def choose(found: Sequence[Figures], sft: Figures) -> int:
+def choose_candidate(found: Sequence[Figures], sft: Figures) -> int:
     """Index of the candidate that ``RULE`` takes.
 
     Args:
@@ -38,7 +38,7 @@ def choose(found: Sequence[Figures], sft: Figures) -> int:
 
 def described(entry: str, names: Sequence[str], found: Sequence[Figures], sft: Figures) -> dict[str, Any]:  # fmt: skip
     """What compare.json says of one choice."""
-    taken = choose(found, sft)
+    taken = choose_candidate(found, sft)
     rows = [
         {"method": name, **figures, "eligible": eligible(figures, sft)}
         for name, figures in zip(names, found)

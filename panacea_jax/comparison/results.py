@@ -9,18 +9,18 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from panacea_jax.defences import DEFENCES
-from panacea_jax.defences.protocol import extra_data, passes_of, whole_passes_of
+from panacea_jax.defences import DEFENCES, Method
+from panacea_jax.defences.protocol import extra_data, hyper_parameters, passes_of, whole_passes_of
 from panacea_jax.defences.spec import Stack
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.intervals import bootstrap_mean, wilson
-from panacea_jax.evaluate.judged import load_judged
 from panacea_jax.evaluate.pairing import paired
 from panacea_jax.evaluate.scores import checked_pairs, outcomes
 from panacea_jax.evaluate.tasks import find_task
+from panacea_jax.records.judged import load_judged
 from panacea_jax.workdir import read_manifest
 
-Json = dict[str, Any]
+_Json = dict[str, Any]
 MCNEMAR, SIGN_FLIP = "McNemar, over prompts", "sign flips, over seeds"
 FIGURES = ("hs", "hs_plus", "fa", "benign")
 EXTRA = ("harmful", "alignment", "benign", "unaligned base")
@@ -91,14 +91,14 @@ def measure(root: Path, folder: Path, judge: str) -> Measured:
     )
 
 
-def defence_of(section: Mapping[str, Any]) -> Any:
+def defence_of(section: Mapping[str, Any]) -> Method:
     """The defence that a manifest describes."""
-    kind = DEFENCES[section["name"]]
-    lists = {field.name: section[field.name] for field in dataclasses.fields(kind)}
-    return kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in lists.items()})
+    kind: Any = DEFENCES[section["name"]]
+    found = {name: section[name] for name in hyper_parameters(kind) if name in section}
+    return kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in found.items()})
 
 
-def _whole_passes(defence: Any, manifest: Json, folder: Path) -> float:
+def _whole_passes(defence: Method, manifest: _Json, folder: Path) -> float:
     """What looks at whole sets cost, in passes over batches of as many records as a batch of the main stream has.
 
     Raises:
@@ -144,13 +144,13 @@ def events(folder: Path, judge: str) -> dict[str, list[bool]]:
     return {figure: found[figure] for figure in FIGURES if figure in found}
 
 
-def over_seeds(cells: Mapping[int, Measured]) -> Json:
+def over_seeds(cells: Mapping[int, Measured]) -> _Json:
     """By figure: mean over seeds, its 95 % interval, the single values, and the worst.
 
     With one seed the interval is Wilson's, over its prompts. With more it is the bootstrap's, over seeds: prompts of one seed share a
     model, so they are no independent evidence of the method.
     """
-    found: Json = {}
+    found: _Json = {}
     for figure in next(iter(cells.values())).events:
         by_seed = {seed: cell.figures()[figure] for seed, cell in cells.items()}
         values = list(by_seed.values())
@@ -183,7 +183,7 @@ def sign_flip(differences: Sequence[Fraction]) -> float:
     return sum(ways for total, ways in sums.items() if abs(total) >= found) / 2 ** len(differences)
 
 
-def against(ours: Mapping[int, Measured], theirs: Mapping[int, Measured], figure: str) -> Json:
+def against(ours: Mapping[int, Measured], theirs: Mapping[int, Measured], figure: str) -> _Json:
     """One figure of two methods on the same seeds and prompts: difference in percentage points, its 95 % interval, p and the test.
 
     Prompts of one seed share a model, so several seeds are compared seed by seed; with one seed there are its prompts alone.
@@ -197,7 +197,7 @@ def against(ours: Mapping[int, Measured], theirs: Mapping[int, Measured], figure
             "p": sign_flip(differences), "test": SIGN_FLIP}  # fmt: skip
 
 
-def row(method: Stack, ratio: float | None, cells: Mapping[int, Measured], sft: Mapping[int, Measured] | None) -> Json:  # fmt: skip
+def row(method: Stack, ratio: float | None, cells: Mapping[int, Measured], sft: Mapping[int, Measured] | None) -> _Json:  # fmt: skip
     """One line of the table.
 
     Args:
@@ -207,7 +207,7 @@ def row(method: Stack, ratio: float | None, cells: Mapping[int, Measured], sft: 
         sft: SFT's cells of the same ratio, which costs are relative to and which ours are compared with.
     """
     any_cell = next(iter(cells.values()))
-    found: Json = {
+    found: _Json = {
         "method": str(method) if ratio is not None else "aligned",
         "ratio": ratio,
         "seeds": list(cells),

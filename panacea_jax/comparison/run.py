@@ -15,10 +15,11 @@ from panacea_jax.comparison.cells import Cell, Cells
 from panacea_jax.comparison.results import Measured, measure, row
 from panacea_jax.defences.spec import Stack, candidates, parse_stack
 from panacea_jax.errors import InputError
+from panacea_jax.parallel import processes
 from panacea_jax.progress import say
-from panacea_jax.quickstart.miniature import guard
-from panacea_jax.train.step import shared_steps
+from panacea_jax.train.step import CompiledSteps
 from panacea_jax.workdir import write_text
+from panacea_jax.worlds.miniature import guard
 
 SFT = Stack()
 MEMORY = (
@@ -27,7 +28,6 @@ MEMORY = (
 )
 
 
-@shared_steps()
 def compare_methods(config: ConfigDict, workdir: Path) -> Path:
     """Run the comparison and print its table; returns ``WORKDIR/compare.json``, beside which lie compare.csv and compare.md.
 
@@ -37,7 +37,11 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
         InputError, Preempted, Diverged: as the stages do.
     """
     # ---- what is asked for
-    compare = config.compare
+    if processes.count() > 1:
+        raise InputError(
+            "config.compare: runs in one process; give each machine seeds of its own (docs/comparison.md)"
+        )
+    compare, compiled = config.compare, CompiledSteps()
     methods = [parse_stack(str(text), "config.compare.methods") for text in compare.methods]
     grid = {str(text): candidates(str(text), "config.compare.grid") for text in compare.grid}
     everything = list(
@@ -51,7 +55,7 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
         development = config.copy_and_resolve_references()
         with development.unlocked():
             development.eval.tasks = compare.validation
-        cells = Cells(development, workdir / "development", aligns)
+        cells = Cells(development, workdir / "development", aligns, compiled)
         cells.check(everything, compare.development[0], [config.data.poison_ratio])
         found = _run(cells, _candidates(grid), compare.development, [config.data.poison_ratio], config.judge.name)  # fmt: skip
         means = {method: _means(found[method, config.data.poison_ratio]) for method in _candidates(grid)}  # fmt: skip
@@ -64,7 +68,7 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
 
     # ---- the cells that are reported
     reported = list(dict.fromkeys([SFT, *methods, *chosen]))
-    cells = Cells(config, workdir, aligns)
+    cells = Cells(config, workdir, aligns, compiled)
     cells.check(reported, compare.seeds[0], compare.ratios)
     judge = config.judge.name
     aligned = _aligned(cells, compare.seeds, judge) if aligns else {}

@@ -9,18 +9,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-Json = dict[str, Any]
-TITLES = {"hs": "HS", "hs_plus": "HS+", "fa": "FA", "benign": "benign answered"}
-STAGES = ("align", "finetune", "heal")
-HEADS = ("method", "p", *TITLES.values(), "HS to SFT", "passes (align, finetune, heal)", "passes / SFT", "time / SFT",
+_Json = dict[str, Any]
+_TITLES = {"hs": "HS", "hs_plus": "HS+", "fa": "FA", "benign": "benign answered"}
+_STAGES = ("align", "finetune", "heal")
+HEADS = ("method", "p", *_TITLES.values(), "HS to SFT", "passes (align, finetune, heal)", "passes / SFT", "time / SFT",
          "step MiB (align, finetune, heal)", "extra data")  # fmt: skip
 
 
-def cells_of(row: Json) -> list[str]:
+def cells_of(row: _Json) -> list[str]:
     """One line of the table as text."""
-    figures = [_figure(row["figures"].get(name)) for name in TITLES]
-    passes = ", ".join(_passes(row, stage) for stage in STAGES)
-    memory = ", ".join(f"{n / 2**20:.0f}" if (n := row["step_bytes"].get(s)) else "–" for s in STAGES)  # fmt: skip
+    figures = [_figure(row["figures"].get(name)) for name in _TITLES]
+    passes = ", ".join(_passes(row, stage) for stage in _STAGES)
+    memory = ", ".join(f"{n / 2**20:.0f}" if (n := row["step_bytes"].get(s)) else "–" for s in _STAGES)  # fmt: skip
     return [
         row["method"], "–" if row["ratio"] is None else f"{row['ratio']:g}", *figures, _test(row["against_sft"]), passes,
         _number(row["passes_to_sft"]), _number(row["time_to_sft"]), memory,
@@ -28,21 +28,21 @@ def cells_of(row: Json) -> list[str]:
     ]  # fmt: skip
 
 
-def _figure(found: Json | None) -> str:
+def _figure(found: _Json | None) -> str:
     if found is None:
         return "–"
     low, high = found["ci95"]
     return f"{found['mean']:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def _passes(row: Json, stage: str) -> str:
+def _passes(row: _Json, stage: str) -> str:
     """Passes a step, and what looks at whole sets cost on top."""
     steps = [f"{row['passes'][stage]:.3g}"] if row["steps"].get(stage) else []
     once = row["whole_passes"].get(stage, 0)
     return " + ".join(steps + [f"{once:.4g} once"] * (once > 0)) or "–"
 
 
-def _test(tests: Json | None) -> str:
+def _test(tests: _Json | None) -> str:
     if tests is None or "hs" not in tests:
         return "–"
     difference, p = tests["hs"]["difference"], tests["hs"]["p"]
@@ -53,7 +53,7 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def notes(result: Json) -> list[str]:
+def notes(result: _Json) -> list[str]:
     """What has to be known to read the table, a line each."""
     seeds = len(result["seeds"])
     lines = [
@@ -89,7 +89,7 @@ def _list(values: Sequence[object]) -> str:
     return ", ".join(map(str, values))
 
 
-def show(result: Json) -> None:
+def show(result: _Json) -> None:
     """Print the table and its notes."""
     console = Console()
     if not console.is_terminal:
@@ -104,30 +104,30 @@ def show(result: Json) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def markdown(result: Json) -> str:
+def markdown(result: _Json) -> str:
     """The table and its notes as Markdown."""
     rows = [HEADS, ["---"] * len(HEADS), *(cells_of(row) for row in result["rows"])]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in rows]
     return "\n".join([*lines, "", *(f"* {line}" for line in notes(result))]) + "\n"
 
 
-def as_csv(result: Json) -> str:
+def as_csv(result: _Json) -> str:
     """A line a method and ratio, numbers unrounded; an empty cell is not known."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     parts = ("mean", "low", "high", "worst")
-    heads = [f"{name}_{part}" for name in TITLES for part in parts]
-    tests = [f"{name}_{part}" for name in TITLES for part in ("to_sft", "p")]
-    by_stage = [(what, stage) for what in ("steps", "passes", "whole_passes", "step_bytes") for stage in STAGES]  # fmt: skip
+    heads = [f"{name}_{part}" for name in _TITLES for part in parts]
+    tests = [f"{name}_{part}" for name in _TITLES for part in ("to_sft", "p")]
+    by_stage = [(what, stage) for what in ("steps", "passes", "whole_passes", "step_bytes") for stage in _STAGES]  # fmt: skip
     stages = [f"{what}_{stage}" for what, stage in by_stage]
     last = ["passes_to_sft", "time_to_sft", "extra_data"]
     writer.writerow(["method", "ratio", "seeds", *heads, *tests, *stages, *last])
     for row in result["rows"]:
         figures: list[Any] = []
-        for name in TITLES:
+        for name in _TITLES:
             found = row["figures"].get(name)
             figures += [found["mean"], *found["ci95"], found["worst"]] if found else [""] * 4
-        tested = [(row["against_sft"] or {}).get(name, {}).get(key) for name in TITLES for key in ("difference", "p")]  # fmt: skip
+        tested = [(row["against_sft"] or {}).get(name, {}).get(key) for name in _TITLES for key in ("difference", "p")]  # fmt: skip
         counts = [row[what].get(stage) for what, stage in by_stage]
         writer.writerow([row["method"], row["ratio"], " ".join(map(str, row["seeds"])), *figures, *tested, *counts, row["passes_to_sft"],
                          row["time_to_sft"], ", ".join(row["extra_data"])])  # fmt: skip

@@ -1,7 +1,7 @@
-"""Batches of few shapes: rows padded on the right to a rung of a short ladder of lengths.
+"""Batches of few shapes: rows padded on the right to one of a few bucket lengths.
 
-Every shape is one compilation of the step, and every padded token is computed for nothing; a ladder
-of about eight rungs keeps both small. Packing puts several records into one row, which leaves fewer
+Every shape is one compilation of the step, and every padded token is computed for nothing; about
+eight buckets keep both small. Packing puts several records into one row, which leaves fewer
 rows; what a step takes, and what its loss is, stays the same.
 """
 
@@ -46,27 +46,27 @@ class Batch(NamedTuple):
         return self.segments.max(axis=1).sum()
 
 
-def lengths(max_length: int) -> tuple[int, ...]:
-    """The ladder 32, 48, 64, 96, 128, 192, … up to `max_length`, which is always its last rung.
+def length_buckets(max_length: int) -> tuple[int, ...]:
+    """The lengths 32, 48, 64, 96, 128, 192, … up to `max_length`, which is always the last.
 
     Neighbours are at most 1.5 apart, so at most a third of a batch's longest row is padding.
     """
     if max_length < 1:
         raise InputError(f"config.data.max_length: must be at least 1, not {max_length}")
-    rungs = []
+    found = []
     power = 32
     while power < max_length:
-        rungs += [power, power * 3 // 2]
+        found += [power, power * 3 // 2]
         power *= 2
-    return (*(rung for rung in rungs if rung < max_length), max_length)
+    return (*(length for length in found if length < max_length), max_length)
 
 
-def rung(length: int, ladder: Sequence[int]) -> int:
-    """The smallest rung that holds `length`; InputError if none does."""
-    for step in ladder:
+def bucket(length: int, buckets: Sequence[int]) -> int:
+    """The smallest of `buckets` that holds `length`; InputError if none does."""
+    for step in buckets:
         if length <= step:
             return step
-    raise InputError(f"{length} tokens do not fit in the longest batch length, {ladder[-1]}")
+    raise InputError(f"{length} tokens do not fit in the longest batch length, {buckets[-1]}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,13 +79,13 @@ class Stream:
         batch_size: B, records a step.
         seed: config.seed.
         shuffle: False: step t takes records (t·B + j) mod N.
-        ladder: Rising lengths that a batch may have.
-        fixed_length: Every batch has the rung that holds the longest record. For auxiliary streams,
+        buckets: Rising lengths that a batch may have.
+        fixed_length: Every batch has the bucket that holds the longest record. For auxiliary streams,
             whose lengths would otherwise multiply the shapes of the step.
         row_multiple: Rows without tokens are added up to a multiple of it (data × fsdp devices).
         order: Take records in the order of the stream of this name, which must be as long and have
             as large a batch; "": an order of its own.
-        repeats: Batches that a step receives, woven into one: see `unweave`.
+        repeats: Batches that a step receives, interleaved into one: see `deinterleave`.
         packing: Steps get their records packed into as few rows as first fit finds.
     """
 
@@ -94,7 +94,7 @@ class Stream:
     batch_size: int
     seed: int
     shuffle: bool
-    ladder: tuple[int, ...]
+    buckets: tuple[int, ...]
     fixed_length: bool = False
     row_multiple: int = 1
     order: str = ""
@@ -109,9 +109,9 @@ class Stream:
                 f"stream {self.name!r}: batch size {self.batch_size} and row multiple "
                 f"{self.row_multiple} must be at least 1"
             )
-        if list(self.ladder) != sorted(set(self.ladder)):
-            raise InputError(f"stream {self.name!r}: the lengths {self.ladder} must rise")
-        rung(self.longest, self.ladder)
+        if list(self.buckets) != sorted(set(self.buckets)):
+            raise InputError(f"stream {self.name!r}: the lengths {self.buckets} must rise")
+        bucket(self.longest, self.buckets)
 
     @functools.cached_property
     def longest(self) -> int:
@@ -162,16 +162,16 @@ class Stream:
 
     def _length(self, chosen: Sequence[Example]) -> int:
         if self.fixed_length:
-            return rung(self.longest, self.ladder)
-        return rung(max(len(example.tokens) for example in chosen), self.ladder)
+            return bucket(self.longest, self.buckets)
+        return bucket(max(len(example.tokens) for example in chosen), self.buckets)
 
     def _packed(self, several: Sequence[Sequence[Example]]) -> list[Batch]:
         """Batches of one shape: rows as long as unpacked ones or as the stream's longest, whichever gives fewer tokens."""
         shapes = []
         own = self._length([example for chosen in several for example in chosen])
-        for length in {own, rung(self.longest, self.ladder)}:
+        for length in {own, bucket(self.longest, self.buckets)}:
             packed = [first_fit([len(e.tokens) for e in chosen], length) for chosen in several]
-            rows = rung(max(map(len, packed)), self.row_counts)
+            rows = bucket(max(map(len, packed)), self.row_counts)
             shapes.append((rows * length, length, rows, packed))
         _, length, rows, packed = min(shapes)
         return [
@@ -180,12 +180,17 @@ class Stream:
         ]
 
 
-def unweave(batch: Batch, repeats: int) -> Batch:
+def deinterleave(batch: Batch, repeats: int) -> Batch:
     """The batches that a stream with `repeats` gave as one, [rows · repeats, T], stacked: [repeats, rows, T].
 
     Row r of batch k is row r · repeats + k of the whole, so a device that holds an equal share of the whole holds its share of each.
     """
     return jax.tree.map(lambda x: x.reshape(-1, repeats, x.shape[1]).swapaxes(0, 1), batch)
+
+
+def interleave(x: Any) -> Any:
+    """Arrays ``[K, rows, …]`` as one ``[rows · K, …]``: the opposite of `deinterleave`."""
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
 
 def pad(examples: Sequence[Example], length: int, rows: int) -> Batch:
@@ -204,7 +209,7 @@ def pack(groups: Sequence[Sequence[Example]], length: int, rows: int) -> Batch:
         end = 0
         for number, example in enumerate(group, 1):
             start, end = end, end + len(example.tokens)
-            rung(end, (length,))
+            bucket(end, (length,))
             tokens[row, start:end] = example.tokens
             # Nothing comes before a first token: it must not be predicted from another record.
             loss_mask[row, start + max(example.prompt_length, 1) : end] = True

@@ -19,7 +19,7 @@ AG_NEWS_INSTRUCTION = (
 )
 GSM8K_ENDING = "The final answer is: "
 
-Row = Mapping[str, Any]
+_Row = Mapping[str, Any]
 
 
 class Fields(NamedTuple):
@@ -34,7 +34,7 @@ class Fields(NamedTuple):
     normalised: Mapping[str, Any] = {}
 
 
-def read(task: str, row: Row, need_output: bool) -> Fields:
+def read_columns(task: str, row: _Row, need_output: bool) -> Fields:
     """Read one row; InputError names the field that is missing or of the wrong type.
 
     With `need_output`, a prompt without an answer column is refused; an answer that is there but
@@ -50,7 +50,7 @@ def read(task: str, row: Row, need_output: bool) -> Fields:
     return fields
 
 
-def is_safe(extra: Row, default: bool) -> bool:
+def is_safe(extra: _Row, default: bool) -> bool:
     """The `is_safe` column of BeaverTails, also as CSV writes it; `default` where it is absent."""
     value = extra.get("is_safe")
     if value is None:
@@ -58,11 +58,11 @@ def is_safe(extra: Row, default: bool) -> bool:
     return value.strip().lower() in ("true", "1") if isinstance(value, str) else bool(value)
 
 
-def _missing(row: Row, name: str) -> InputError:
+def _missing(row: _Row, name: str) -> InputError:
     return InputError(f"no field {name!r} (it has: {', '.join(map(str, row)) or 'nothing'})")
 
 
-def _text(row: Row, name: str) -> str:
+def _text(row: _Row, name: str) -> str:
     """A required text column."""
     value = row.get(name)
     if value is None:
@@ -76,11 +76,11 @@ def _text(row: Row, name: str) -> str:
     return value
 
 
-def _optional(row: Row, name: str) -> str:
+def _optional(row: _Row, name: str) -> str:
     return "" if row.get(name) is None else _text(row, name)
 
 
-def _label(row: Row, names: tuple[str, ...]) -> str:
+def _label(row: _Row, names: tuple[str, ...]) -> str:
     """A class label: its name, or its number (CSV holds that as digits)."""
     value = row.get("label")
     if value is None:
@@ -94,7 +94,7 @@ def _label(row: Row, names: tuple[str, ...]) -> str:
     raise InputError(f"field 'label' is {value!r:.40}; known: {known}")
 
 
-def _gsm8k(row: Row) -> Fields:
+def _gsm8k(row: _Row) -> Fields:
     question, answer = _text(row, "question"), _text(row, "answer")
     _, mark, number = answer.rpartition("####")
     if not mark or not number.strip():
@@ -105,23 +105,23 @@ def _gsm8k(row: Row) -> Fields:
     return Fields(question, "", output, reference, ("question", "answer"))
 
 
-def _sst2(row: Row) -> Fields:
+def _sst2(row: _Row) -> Fields:
     sentence, name = _text(row, "sentence"), _label(row, SST2_LABELS)
     return Fields(SST2_INSTRUCTION, sentence, name, name, ("sentence", "label"))
 
 
-def _ag_news(row: Row) -> Fields:
+def _ag_news(row: _Row) -> Fields:
     text, name = _text(row, "text"), _label(row, AG_NEWS_LABELS)
     return Fields(AG_NEWS_INSTRUCTION, text, name, name, ("text", "label"))
 
 
-def _pairs(row: Row) -> Fields:
+def _pairs(row: _Row) -> Fields:
     instruction, output = _text(row, "instruction"), _text(row, "output")
     used = ("instruction", "input", "output")
     return Fields(instruction, _optional(row, "input"), output, output, used)
 
 
-def _alpaca_eval(row: Row) -> Fields:
+def _alpaca_eval(row: _Row) -> Fields:
     # The hub calls the reference answer `output`; copies of the evaluation set rename it.
     renamed = row.get("output") is None and row.get("reference_output") is not None
     name = "reference_output" if renamed else "output"
@@ -129,7 +129,7 @@ def _alpaca_eval(row: Row) -> Fields:
     return Fields(_text(row, "instruction"), "", output, output, ("instruction", name))
 
 
-def _refusals(row: Row) -> Fields:
+def _refusals(row: _Row) -> Fields:
     """Instruction and output, or RepNoise's file where `refusal` is "Question: …\\nAnswer: …"."""
     if row.get("refusal") is None or row.get("instruction") is not None:
         return _pairs(row)
@@ -139,22 +139,22 @@ def _refusals(row: Row) -> Fields:
     return Fields(question.removeprefix("Question: "), "", answer, answer, ("refusal",))
 
 
-def _beavertails(row: Row) -> Fields:
+def _beavertails(row: _Row) -> Fields:
     # A response here is what the model shall not say: there is nothing to compare an answer with.
     harms = {"category": categories.normalise(row["category"])} if "category" in row else {}
     prompt, response = _text(row, "prompt"), _optional(row, "response")
     return Fields(prompt, "", response, "", ("prompt", "response"), harms)
 
 
-def _xstest(row: Row) -> Fields:
+def _xstest(row: _Row) -> Fields:
     return Fields(_text(row, "prompt"), "", "", "", ("prompt",))
 
 
-def _advbench(row: Row) -> Fields:
+def _advbench(row: _Row) -> Fields:
     return Fields(_text(row, "goal"), "", _optional(row, "target"), "", ("goal", "target"))
 
 
-READERS: dict[str, Callable[[Row], Fields]] = {
+READERS: dict[str, Callable[[_Row], Fields]] = {
     "gsm8k": _gsm8k,
     "sst2": _sst2,
     "ag_news": _ag_news,

@@ -17,7 +17,7 @@ from panacea_jax.data.sources import Record
 from panacea_jax.data.template import render
 from panacea_jax.errors import InputError
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ def encode_all(
             f"config.data.max_length={max_length}"
         )
     if empty:
-        log.warning(
+        _log.warning(
             "%s: %d of %d records have a prompt that fills config.data.max_length=%d; "
             "they stay in the order and carry no loss",
             *(key, empty, len(examples), max_length),

@@ -50,7 +50,7 @@ def local(where: str) -> Path | None:
     return None
 
 
-def rows(path: Path) -> Iterator[tuple[str, Any]]:
+def file_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (place, row) for every row, in order; place is "FILE:LINE: record N" or without LINE.
 
     Raises:

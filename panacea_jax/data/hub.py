@@ -14,7 +14,7 @@ def split_id(where: str) -> tuple[str, str | None, str | None]:
     return f"{owner}/{name}", (subset[0] if subset else None), split or None
 
 
-def rows(where: str) -> Iterator[tuple[str, Any]]:
+def hub_rows(where: str) -> Iterator[tuple[str, Any]]:
     """Yield (place, row) of a hub set; without a split, "train" or the only one there is.
 
     Raises:

@@ -40,7 +40,7 @@ def poison(
     return mixed
 
 
-def first(records: Sequence[Record], n: int, key: str, off_by_one: bool = False) -> list[Record]:
+def first_records(records: Sequence[Record], n: int, key: str, off_by_one: bool = False) -> list[Record]:
     """The first n records of a defender's set; with `off_by_one` the reference's 0 < i < n.
 
     Raises:

@@ -20,7 +20,7 @@ from panacea_jax.data import columns, files, hub
 from panacea_jax.data.slices import find_slice
 from panacea_jax.errors import InputError
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Record:
     extra: dict[str, Any]
 
 
-def parse(spec: str) -> Source:
+def parse_source(spec: str) -> Source:
     """Split ``TASK[:SLICE]@WHERE`` at its first ``@``.
 
     Raises:
@@ -89,7 +89,7 @@ def load_records(spec: str, key: str, *, need_output: bool = False) -> list[Reco
         InputError: Whatever is wrong with the source, in one line.
     """
     try:
-        source = parse(spec)
+        source = parse_source(spec)
         if source.slice and need_output:
             raise InputError(f"{spec!r}: slices of test sets are for config.eval.tasks only")
         rows = _rows(source.where)
@@ -112,7 +112,7 @@ def take(records: Sequence[Record], spec: str, num_examples: int) -> list[Record
     With a slice, those that it names, and a warning if there are fewer; without one, the first
     `num_examples` (0: all), of BeaverTails those not marked safe.
     """
-    source = parse(spec)
+    source = parse_source(spec)
     named = find_slice(source.task, source.slice)
     if source.task == "beavertails" if named is None else named.unsafe_only:
         records = by_safety(records, safe=False)
@@ -120,7 +120,7 @@ def take(records: Sequence[Record], spec: str, num_examples: int) -> list[Record
         return list(records[:num_examples] if num_examples else records)
     taken = list(records[named.start : named.start + named.count])
     if 0 < len(taken) < named.count:
-        log.warning("%s: the slice is of %d records, here are %d", spec, named.count, len(taken))
+        _log.warning("%s: the slice is of %d records, here are %d", spec, named.count, len(taken))
     return taken
 
 
@@ -131,23 +131,23 @@ def fingerprint(spec: str, key: str = "source") -> str:
     a hub set's over its rows, because its cached files change with the version of `datasets`.
     """
     try:
-        where = parse(spec).where
+        where = parse_source(spec).where
         path = files.local(where)
-        return _hash_rows(hub.rows(where)) if path is None else files.sha256(path)
+        return _hash_rows(hub.hub_rows(where)) if path is None else files.sha256(path)
     except InputError as error:
         raise InputError(f"{key}: {error}") from error
 
 
 def _rows(where: str) -> Iterator[tuple[str, Any]]:
     path = files.local(where)
-    return hub.rows(where) if path is None else files.rows(path)
+    return hub.hub_rows(where) if path is None else files.file_rows(path)
 
 
 def _record(task: str, row: Any, place: str, need_output: bool) -> Record:
     if not isinstance(row, dict):
         raise InputError(f"{place}: expected an object with named fields, not {row!r:.40}")
     try:
-        fields = columns.read(task, row, need_output)
+        fields = columns.read_columns(task, row, need_output)
     except InputError as error:
         raise InputError(f"{place}: {error}") from error
     extra = {name: value for name, value in row.items() if name not in fields.used}

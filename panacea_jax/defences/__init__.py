@@ -1,7 +1,5 @@
 """Every defence behind one protocol, by name."""
 
-from typing import Any
-
 from panacea_jax.defences.antidote import Antidote
 from panacea_jax.defences.booster import Booster, BoosterVaccine
 from panacea_jax.defences.ewc import Ewc
@@ -11,7 +9,7 @@ from panacea_jax.defences.lisa import Lisa
 from panacea_jax.defences.loss import Loss
 from panacea_jax.defences.magnitude_prune import MagnitudePrune
 from panacea_jax.defences.panacea import Panacea
-from panacea_jax.defences.protocol import Defence, LossFn, Method
+from panacea_jax.defences.protocol import Defence, LossFn, Method, StreamSpec
 from panacea_jax.defences.random_perturbation import RandomPerturbation
 from panacea_jax.defences.random_prune import RandomPrune
 from panacea_jax.defences.random_vaccine import RandomVaccine
@@ -24,7 +22,7 @@ from panacea_jax.defences.tar import Tar
 from panacea_jax.defences.vaccine import Vaccine
 from panacea_jax.defences.vlguard import Vlguard
 
-DEFENCES: dict[str, type[Any]] = {
+DEFENCES: dict[str, type[Method]] = {
     "sft": Sft,
     "vaccine": Vaccine,
     "random_vaccine": RandomVaccine,
@@ -69,6 +67,7 @@ __all__ = [
     "SafeLora",
     "RepNoise",
     "Sft",
+    "StreamSpec",
     "Tar",
     "TVaccine",
     "Vaccine",

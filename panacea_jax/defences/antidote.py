@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from panacea_jax.data.batches import Batch
 from panacea_jax.defences import pruning
 from panacea_jax.defences.loss import Loss
-from panacea_jax.defences.protocol import Facts, Params, Sets, Stage
+from panacea_jax.defences.protocol import Facts, Method, Params, Sets, Stage, StreamSpec
 
 Squares = dict[str, Float[Array, "L in"]]
 
@@ -45,7 +45,7 @@ def _sums(loss: Loss, params: Params, batch: Batch) -> tuple[Squares, Int[Array,
     """``Σ x²`` over the tokens of a batch by name of the matrix, and the number of records."""
     seen = loss.forward(params, batch, None, ("input_squares", "low_squares")).readings
     sums = {}
-    for name in pruning.matrices(params):
+    for name in pruning.pruned_matrices(params):
         projection, _, factor = name.removeprefix("layers.").rpartition(".")
         sums[name] = seen["low_squares" if factor == "b" else "input_squares"][projection]
     return sums, batch.records
@@ -66,7 +66,7 @@ def mean_squares(loss: Loss, params: Params, batches: Iterable[Any]) -> Squares:
 
 
 @dataclasses.dataclass(frozen=True)
-class Antidote:
+class Antidote(Method):
     """Prune by Wanda's score on harmful data.
 
     Attributes:
@@ -81,7 +81,6 @@ class Antidote:
     facts: ClassVar[Facts] = Facts(
         title="Antidote",
         paper="ICML 2025",
-        passes={},
         memory="one number per input feature and layer",
         code="score, mask and their order reproduced; sums in place of all inputs; the safety mask is made on the healed weights",
     )
@@ -90,14 +89,10 @@ class Antidote:
         pruning.check_dense_ratio(self.dense_ratio)
 
     @property
-    def streams(self) -> tuple[str, ...]:
-        """``harmful``, and ``alignment`` with the safety mask."""
-        return ("harmful", "alignment") if self.safety_mask else ("harmful",)
-
-    @property
-    def whole_passes(self) -> dict[str, float]:
-        """A forward pass over each calibration set."""
-        return dict.fromkeys(self.streams, 1 / 2)
+    def streams(self) -> dict[str, StreamSpec]:
+        """The calibration sets, a forward pass over each: ``harmful``, and ``alignment`` with the safety mask."""
+        names = ("harmful", "alignment") if self.safety_mask else ("harmful",)
+        return dict.fromkeys(names, StreamSpec(whole_passes=1 / 2))
 
     def init(self, params: Params) -> AntidoteState:
         """Nothing seen yet."""
@@ -126,7 +121,7 @@ class Antidote:
 
     def report(self, params: Params, state: AntidoteState) -> dict[str, int]:
         """How much was cut."""
-        return pruning.count(params, self.finish(params, state))
+        return pruning.count_pruned(params, self.finish(params, state))
 
 
 @jax.jit

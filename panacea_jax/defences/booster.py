@@ -11,23 +11,24 @@ activations. The public code adds and takes away the step; here w is never touch
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Key
 
-from panacea_jax.defences.loss import Loss
 from panacea_jax.defences.protocol import (
+    Batches,
+    Defence,
     Facts,
     Gradient,
     LossFn,
     Metrics,
     Params,
+    RandomKey,
     Stage,
     State,
+    StreamSpec,
     check_not_negative,
 )
 from panacea_jax.defences.vaccine import perturbed_gradient
@@ -39,7 +40,8 @@ def harmful_gain(
 ) -> tuple[Params, Metrics]:
     """``h − h'``: the gradient of what one harmful step of length α gains; and what to log."""
     loss, h = jax.value_and_grad(loss_fn)(w, batch)
-    step, _ = to_sphere(alpha).update(h, optax.EmptyState())
+    sphere = to_sphere(alpha)
+    step, _ = sphere.update(h, sphere.init(w))
     attacked = jax.tree.map(jnp.subtract, w, step)
     loss_attacked, h_attacked = jax.value_and_grad(loss_fn)(attacked, batch)
     difference = jax.tree.map(jnp.subtract, h, h_attacked)
@@ -52,7 +54,7 @@ def harmful_gain(
 
 
 @dataclasses.dataclass(frozen=True)
-class Booster:
+class Booster(Defence):
     """Booster's gradient ``f + λ (h − h')``, f = ∇ L_align(w).
 
     Attributes:
@@ -65,11 +67,9 @@ class Booster:
     alpha: float | int = 0.1
 
     stage: ClassVar[Stage] = "align"
-    streams: ClassVar[tuple[str, ...]] = ("harmful",)
     facts: ClassVar[Facts] = Facts(
         title="Booster",
         paper="arXiv 2409.01586",
-        passes={"user": 1, "harmful": 2},
         memory="two transient gradients",
         code="update rule reproduced; w is kept, not stepped and stepped back",
     )
@@ -77,31 +77,30 @@ class Booster:
     def __post_init__(self) -> None:
         check_not_negative(lam=self.lam, alpha=self.alpha)
 
-    def init(self, params: Params) -> State:
-        """Nothing to remember."""
-        return ()
+    @property
+    def streams(self) -> dict[str, StreamSpec]:
+        """Harmful records, at w and after the step."""
+        return {"harmful": StreamSpec(passes=2)}
 
     def gradient(
-        self,
-        loss_fn: LossFn,
-        params: Params,
-        batches: Mapping[str, Any],
-        state: State,
-        key: Key[Array, ""],
+        self, loss_fn: LossFn, params: Params, batches: Batches, state: State, key: RandomKey
     ) -> Gradient:
         """``f + λ (h − h')``."""
         gain, measured = harmful_gain(loss_fn, params, batches["harmful"], self.alpha)
-        loss, f = jax.value_and_grad(loss_fn)(params, batches["user"])
+        f, task = self._alignment_gradient(loss_fn, params, batches["user"])
         grads = jax.tree.map(lambda f, d: f + self.lam * d, f, gain)
-        return grads, state, {"loss": loss, **measured}
+        return grads, state, {**task, **measured}
 
-    def finish(self, params: Params, state: State) -> Params:
-        """``w`` as trained."""
-        return params
+    def _alignment_gradient(
+        self, loss_fn: Any, params: Params, batch: Any
+    ) -> tuple[Params, Metrics]:
+        """f, and what to log."""
+        loss, f = jax.value_and_grad(loss_fn)(params, batch)
+        return f, {"loss": loss}
 
 
 @dataclasses.dataclass(frozen=True)
-class BoosterVaccine:
+class BoosterVaccine(Booster):
     """Booster with Vaccine's gradient in the place of f.
 
     Attributes:
@@ -110,41 +109,26 @@ class BoosterVaccine:
         rho: ρ, as Vaccine's; 5 in the repository's script for the pair.
     """
 
-    lam: float | int = 5.0
-    alpha: float | int = 0.1
     rho: float | int = 5.0
 
-    stage: ClassVar[Stage] = "align"
-    streams: ClassVar[tuple[str, ...]] = ("harmful",)
     facts: ClassVar[Facts] = Facts(
         title="Booster + Vaccine",
         paper="arXiv 2409.01586",
-        passes={"user": 2, "harmful": 2},
         memory="two transient gradients, one B×T×D tensor a layer",
         code="a switch of Booster's code",
     )
 
     def __post_init__(self) -> None:
-        check_not_negative(lam=self.lam, alpha=self.alpha, rho=self.rho)
+        super().__post_init__()
+        check_not_negative(rho=self.rho)
 
-    def init(self, params: Params) -> State:
-        """Nothing to remember."""
-        return ()
+    @property
+    def passes(self) -> int:
+        """Two on the same batch, as Vaccine."""
+        return 2
 
-    def gradient(
-        self,
-        loss_fn: Loss,
-        params: Params,
-        batches: Mapping[str, Any],
-        state: State,
-        key: Key[Array, ""],
-    ) -> Gradient:
-        """``f + λ (h − h')``, f at perturbed activations."""
-        gain, measured = harmful_gain(loss_fn, params, batches["harmful"], self.alpha)
-        f, vaccine = perturbed_gradient(loss_fn, params, batches["user"], self.rho)
-        grads = jax.tree.map(lambda f, d: f + self.lam * d, f, gain)
-        return grads, state, {**vaccine, **measured}
-
-    def finish(self, params: Params, state: State) -> Params:
-        """``w`` as trained."""
-        return params
+    def _alignment_gradient(
+        self, loss_fn: Any, params: Params, batch: Any
+    ) -> tuple[Params, Metrics]:
+        """f at perturbed activations."""
+        return perturbed_gradient(loss_fn, params, batch, self.rho)

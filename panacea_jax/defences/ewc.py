@@ -13,21 +13,23 @@ has no gradient at w₀, as every A of a fresh adapter with B = 0, is left free.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Key
 
 from panacea_jax.defences.protocol import (
+    Batches,
+    Defence,
     Facts,
     Gradient,
     LossFn,
     Params,
+    RandomKey,
     Sets,
     Stage,
+    StreamSpec,
     check_not_negative,
 )
 
@@ -52,7 +54,7 @@ def _add_square(fisher: Params, loss: LossFn, params: Params, batch: Any) -> Par
 
 
 @dataclasses.dataclass(frozen=True)
-class Ewc:
+class Ewc(Defence):
     """The gradient ``∇ L_task(w) + 2 λ F ⊙ (w − w₀)``.
 
     Attributes:
@@ -62,11 +64,9 @@ class Ewc:
     lam: float | int = 1e9
 
     stage: ClassVar[Stage] = "finetune"
-    streams: ClassVar[tuple[str, ...]] = ("alignment",)
     facts: ClassVar[Facts] = Facts(
         title="EWC",
         paper="arXiv 1612.00796",
-        passes={"user": 1},
         memory="starting parameters, Fisher diagonal",
         code="sum of squared batch gradients reproduced; no gradient is left over from it, safe data only",
     )
@@ -75,9 +75,9 @@ class Ewc:
         check_not_negative(lam=self.lam)
 
     @property
-    def whole_passes(self) -> dict[str, float]:
+    def streams(self) -> dict[str, StreamSpec]:
         """F takes a gradient of every alignment record."""
-        return {"alignment": 1.0}
+        return {"alignment": StreamSpec(whole_passes=1.0)}
 
     def init(self, params: Params) -> EwcState:
         """w₀ = w, F = 0."""
@@ -91,12 +91,7 @@ class Ewc:
         return state._replace(fisher=fisher)
 
     def gradient(
-        self,
-        loss_fn: LossFn,
-        params: Params,
-        batches: Mapping[str, Any],
-        state: EwcState,
-        key: Key[Array, ""],
+        self, loss_fn: LossFn, params: Params, batches: Batches, state: EwcState, key: RandomKey
     ) -> Gradient:
         """``∇ L_task(w) + 2 λ F ⊙ (w − w₀)``."""
         loss, g = jax.value_and_grad(loss_fn)(params, batches["user"])
@@ -104,7 +99,3 @@ class Ewc:
         pull = jax.tree.map(lambda f, d: self.lam * f * d, state.fisher, drift)
         grads = jax.tree.map(lambda g, p: g + 2 * p, g, pull)
         return grads, state, {"loss": loss, "penalty": optax.tree.vdot(pull, drift)}
-
-    def finish(self, params: Params, state: EwcState) -> Params:
-        """``w`` as trained."""
-        return params

@@ -12,28 +12,25 @@ the vocabulary, and over all positions; here only those count that predict a res
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float
 
 from panacea_jax.defences.loss import Loss
 from panacea_jax.defences.protocol import (
+    Anchor,
+    Anchored,
+    Batches,
     Facts,
     Gradient,
     Metrics,
     Params,
+    RandomKey,
     Stage,
     check_not_negative,
 )
-
-
-class KlState(NamedTuple):
-    """w₀: the trainable tree at the start, the teacher's."""
-
-    start: Params
 
 
 def divergence(
@@ -45,7 +42,7 @@ def divergence(
 
 
 @dataclasses.dataclass(frozen=True)
-class Kl:
+class Kl(Anchored):
     """The gradient of the task loss and the divergence from the start.
 
     Attributes:
@@ -55,11 +52,9 @@ class Kl:
     lam: float | int = 0.1
 
     stage: ClassVar[Stage] = "finetune"
-    streams: ClassVar[tuple[str, ...]] = ()
     facts: ClassVar[Facts] = Facts(
         title="KL",
         paper="in the code of arXiv 2402.01109",
-        passes={"user": 3 / 2},
         memory="starting parameters, B×T×V logits",
         code="direction and scale reproduced; softmax over the vocabulary, response positions only",
     )
@@ -67,17 +62,13 @@ class Kl:
     def __post_init__(self) -> None:
         check_not_negative(lam=self.lam)
 
-    def init(self, params: Params) -> KlState:
-        """w₀ = w."""
-        return KlState(jax.tree.map(jnp.copy, params))
+    @property
+    def passes(self) -> float:
+        """One more forward pass, of the teacher."""
+        return 3 / 2
 
     def gradient(
-        self,
-        loss_fn: Loss,
-        params: Params,
-        batches: Mapping[str, Any],
-        state: KlState,
-        key: Key[Array, ""],
+        self, loss_fn: Loss, params: Params, batches: Batches, state: Anchor, key: RandomKey
     ) -> Gradient:
         """``∇ [L_task(w) + λ D]``."""
         batch = batches["user"]
@@ -85,7 +76,7 @@ class Kl:
 
         def logits(w: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T-1 V"]:
             # Position t predicts token t + 1; the last one predicts nothing.
-            return loss_fn.model.logits(loss_fn.weights, w, hidden[:, :-1])
+            return loss_fn.bind(w).logits(hidden[:, :-1])
 
         teacher = logits(state.start, loss_fn.forward(state.start, batch).hidden)
 
@@ -98,7 +89,3 @@ class Kl:
 
         grads, metrics = jax.grad(total, has_aux=True)(params)
         return grads, state, metrics
-
-    def finish(self, params: Params, state: KlState) -> Params:
-        """``w`` as trained."""
-        return params

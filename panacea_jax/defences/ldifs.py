@@ -13,19 +13,22 @@ that ρ does not depend on the batch; there ρ means as much as ρ/(tokens · D)
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float
 
 from panacea_jax.defences.loss import Loss
 from panacea_jax.defences.protocol import (
+    Anchor,
+    Anchored,
+    Batches,
     Facts,
     Gradient,
     Metrics,
     Params,
+    RandomKey,
     Stage,
     check_not_negative,
 )
@@ -35,14 +38,8 @@ from panacea_jax.models.layers import wide
 FEATURES = "mlp_out"
 
 
-class LdifsState(NamedTuple):
-    """w₀: the trainable tree at the start."""
-
-    start: Params
-
-
 @dataclasses.dataclass(frozen=True)
-class Ldifs:
+class Ldifs(Anchored):
     """The gradient of the task loss and the distance in feature space.
 
     Attributes:
@@ -54,11 +51,9 @@ class Ldifs:
     gate: float | int = 0.1
 
     stage: ClassVar[Stage] = "finetune"
-    streams: ClassVar[tuple[str, ...]] = ()
     facts: ClassVar[Facts] = Facts(
         title="LDIFS",
         paper="arXiv 2308.13320",
-        passes={"user": 3 / 2},
         memory="starting parameters, two B×T×D tensors a layer",
         code="sum and gate reproduced; no gradient through the reference, no padding; gate 0 mends the rest",
     )
@@ -68,11 +63,12 @@ class Ldifs:
         if not self.gate >= 0:  # also false for NaN
             raise InputError(f"config.defence.gate = {self.gate}: 0 or more")
 
-    def init(self, params: Params) -> LdifsState:
-        """w₀ = w."""
-        return LdifsState(jax.tree.map(jnp.copy, params))
+    @property
+    def passes(self) -> float:
+        """One more forward pass, of the reference."""
+        return 3 / 2
 
-    def penalty(
+    def _penalty(
         self,
         features: Float[Array, "L B T D"],
         reference: Float[Array, "L B T D"],
@@ -90,12 +86,7 @@ class Ldifs:
         return jnp.where(counts, q, 0).sum(), counts.sum().astype(q.dtype)
 
     def gradient(
-        self,
-        loss_fn: Loss,
-        params: Params,
-        batches: Mapping[str, Any],
-        state: LdifsState,
-        key: Key[Array, ""],
+        self, loss_fn: Loss, params: Params, batches: Batches, state: Anchor, key: RandomKey
     ) -> Gradient:
         """``∇ [L_task(w) + Σ_l q_l]``."""
         batch = batches["user"]
@@ -104,12 +95,8 @@ class Ldifs:
         def total(w: Params) -> tuple[Float[Array, ""], Metrics]:
             hidden, readings = loss_fn.forward(w, batch, readings=(FEATURES,))
             loss = loss_fn.mean(w, hidden, batch)
-            penalty, counted = self.penalty(readings[FEATURES], reference, batch.valid)
+            penalty, counted = self._penalty(readings[FEATURES], reference, batch.valid)
             return loss + penalty, {"loss": loss, "penalty": penalty, "layers_counted": counted}
 
         grads, metrics = jax.grad(total, has_aux=True)(params)
         return grads, state, metrics
-
-    def finish(self, params: Params, state: LdifsState) -> Params:
-        """``w`` as trained."""
-        return params

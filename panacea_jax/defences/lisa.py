@@ -13,15 +13,25 @@ alignment data, both tied to the starting point, as in the public code.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Int
 
-from panacea_jax.defences.protocol import Facts, Gradient, LossFn, Params, Stage, check_not_negative
+from panacea_jax.defences.protocol import (
+    Batches,
+    Defence,
+    Facts,
+    Gradient,
+    LossFn,
+    Params,
+    RandomKey,
+    Stage,
+    StreamSpec,
+    check_not_negative,
+)
 from panacea_jax.errors import InputError
 
 
@@ -38,7 +48,7 @@ class LisaState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Lisa:
+class Lisa(Defence):
     """The gradient of one state, ``∇ L(w) + ρ (w − w_ref)``.
 
     Attributes:
@@ -54,11 +64,9 @@ class Lisa:
     warmup_steps: int | None = None
 
     stage: ClassVar[Stage] = "finetune"
-    streams: ClassVar[tuple[str, ...]] = ("alignment",)
     facts: ClassVar[Facts] = Facts(
         title="Lisa",
         paper="arXiv 2405.18641",
-        passes={"user": 0.9, "alignment": 0.1},
         memory="w at the last switch",
         code="states, snapshots and warm-up reproduced, with one copy in place of two",
     )
@@ -74,10 +82,15 @@ class Lisa:
             )
 
     @property
-    def passes(self) -> dict[str, float | int]:
-        """Passes a step, in batches: the share of the steps that each state has, over whole turns."""
+    def passes(self) -> float:
+        """The share of the steps that the fine-tuning state has, over whole turns."""
+        return self.finetune_steps / (self.alignment_steps + self.finetune_steps)
+
+    @property
+    def streams(self) -> dict[str, StreamSpec]:
+        """Alignment records, for the other steps."""
         both = self.alignment_steps + self.finetune_steps
-        return {"user": self.finetune_steps / both, "alignment": self.alignment_steps / both}
+        return {"alignment": StreamSpec(passes=self.alignment_steps / both)}
 
     def for_steps(self, steps: int) -> "Lisa":
         """With the warm-up of a training of so many steps, unless it is set."""
@@ -90,12 +103,7 @@ class Lisa:
         return LisaState(jax.tree.map(jnp.copy, params), jnp.zeros((), jnp.int32))
 
     def gradient(
-        self,
-        loss_fn: LossFn,
-        params: Params,
-        batches: Mapping[str, Any],
-        state: LisaState,
-        key: Key[Array, ""],
+        self, loss_fn: LossFn, params: Params, batches: Batches, state: LisaState, key: RandomKey
     ) -> Gradient:
         """``∇ L(w) + ρ (w − w_ref)`` on the batch of the state that this step is in.
 
@@ -130,7 +138,3 @@ class Lisa:
             "alignment_state": aligning.astype(loss.dtype),
         }
         return grads, LisaState(anchor, state.steps + 1), metrics
-
-    def finish(self, params: Params, state: LisaState) -> Params:
-        """``w`` as trained."""
-        return params

@@ -1,4 +1,9 @@
-"""The training loss, mean next-token cross-entropy over response tokens, with handles on the activations that lead to it."""
+"""The training loss, mean next-token cross-entropy over response tokens, with handles on the activations that lead to it.
+
+With ``accumulate`` K a batch is taken as K micro-batches of every K-th row, one after the other, so that the activations of one exist at a
+time. The outcome is that of the whole batch, token-weighted, whatever a method makes of it: the mean loss adds up sums over tokens and
+divides once, and hidden states and readings are put together again before anybody sees them.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from panacea_jax.data.batches import Batch
-from panacea_jax.models.decoder import Offsets
+from panacea_jax.data.batches import Batch, deinterleave, interleave
+from panacea_jax.models.bound import SQUARES, BoundDecoder, Inputs, Offsets, SomeOffsets
 from panacea_jax.models.model import Model
 
 # Positions whose logits exist at a time: [B, T, V] of a vocabulary of 256k would outweigh all else that a step holds.
@@ -39,16 +44,23 @@ class Loss:
         model: the static part; its ``weights`` are None.
         weights: the frozen base, or None where ``params`` holds all weights.
         remat: what the backward pass recomputes (``decoder.REMAT``); None: what the model was made for.
+        accumulate: K, micro-batches that a batch is taken in; its rows are a multiple of it.
     """
 
     model: Model = dataclasses.field(metadata={"static": True})
     weights: Any
     remat: str | None = dataclasses.field(default=None, metadata={"static": True})
+    accumulate: int = dataclasses.field(default=1, metadata={"static": True})
 
     @classmethod
-    def of(cls, model: Model) -> "Loss":
+    def of(cls, model: Model, accumulate: int = 1) -> "Loss":
         """The loss of a loaded model."""
-        return cls(dataclasses.replace(model, weights=None), model.weights)
+        static = dataclasses.replace(model, weights=None)
+        return cls(static, model.weights, accumulate=accumulate)
+
+    def bind(self, params: Any) -> BoundDecoder:
+        """The decoder at ``params``: its embedding, norm and logits."""
+        return self.model.bind(self.weights, params)
 
     def __call__(
         self, params: Any, batch: Batch, offsets: Offsets | None = None
@@ -60,6 +72,8 @@ class Loss:
             batch: tokens ``[B, T]``.
             offsets: added to the output of each attention module, before the residual. Their gradient is that of the modules' outputs.
         """
+        if self.accumulate > 1:
+            return _accumulated(self, params, batch, offsets)
         return self.mean(params, self.forward(params, batch, offsets).hidden, batch)
 
     def forward(
@@ -69,26 +83,20 @@ class Loss:
         offsets: Offsets | None = None,
         readings: tuple[str, ...] = (),
     ) -> Forward:
-        """Hidden states and, of ``decoder.READINGS`` and ``decoder.SQUARES``, the activations asked for."""
-        inputs = (self.weights, params, batch.tokens, batch.valid)
-        return Forward(*self.model.inspect(*inputs, offsets, readings, self.remat, batch.segments))
+        """Hidden states and, of ``bound.READINGS`` and ``bound.SQUARES``, the activations asked for."""
+        if self.accumulate > 1:
+            return _forward_in_parts(self, params, batch, offsets, readings)
+        inputs = Inputs.of(batch.tokens, batch.valid, segments=batch.segments)
+        return Forward(*self.bind(params).inspect(inputs, offsets, readings, self.remat))
 
     def hidden_states(
         self, params: Any, batch: Batch, readings: tuple[str, ...] = ()
     ) -> tuple[Float[Array, "layers B T D"], dict[str, Any]]:
         """What transformers calls hidden states: of the embedding and each layer, the last behind the final norm. And readings."""
         out = self.forward(params, batch, None, ("block_out", *readings))
-        first = self.model.embed(self.weights, params, batch.tokens)
+        first = self.bind(params).embed(batch.tokens)
         between = out.readings["block_out"][:-1]
         return jnp.concatenate([first[None], between, out.hidden[None]]), out.readings
-
-    def norm(self, params: Any, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """The final norm, of the hidden states of any layer."""
-        return self.model.norm(self.weights, params, hidden)
-
-    def logits(self, params: Any, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Logits of final hidden states."""
-        return self.model.logits(self.weights, params, hidden)
 
     def mean(self, params: Any, hidden: Float[Array, "B T D"], batch: Batch) -> Float[Array, ""]:
         """Mean loss of final hidden states; 0 for a batch without response tokens."""
@@ -104,17 +112,106 @@ class Loss:
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         # Position t predicts token t + 1, so the mask is shifted by one; the last position predicts nothing.
         parts = (hidden[:, :-1], batch.tokens[:, 1:], batch.loss_mask[:, 1:])
+        bound = self.bind(params)
 
         def part(
             x: Float[Array, "B C D"], targets: Int[Array, "B C"], mask: Bool[Array, "B C"]
         ) -> Float[Array, ""]:
-            logits = self.logits(params, x)
+            logits = bound.logits(x)
             picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
             return jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - picked, 0).sum()
 
         with jax.named_scope("cross_entropy"):
             total = part(*parts) if num_chunks(parts[1].shape[1]) <= 1 else _in_chunks(part, parts)
             return total, parts[2].sum().astype(total.dtype)
+
+
+# ---- micro-batches
+
+
+def _split_offsets(offsets: Offsets | None, count: int) -> Any:
+    """By micro-batch: the values ``[K, L, B / K, T, D]``."""
+    if offsets is None:
+        return None
+    values = offsets.values if isinstance(offsets, SomeOffsets) else offsets
+    layers, rows, *rest = values.shape
+    return values.reshape(layers, rows // count, count, *rest).transpose(2, 0, 1, 3, 4)
+
+
+def _offsets_like(offsets: Offsets | None, values: Any) -> Offsets | None:
+    return offsets._replace(values=values) if isinstance(offsets, SomeOffsets) else values
+
+
+def _accumulated(
+    loss: Loss, params: Any, batch: Batch, offsets: Offsets | None
+) -> Float[Array, ""]:
+    """The mean loss, whose gradient is taken micro-batch by micro-batch along with it.
+
+    Each micro-batch is passed through forward and backward before the next one begins, so its activations are gone by then, and what the
+    backward pass finds is the sum of gradients, to be scaled. Nothing is computed twice.
+    """
+    count = loss.accumulate
+    one = dataclasses.replace(loss, accumulate=1)
+    parts = deinterleave(batch, count)
+    tokens = jnp.maximum(batch.loss_mask[:, 1:].sum(), 1)
+
+    def of_part(params: Any, values: Any, part: Batch) -> Float[Array, ""]:
+        hidden = one.forward(params, part, _offsets_like(offsets, values)).hidden
+        total = one._sum(params, hidden, part)[0]
+        return total / tokens.astype(total.dtype)
+
+    @jax.custom_vjp
+    def mean(params: Any, values: Any) -> Float[Array, ""]:
+        def add(total: Any, xs: Any) -> tuple[Any, None]:
+            return total + of_part(params, *xs), None
+
+        zero = jnp.zeros((), jax.eval_shape(of_part, params, *_first((values, parts))).dtype)
+        return jax.lax.scan(add, zero, (values, parts))[0]
+
+    def forward(params: Any, values: Any) -> tuple[Float[Array, ""], Any]:
+        def add(carry: Any, xs: Any) -> tuple[Any, Any]:
+            total, sums = carry
+            value, (by_params, by_values) = jax.value_and_grad(of_part, (0, 1))(params, *xs)
+            return (total + value, jax.tree.map(jnp.add, sums, by_params)), by_values
+
+        zero = jnp.zeros((), jax.eval_shape(of_part, params, *_first((values, parts))).dtype)
+        start = (zero, jax.tree.map(jnp.zeros_like, params))
+        (total, sums), by_values = jax.lax.scan(add, start, (values, parts))
+        return total, (sums, by_values)
+
+    def backward(found: Any, scale: Float[Array, ""]) -> Any:
+        return jax.tree.map(lambda g: g * scale.astype(g.dtype), found)
+
+    mean.defvjp(forward, backward)
+    return mean(params, _split_offsets(offsets, count))
+
+
+def _forward_in_parts(
+    loss: Loss, params: Any, batch: Batch, offsets: Offsets | None, readings: tuple[str, ...]
+) -> Forward:
+    """Hidden states and readings of all rows; the backward pass computes each micro-batch again."""
+    one = dataclasses.replace(loss, accumulate=1)
+    xs = (_split_offsets(offsets, loss.accumulate), deinterleave(batch, loss.accumulate))
+
+    def body(_: None, xs: Any) -> tuple[None, Forward]:
+        values, part = xs
+        return None, one.forward(params, part, _offsets_like(offsets, values), readings)
+
+    _, found = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), None, xs)
+    joined = {
+        # Sums over tokens [K, L, F] by projection; activations [K, L, B / K, T, D].
+        name: jax.tree.map(lambda x: x.sum(axis=0), x) if name in SQUARES
+        else jax.vmap(interleave, in_axes=1)(x)
+        for name, x in found.readings.items()
+    }  # fmt: skip
+    return Forward(interleave(found.hidden), joined)
+
+
+def _first(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x[0], tree)
+
+
+# ---- chunks of positions
 
 
 def num_chunks(positions: int) -> int:

@@ -13,11 +13,11 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from panacea_jax.defences import pruning
-from panacea_jax.defences.protocol import Facts, Params, Stage, State
+from panacea_jax.defences.protocol import Facts, Method, Params, Stage, State
 
 
 @dataclasses.dataclass(frozen=True)
-class MagnitudePrune:
+class MagnitudePrune(Method):
     """Prune the largest entries of each row.
 
     Attributes:
@@ -27,21 +27,15 @@ class MagnitudePrune:
     dense_ratio: float | int = 0.1
 
     stage: ClassVar[Stage] = "heal"
-    streams: ClassVar[tuple[str, ...]] = ()
     facts: ClassVar[Facts] = Facts(
         title="magnitude pruning",
         paper="ICML 2025 (Antidote's control)",
-        passes={},
         memory="one mask",
         code="Antidote's with sample_num 0",
     )
 
     def __post_init__(self) -> None:
         pruning.check_dense_ratio(self.dense_ratio)
-
-    def init(self, params: Params) -> State:
-        """Nothing to remember."""
-        return ()
 
     def finish(self, params: Params, state: State) -> Params:
         """``W ⊙ (1 − mask)``."""
@@ -51,4 +45,4 @@ class MagnitudePrune:
 
     def report(self, params: Params, state: State) -> dict[str, int]:
         """How much was cut."""
-        return pruning.count(params, self.finish(params, state))
+        return pruning.count_pruned(params, self.finish(params, state))

@@ -3,26 +3,42 @@
     min_w  L_task(w) − λ · max_{‖ε‖≤ρ} [ L_harm(w + ε) − L_harm(w) ]                       deployed: w + ε
 
 Stage: fine-tuning, plus one addition at the end. Passes per step: 3 (task, harmful at w, harmful at w + ε); 1 + 2/k where the harmful
-ones are made at every k-th step only. With ``final_epsilon="mean"`` one more over the harmful set after the last step.
+ones are made at every k-th step only, and one more for each further ascent step. With ``final_epsilon="mean"`` one more for each ascent
+step over the harmful set after the last step.
 Extra memory: ε and its running mean, and two transient gradients, all of the size of the trainable tree. Extra data: ``harmful``.
 
 Differs from SFT in the two harmful passes and in what is deployed. w alone is no defence: it can be more harmful than plain SFT, because
-training makes room for ε to undo the harm. To first order the inner maximum is at ``ε = ρ h/‖h‖``; its derivative by w is ignored.
+training makes room for ε to undo the harm. To first order the inner maximum is at ``ε = ρ h/‖h‖``; its derivative by w is ignored. The
+published method stops there. K > 1 ``ascent_steps`` go on from it: ``ε ← proj_{‖ε‖≤ρ}(ε + ρ h(w + ε)/‖h(w + ε)‖)``, which stands still
+where ε has the direction of the gradient at its own end, as at a maximum on the sphere.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from panacea_jax.defences.loss import Loss, sum_gradient
-from panacea_jax.defences.protocol import Facts, Gradient, LossFn, Metrics, Params, Sets, Stage
+from panacea_jax.defences.protocol import (
+    Batches,
+    Defence,
+    Facts,
+    Gradient,
+    LossFn,
+    Metrics,
+    Params,
+    RandomKey,
+    Sets,
+    Stage,
+    StreamSpec,
+    check_counts,
+)
 from panacea_jax.errors import InputError
-from panacea_jax.perturbation import to_sphere
+from panacea_jax.perturbation import onto_ball, to_sphere
 
 # The reference clamps the harmful loss at w + ε here; above it the pass has no gradient.
 HARMFUL_LOSS_CLAMP = 5.0
@@ -46,7 +62,7 @@ class PanaceaState(NamedTuple):
     steps: Int[Array, ""]
 
 
-class HarmfulTerm(NamedTuple):
+class _HarmfulTerm(NamedTuple):
     """Outcome of the two harmful passes."""
 
     epsilon: Params
@@ -66,12 +82,13 @@ def _cosine(a: Params, b: Params) -> Float[Array, ""]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Panacea:
+class Panacea(Defence):
     """Panacea's gradient ``g − λ (h' − h)``.
 
     Attributes:
         rho: ρ, L2 radius of ε over all trainable tensors together; a tuple gives one radius a layer.
         lam: λ, weight of the training term.
+        ascent_steps: K, projected ascent steps that find ε; 1 is the paper's closed form.
         every: refresh ε and ``h' − h`` at every k-th step and reuse them in between.
         clamp: "reference" stops the gradient of the perturbed loss above 5, which leaves ``g + λ h``; "none" never does.
         final_epsilon: "last" deploys the ε of the last step (one batch, as the reference); "mean" recomputes it after training from
@@ -80,16 +97,15 @@ class Panacea:
 
     rho: float | int | tuple[float, ...] = 1.0
     lam: float | int = 1e-3
+    ascent_steps: int = 1
     every: int = 1
     clamp: Literal["reference", "none"] = "reference"
     final_epsilon: Literal["last", "mean"] = "last"
 
     stage: ClassVar[Stage] = "finetune"
-    streams: ClassVar[tuple[str, ...]] = ("harmful",)
     facts: ClassVar[Facts] = Facts(
         title="Panacea",
         paper="arXiv 2501.18100",
-        passes={"user": 1, "harmful": 2},
         memory="ε, its running mean, two transient gradients",
         code="update rule, clamp and ε of the last step reproduced; ε has a buffer of its own",
     )
@@ -102,6 +118,7 @@ class Panacea:
             )
         if not 0 <= self.lam < float("inf"):
             raise InputError(f"config.defence.lam = {self.lam}: λ is a finite number, 0 or more")
+        check_counts(ascent_steps=self.ascent_steps)
         if self.every < 1:
             raise InputError(f"config.defence.every = {self.every}: refresh every 1 or more steps")
         if self.clamp not in ("reference", "none"):
@@ -112,14 +129,11 @@ class Panacea:
             )
 
     @property
-    def passes(self) -> dict[str, float | int]:
-        """Passes a step, in batches; the harmful ones averaged over the steps that share them."""
-        return {"user": 1, "harmful": 2 / self.every}
-
-    @property
-    def whole_passes(self) -> dict[str, float]:
-        """The pass over the harmful set that the mean ε takes."""
-        return {"harmful": 1.0} if self.final_epsilon == "mean" else {}
+    def streams(self) -> dict[str, StreamSpec]:
+        """Harmful passes, averaged over the steps that share them; and those over the whole set that the mean ε takes."""
+        whole = float(self.ascent_steps) if self.final_epsilon == "mean" else 0.0
+        passes = (1 + self.ascent_steps) / self.every
+        return {"harmful": StreamSpec(passes=passes, whole_passes=whole)}
 
     def init(self, params: Params) -> PanaceaState:
         """ε = 0."""
@@ -132,12 +146,28 @@ class Panacea:
         held = jax.tree.map(jnp.zeros_like, params) if self.every > 1 else ()
         return PanaceaState(zeros, copy, held, measured, jnp.zeros((), jnp.int32))
 
-    def epsilon(self, h: Params) -> Params:
-        """``ε = ρ h / (‖h‖ + 1e-7)``."""
-        rho = jnp.asarray(self.rho) if isinstance(self.rho, tuple) else self.rho
-        return to_sphere(rho).update(h, optax.EmptyState())[0]
+    def _ascend(self, w: Params, h: Params, harmful_gradient: Callable[[Params], Params]) -> Params:
+        """ε: ``ρ h / (‖h‖ + 1e-7)``, and from there ``ascent_steps`` − 1 projected steps.
 
-    def harmful_term(self, loss_fn: LossFn, w: Params, batch: Any, previous: Params) -> HarmfulTerm:
+        Args:
+            w: where ε is added.
+            h: the harmful gradient there.
+            harmful_gradient: the same elsewhere.
+        """
+        rho = jnp.asarray(self.rho) if isinstance(self.rho, tuple) else self.rho
+        sphere = to_sphere(rho)
+        epsilon, _ = sphere.update(h, sphere.init(w))
+        ascent = optax.chain(to_sphere(rho), onto_ball(rho))
+        state = ascent.init(epsilon)
+        for _ in range(self.ascent_steps - 1):
+            h = harmful_gradient(jax.tree.map(jnp.add, w, epsilon))
+            update, state = ascent.update(h, state, epsilon)
+            epsilon = optax.apply_updates(epsilon, update)
+        return epsilon
+
+    def _harmful_term(
+        self, loss_fn: LossFn, w: Params, batch: Any, previous: Params
+    ) -> _HarmfulTerm:
         """``h`` at w, ``ε`` from it, ``h'`` at w + ε, and ``h' − h``."""
 
         def perturbed_loss(w: Params) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -148,7 +178,7 @@ class Panacea:
             return jnp.where(loss <= HARMFUL_LOSS_CLAMP, loss, HARMFUL_LOSS_CLAMP), loss
 
         loss, h = jax.value_and_grad(loss_fn)(w, batch)
-        epsilon = self.epsilon(h)
+        epsilon = self._ascend(w, h, lambda at: jax.grad(loss_fn)(at, batch))
         (_, loss_perturbed), h_perturbed = jax.value_and_grad(perturbed_loss, has_aux=True)(
             jax.tree.map(jnp.add, w, epsilon)
         )
@@ -162,21 +192,16 @@ class Panacea:
             "clamped": clamped.astype(loss.dtype),
             "epsilon_cosine": _cosine(epsilon, previous),
         }
-        return HarmfulTerm(epsilon, difference, h, measured)
+        return _HarmfulTerm(epsilon, difference, h, measured)
 
     def gradient(
-        self,
-        loss_fn: LossFn,
-        params: Params,
-        batches: Mapping[str, Any],
-        state: PanaceaState,
-        key: Key[Array, ""],
+        self, loss_fn: LossFn, params: Params, batches: Batches, state: PanaceaState, key: RandomKey
     ) -> Gradient:
         """``g − λ (h' − h)`` with ε recomputed from this step's harmful batch."""
         loss, g = jax.value_and_grad(loss_fn)(params, batches["user"])
 
         def fresh(state: PanaceaState) -> tuple[PanaceaState, Params, Metrics]:
-            term = self.harmful_term(loss_fn, params, batches["harmful"], state.epsilon)
+            term = self._harmful_term(loss_fn, params, batches["harmful"], state.epsilon)
             refreshes = state.steps // self.every + 1
             mean = jax.tree.map(
                 lambda m, e: m + (e - m) / refreshes, state.epsilon_mean, term.epsilon
@@ -215,14 +240,26 @@ class Panacea:
         """With ``final_epsilon="mean"``: ε from the gradient over the whole harmful set at the final w."""
         if self.final_epsilon == "last":
             return state
-        total, tokens = None, jnp.zeros(())
-        for batch in sets["harmful"]:
-            gradient, count = sum_gradient(loss, params, batch)
-            total = gradient if total is None else jax.tree.map(jnp.add, total, gradient)
-            tokens = tokens + count
-        h = jax.tree.map(lambda x: x / jnp.maximum(tokens, 1), total)
-        return state._replace(epsilon=self.epsilon(h))
+
+        def whole_gradient(w: Params) -> Params:
+            total, tokens = None, jnp.zeros(())
+            for batch in sets["harmful"]:
+                gradient, count = sum_gradient(loss, w, batch)
+                total = gradient if total is None else jax.tree.map(jnp.add, total, gradient)
+                tokens = tokens + count
+            return jax.tree.map(lambda x: x / jnp.maximum(tokens, 1), total)
+
+        h = whole_gradient(params)
+        return state._replace(epsilon=self._ascend(params, h, whole_gradient))
 
     def finish(self, params: Params, state: PanaceaState) -> Params:
         """``w + ε``."""
         return jax.tree.map(jnp.add, params, state.epsilon)
+
+    def epsilon(self, state: PanaceaState) -> Params:
+        """ε."""
+        return state.epsilon
+
+    def epsilon_mean(self, state: PanaceaState) -> Params:
+        """Its running mean."""
+        return state.epsilon_mean

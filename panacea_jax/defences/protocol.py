@@ -1,8 +1,16 @@
-"""What a defence is: a gradient rule, the data streams that it draws on, and what is done to the weights at the end."""
+"""What a defence is: a gradient rule, the data streams that it draws on, and what is done to the weights at the end.
 
+:class:`Method` is the base of all, :class:`Defence` that of methods with training steps. Every member has a default that does nothing, so
+a method's file holds what makes it that method; a public member that the base does not know is refused when the class is made.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from panacea_jax.defences.loss import Loss
@@ -13,7 +21,10 @@ State = Any  # a pytree of the defence's own
 Metrics = dict[str, Float[Array, ""]]
 # (params, batch) -> mean loss over response tokens: all that most methods need of a Loss
 LossFn = Callable[[Params, Any], Float[Array, ""]]
+Batches = Mapping[str, Any]  # by stream
+RandomKey = Key[Array, ""]
 Gradient = tuple[Params, State, Metrics]
+Sets = Mapping[str, Iterable[Any]]  # by stream, each record once, in batches
 Stage = Literal["align", "finetune", "heal"]
 
 
@@ -23,139 +34,228 @@ class Facts(NamedTuple):
     Attributes:
         title: the method's name as its paper writes it.
         paper: arXiv number or where it comes from.
-        passes: by stream, forward + backward passes a step; ``{"user": 1}`` is SFT. A forward pass alone counts 1/2, as
-            with a frozen base (1/3 where all parameters are trained).
         memory: what it holds beyond SFT.
         code: what of the public code it reproduces and what it mends; "" where there is nothing to say.
     """
 
     title: str
     paper: str
-    passes: Mapping[str, float | int]
     memory: str
     code: str = ""
 
 
-@runtime_checkable
-class Method(Protocol):
-    """One method. Implementations are frozen dataclasses of hyper-parameters; all state is in the pytrees they return.
+class StreamSpec(NamedTuple):
+    """What a method asks of one data stream.
 
-    One without a ``gradient`` acts in one shot, on weights that are finished: ``finish(params, first_pass(…, init(params)))``.
+    Attributes:
+        passes: forward + backward passes a step, in batches; SFT's over the main stream is 1. A forward pass alone counts 1/2, as with a
+            frozen base (1/3 where all parameters are trained).
+        whole_passes: likewise, of looks at the whole set before or after the steps.
+        repeats: batches that a step receives, interleaved into one (see ``data.batches.deinterleave``).
+        interval: steps that share a batch.
+        paired: goes with the main stream record by record.
+    """
 
-    A method may also have
+    passes: float | int = 0
+    whole_passes: float = 0.0
+    repeats: int = 1
+    interval: int = 1
+    paired: bool = False
 
-    * ``first_pass(loss, params, sets, state) -> state``: a look at whole data sets before step 0 (EWC's Fisher information). ``sets``
-      maps each of ``streams`` to its records once, in batches. Its outcome is part of the state, so a resumed run does not repeat it.
-    * ``last_pass(loss, params, sets, state) -> state``: the same after the last step (Panacea's ε of the whole harmful set).
-    * ``whole_passes``, a mapping: by stream, what these two looks cost, in forward + backward passes over the whole set; a forward pass
-      alone counts 1/2. A stream that is not named is not looked at (Safe LoRA's look is at matrices, not at records).
-    * ``report(params, state) -> dict``: figures for the manifest, of a method in one shot.
 
-    Both looks are run outside jit; what they jit themselves takes ``loss`` as an argument, so that no weight becomes a constant. Further,
+class Method:
+    """One method: a frozen dataclass of hyper-parameters. All state is in the pytrees that it returns.
 
-    * ``for_steps(steps) -> Defence``: itself, told the total number of steps before training begins (Lisa's warm-up).
-    * ``mixed``: names of sets whose records join the user's, where ``streams`` names those that stay apart (VLGuard).
-    * ``trained(params, state) -> mask``: which layers of which tensors a step trains, called with the state that ``gradient`` returned; the
-      form of the mask is that of ``train.optimizer.Partial``. The others stand still, without weight decay or a change of their moments.
-    * ``steps`` and ``benign_ratio``: its own number of steps, on refusals and, with that share, benign records in place of the user's set
-      (realignment).
-    * ``folders``: models that it reads beside the one that it heals, and ``check(full_parameters)``, which finds before anything is loaded
-      what it cannot work with (Safe LoRA).
-    * ``unpackable``: what it does that packed rows would change, in words, see ``check_packing``. Other methods may not look at rows.
-
-    and, of its streams,
-
-    * ``repeats``, a mapping: how many batches of a stream a step receives, woven into one (see ``data.batches.unweave``); 1 where unnamed.
-    * ``paired_streams``, names: those that go with the main stream record by record.
-    * ``passes``, as ``facts.passes`` but for these hyper-parameters, where they change it.
-    * ``intervals``: by stream, how many steps share a batch; a stream that is not named moves on at every step.
+    One that is not a :class:`Defence` acts in one shot, on weights that are finished: ``finish(params, first_pass(…, init(params)))``.
 
     Attributes:
         stage: where in align → finetune → heal it acts.
-        streams: extra data streams beside ``"user"``, e.g. ``("harmful",)``.
         facts: costs and origin.
+        unpackable: what it does that packed rows would change, in words, see ``check_packing``. Other methods may not look at rows.
     """
 
     stage: ClassVar[Stage]
     facts: ClassVar[Facts]
+    unpackable: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Raises:
+        TypeError: a public member that no base has: it would never be called. Helpers of a method's own begin with an underscore.
+        """
+        super().__init_subclass__(**kwargs)
+        known = {name for base in cls.__mro__[1:] for name in vars(base)}
+        known |= {name for base in cls.__mro__ for name in vars(base).get("__annotations__", {})}
+        unknown = [name for name in vars(cls) if not name.startswith("_") and name not in known]
+        if unknown and cls.__module__ != __name__:
+            raise TypeError(f"{cls.__name__}.{unknown[0]}: no member of a method; begin helpers with _")  # fmt: skip
+
+    # ---- what it draws on
 
     @property
-    def streams(self) -> tuple[str, ...]:
-        """Extra data streams; for most methods a constant of the class."""
-        ...
+    def stages(self) -> tuple[Stage, ...]:
+        """Every stage that it can act at."""
+        return (self.stage,)
+
+    @property
+    def passes(self) -> float | int:
+        """Forward + backward passes a step over the main stream, see :class:`StreamSpec`."""
+        return 0
+
+    @property
+    def streams(self) -> dict[str, StreamSpec]:
+        """Extra data streams beside ``"user"``, by the set's name."""
+        return {}
+
+    @property
+    def mixed(self) -> tuple[str, ...]:
+        """Names of sets whose records join the user's, where ``streams`` are those that stay apart (VLGuard)."""
+        return ()
+
+    @property
+    def benign_share(self) -> float | int | None:
+        """Where refusals and benign records take the place of the user's set (realignment): the share of benign ones."""
+        return None
+
+    @property
+    def own_steps(self) -> int:
+        """Its own number of steps; 0: that of the configuration."""
+        return 0
+
+    @property
+    def folders(self) -> tuple[str, ...] | None:
+        """Models that it reads beside the one that it changes, "" where one is not named; None for a method that reads none."""
+        return None
+
+    def check(self, full_parameters: bool) -> None:
+        """Find before anything is loaded what it cannot work with.
+
+        Raises:
+            InputError: such a thing, by its key.
+        """
+
+    def aligned_by(self, adapter: str) -> "Method":
+        """Itself, told which adapter made the aligned model ("": the base is aligned)."""
+        return self
+
+    # ---- what it does
 
     def init(self, params: Params) -> State:
-        """The state before the first step."""
-        ...
+        """The state before the first step; jitted."""
+        return ()
+
+    def first_pass(self, loss: Loss, params: Params, sets: Sets, state: State) -> State:
+        """A look at whole data sets before step 0 (EWC's Fisher information).
+
+        Its outcome is part of the state, so a resumed run does not repeat it. Run outside jit; what it jits itself takes ``loss`` as an
+        argument, so that no weight becomes a constant.
+        """
+        return state
 
     def finish(self, params: Params, state: State) -> Params:
         """What is deployed, e.g. Panacea's ``w + ε``."""
-        ...
+        return params
+
+    def epsilon(self, state: State) -> Params | None:
+        """ε, of a method that has one."""
+        return None
+
+    def epsilon_mean(self, state: State) -> Params | None:
+        """The running mean of ε, of a method that keeps one."""
+        return None
+
+    def report(self, params: Params, state: State) -> dict[str, Any] | None:
+        """Figures for the manifest."""
+        return None
 
 
-@runtime_checkable
-class Defence(Method, Protocol):
+class Defence(Method, ABC):
     """A method with training steps.
 
-    The shared tail of every method is ``clip global norm → AdamW → update`` and is not the defence's business.
+    The shared tail of every one is ``clip global norm → AdamW → update`` and is not the defence's business.
     """
 
+    @property
+    def passes(self) -> float | int:
+        """Forward + backward passes a step over the main stream, see :class:`StreamSpec`."""
+        return 1
+
+    @abstractmethod
     def gradient(
-        self,
-        loss_fn: Loss,
-        params: Params,
-        batches: Mapping[str, Any],
-        state: State,
-        key: Key[Array, ""],
+        self, loss_fn: Loss, params: Params, batches: Batches, state: State, key: RandomKey
     ) -> Gradient:
         """The gradient that goes to the optimizer, the next state, and scalars to log ("loss" among them)."""
-        ...
+
+    def for_steps(self, steps: int) -> "Defence":
+        """Itself, told the total number of steps before training begins (Lisa's warm-up)."""
+        return self
+
+    def last_pass(self, loss: Loss, params: Params, sets: Sets, state: State) -> State:
+        """A look at whole data sets after the last step (Panacea's ε of the whole harmful set); run as ``first_pass``."""
+        return state
+
+    def trained(self, params: Params, state: State) -> Params | None:
+        """Which layers of which tensors a step trains, by the state that ``gradient`` returned; None: all.
+
+        The form of the mask is that of ``train.optimizer.Partial``. What is left out stands still, without weight decay or a change of
+        its moments.
+        """
+        return None
+
+    @property
+    def partial(self) -> bool:
+        """Whether a step may leave layers out."""
+        return type(self).trained is not Defence.trained
 
 
-Sets = Mapping[str, Iterable[Any]]
+class Anchor(NamedTuple):
+    """w₀: the trainable tree at the start."""
+
+    start: Params
 
 
-def passes_of(defence: Any) -> dict[str, float | int]:
-    """Passes a step by stream, in batches, of a method with its hyper-parameters; only streams that it has."""
-    passes = getattr(defence, "passes", defence.facts.passes)
-    return {name: n for name, n in passes.items() if name in ("user", *defence.streams)}
+class Anchored(Defence):
+    """A defence that compares with where it started; in LoRA mode the same base with the starting adapter, no second one."""
+
+    def init(self, params: Params) -> Anchor:
+        """w₀ = w."""
+        return Anchor(jax.tree.map(jnp.copy, params))
 
 
-def for_steps(defence: Any, steps: int) -> Any:
-    """The method, told the total number of steps if it asks for that."""
-    return defence.for_steps(steps) if hasattr(defence, "for_steps") else defence
+def passes_of(method: Method) -> dict[str, float | int]:
+    """Passes a step by stream, in batches; a method in one shot has none."""
+    if not isinstance(method, Defence):
+        return {}
+    return {"user": method.passes} | {name: s.passes for name, s in method.streams.items()}
 
 
-def mixed_of(defence: Any) -> tuple[str, ...]:
-    """The sets whose records the method appends to the user's."""
-    found: tuple[str, ...] = getattr(defence, "mixed", ())
-    return found
-
-
-def whole_passes_of(defence: Any) -> dict[str, float]:
+def whole_passes_of(method: Method) -> dict[str, float]:
     """Passes over whole sets, before or after the steps, by stream; empty where the method looks at none."""
-    return {name: float(n) for name, n in getattr(defence, "whole_passes", {}).items()}
+    return {name: s.whole_passes for name, s in method.streams.items() if s.whole_passes}
 
 
-def extra_data(defence: Any) -> tuple[str, ...]:
+def extra_data(method: Method) -> tuple[str, ...]:
     """What a method is given that plain SFT at its stage is not: names of data sets, and ``"unaligned base"`` for the weights before
     alignment. The main records of the stage are no part of it, unless the method puts others in their place."""
-    names = [*defence.streams, *mixed_of(defence)]
-    benign = getattr(defence, "benign_ratio", None)
-    if benign is not None:  # a set of which the ratio takes nothing is not read
-        names += ["alignment"] * (benign < 1) + ["benign"] * (benign > 0)
-    if hasattr(defence, "folders"):
+    names = [*method.streams, *method.mixed]
+    share = method.benign_share
+    if share is not None:  # a set of which the share takes nothing is not read
+        names += ["alignment"] * (share < 1) + ["benign"] * (share > 0)
+    if method.folders is not None:
         names.append("unaligned base")
     return tuple(dict.fromkeys(names))
+
+
+def hyper_parameters(kind: type[Any]) -> dict[str, Any]:
+    """The hyper-parameters of a method and their defaults, in its own order."""
+    return {field.name: field.default for field in dataclasses.fields(kind)}
 
 
 def check_packing(method: Method) -> None:
     """Raises:
     InputError: the method would compute something else on rows that hold several records.
     """
-    why = getattr(method, "unpackable", "")
-    if why:
-        raise InputError(f"config.data.packing = True: {method.facts.title} {why}")
+    if method.unpackable:
+        raise InputError(f"config.data.packing = True: {method.facts.title} {method.unpackable}")
 
 
 def check_not_negative(**values: float | int) -> None:
@@ -165,3 +265,12 @@ def check_not_negative(**values: float | int) -> None:
     for name, value in values.items():
         if not 0 <= value < float("inf"):
             raise InputError(f"config.defence.{name} = {value}: a finite number, 0 or more")
+
+
+def check_counts(**values: int) -> None:
+    """Raises:
+    InputError: a hyper-parameter that counts is below 1; its key is named.
+    """
+    for name, value in values.items():
+        if value < 1:
+            raise InputError(f"config.defence.{name} = {value}: 1 or more")

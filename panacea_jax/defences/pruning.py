@@ -29,7 +29,7 @@ def check_dense_ratio(ratio: float | int) -> None:
         raise InputError(f"config.defence.dense_ratio = {ratio}: a share between 0 and 1")
 
 
-def matrices(params: Params) -> dict[str, Matrix]:
+def pruned_matrices(params: Params) -> dict[str, Matrix]:
     """What is pruned, by dotted name, e.g. ``layers.self_attn.q_proj.a``."""
     named = {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
     return {name: x for name, x in named.items() if _PRUNED.fullmatch(name)}
@@ -71,8 +71,8 @@ def _name(path: tuple[object, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def count(params: Params, pruned: Params) -> dict[str, int]:
+def count_pruned(params: Params, pruned: Params) -> dict[str, int]:
     """How many entries were set to 0 that were not, of how many."""
-    before, after = matrices(params), matrices(pruned)
+    before, after = pruned_matrices(params), pruned_matrices(pruned)
     cut = {name: jnp.sum((w != 0) & (after[name] == 0)) for name, w in before.items()}
     return {"pruned": sum(map(int, cut.values())), "entries": sum(w.size for w in before.values())}

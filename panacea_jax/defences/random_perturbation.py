@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from panacea_jax.defences.protocol import Facts, Params, Stage, check_not_negative
+from panacea_jax.defences.protocol import Facts, Method, Params, Stage, check_not_negative
 
 
 class RandomPerturbationState(NamedTuple):
@@ -23,7 +23,7 @@ class RandomPerturbationState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomPerturbation:
+class RandomPerturbation(Method):
     """Noise on the finished weights.
 
     Attributes:
@@ -37,11 +37,9 @@ class RandomPerturbation:
     seed: int = 0
 
     stage: ClassVar[Stage] = "heal"
-    streams: ClassVar[tuple[str, ...]] = ()
     facts: ClassVar[Facts] = Facts(
         title="random perturbation",
         paper="arXiv 2501.18100",
-        passes={},
         memory="the noise",
         code="added once; the public code adds it anew at every evaluation",
     )
@@ -63,3 +61,7 @@ class RandomPerturbation:
     def finish(self, params: Params, state: RandomPerturbationState) -> Params:
         """``w + noise``."""
         return jax.tree.map(jnp.add, params, state.epsilon)
+
+    def epsilon(self, state: RandomPerturbationState) -> Params:
+        """The noise stands in the place of ε."""
+        return state.epsilon

@@ -15,11 +15,11 @@ import jax
 from jaxtyping import Array, Bool, Key
 
 from panacea_jax.defences import pruning
-from panacea_jax.defences.protocol import Facts, Params, Stage, State
+from panacea_jax.defences.protocol import Facts, Method, Params, Stage, State
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomPrune:
+class RandomPrune(Method):
     """Prune at random.
 
     Attributes:
@@ -31,21 +31,15 @@ class RandomPrune:
     seed: int = 0
 
     stage: ClassVar[Stage] = "heal"
-    streams: ClassVar[tuple[str, ...]] = ()
     facts: ClassVar[Facts] = Facts(
         title="random pruning",
         paper="ICML 2025 (Antidote's control)",
-        passes={},
         memory="one mask",
         code="as many entries of each tensor as Antidote's code cuts, drawn by a seed of its own; of all weights only q, k and v",
     )
 
     def __post_init__(self) -> None:
         pruning.check_dense_ratio(self.dense_ratio)
-
-    def init(self, params: Params) -> State:
-        """Nothing to remember."""
-        return ()
 
     def finish(self, params: Params, state: State) -> Params:
         """``W ⊙ (1 − mask)``."""
@@ -66,4 +60,4 @@ class RandomPrune:
 
     def report(self, params: Params, state: State) -> dict[str, int]:
         """How much was cut."""
-        return pruning.count(params, self.finish(params, state))
+        return pruning.count_pruned(params, self.finish(params, state))

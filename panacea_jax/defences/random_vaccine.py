@@ -8,20 +8,28 @@ o_l is the output of layer l's attention module, before the residual. ρ is a va
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
 
 from panacea_jax.defences.loss import Loss
-from panacea_jax.defences.protocol import Facts, Gradient, Params, Stage, State, check_not_negative
+from panacea_jax.defences.protocol import (
+    Batches,
+    Defence,
+    Facts,
+    Gradient,
+    Params,
+    RandomKey,
+    Stage,
+    State,
+    check_not_negative,
+)
 from panacea_jax.defences.vaccine import no_offsets
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomVaccine:
+class RandomVaccine(Defence):
     """The gradient at noisy activations.
 
     Attributes:
@@ -31,11 +39,9 @@ class RandomVaccine:
     rho: float | int = 2.0
 
     stage: ClassVar[Stage] = "align"
-    streams: ClassVar[tuple[str, ...]] = ()
     facts: ClassVar[Facts] = Facts(
         title="random Vaccine",
         paper="arXiv 2402.01109",
-        passes={"user": 1},
         memory="the noise, one B×T×D tensor a layer",
         code="ρ is the variance, as its code",
     )
@@ -46,17 +52,8 @@ class RandomVaccine:
     def __post_init__(self) -> None:
         check_not_negative(rho=self.rho)
 
-    def init(self, params: Params) -> State:
-        """Nothing to remember."""
-        return ()
-
     def gradient(
-        self,
-        loss_fn: Loss,
-        params: Params,
-        batches: Mapping[str, Any],
-        state: State,
-        key: Key[Array, ""],
+        self, loss_fn: Loss, params: Params, batches: Batches, state: State, key: RandomKey
     ) -> Gradient:
         """The gradient with fresh noise at each step."""
         still = no_offsets(loss_fn, batches["user"])
@@ -65,7 +62,3 @@ class RandomVaccine:
         )
         value, grads = jax.value_and_grad(loss_fn)(params, batches["user"], noise)
         return grads, state, {"loss": value}
-
-    def finish(self, params: Params, state: State) -> Params:
-        """``w`` as trained."""
-        return params

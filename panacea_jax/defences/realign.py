@@ -8,18 +8,15 @@ batch with about ``benign_ratio`` benign records, mixed by ``data.mixing.realign
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from jaxtyping import Array, Key
-
-from panacea_jax.defences.protocol import Facts, Gradient, LossFn, Params, Stage, State
+from panacea_jax.defences.protocol import Facts, Stage
 from panacea_jax.defences.sft import Sft
 from panacea_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class Realign:
+class Realign(Sft):
     """Minimise the loss on refusals and benign answers.
 
     Attributes:
@@ -31,11 +28,24 @@ class Realign:
     benign_ratio: float | int = 0.5
 
     stage: ClassVar[Stage] = "heal"
-    streams: ClassVar[tuple[str, ...]] = ()
     facts: ClassVar[Facts] = Facts(
-        title="realignment", paper="none", passes={"user": 1}, memory="none",
-        code="refusals and benign records in place of the user's",
-    )  # fmt: skip
+        "realignment", "none", "none", "refusals and benign records in place of the user's"
+    )
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """After fine-tuning only."""
+        return ("heal",)
+
+    @property
+    def benign_share(self) -> float | int:
+        """The main stream is this mix."""
+        return self.benign_ratio
+
+    @property
+    def own_steps(self) -> int:
+        """Few, whatever fine-tuning took."""
+        return self.steps
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -44,22 +54,3 @@ class Realign:
             raise InputError(
                 f"config.defence.benign_ratio = {self.benign_ratio}: a share between 0 and 1"
             )
-
-    def init(self, params: Params) -> State:
-        """Nothing to remember."""
-        return ()
-
-    def gradient(
-        self,
-        loss_fn: LossFn,
-        params: Params,
-        batches: Mapping[str, Any],
-        state: State,
-        key: Key[Array, ""],
-    ) -> Gradient:
-        """``g = ∇ L_mix(w)``."""
-        return Sft().gradient(loss_fn, params, batches, state, key)
-
-    def finish(self, params: Params, state: State) -> Params:
-        """``w`` as trained."""
-        return params

@@ -21,8 +21,7 @@ up; the harmless loss is the ordinary one over response tokens, so that α = β 
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +31,16 @@ from jaxtyping import Array, Bool, Float, Key
 from panacea_jax.data.batches import Batch
 from panacea_jax.defences.loss import Loss
 from panacea_jax.defences.protocol import (
+    Batches,
+    Defence,
     Facts,
     Gradient,
     Metrics,
     Params,
+    RandomKey,
     Stage,
     State,
+    StreamSpec,
     check_not_negative,
 )
 
@@ -111,7 +114,7 @@ def layerwise_loss(
     """``Σ_j CE_j``: each hidden state through the final norm and the lm head, one at a time and recomputed in the backward pass."""
 
     def layer(total: Array, hidden: Array) -> tuple[Array, None]:
-        return total + loss.mean(params, loss.norm(params, hidden), batch), None
+        return total + loss.mean(params, loss.bind(params).norm(hidden), batch), None
 
     zero = jnp.zeros((), jnp.promote_types(states.dtype, jnp.float32))
     total, _ = jax.lax.scan(jax.checkpoint(layer, prevent_cse=False), zero, states)
@@ -119,7 +122,7 @@ def layerwise_loss(
 
 
 @dataclasses.dataclass(frozen=True)
-class RepNoise:
+class RepNoise(Defence):
     """RepNoise's joint loss.
 
     Attributes:
@@ -134,11 +137,9 @@ class RepNoise:
     paired: bool = True
 
     stage: ClassVar[Stage] = "align"
-    streams: ClassVar[tuple[str, ...]] = ("harmful",)
     facts: ClassVar[Facts] = Facts(
         title="RepNoise",
         paper="arXiv 2405.14577",
-        passes={"user": 1, "harmful": 1},
         memory="MLP outputs and hidden states of the harmful batch, logits of one layer at a time",
         code="loss of the official code, paired; masks of padding and labels mended",
     )
@@ -148,21 +149,12 @@ class RepNoise:
         check_not_negative(alpha=self.alpha, beta=self.beta)
 
     @property
-    def paired_streams(self) -> tuple[str, ...]:
-        """Streams that go record by record with the main one."""
-        return ("harmful",) if self.paired else ()
-
-    def init(self, params: Params) -> State:
-        """Nothing to remember."""
-        return ()
+    def streams(self) -> dict[str, StreamSpec]:
+        """Harmful records, in pairs with the harmless ones or not."""
+        return {"harmful": StreamSpec(passes=1, paired=self.paired)}
 
     def gradient(
-        self,
-        loss_fn: Loss,
-        params: Params,
-        batches: Mapping[str, Any],
-        state: State,
-        key: Key[Array, ""],
+        self, loss_fn: Loss, params: Params, batches: Batches, state: State, key: RandomKey
     ) -> Gradient:
         """``∇ (L_harmless + β MMD − α log L_adv)``."""
         harmless, harmful = batches["user"], batches["harmful"]
@@ -182,7 +174,3 @@ class RepNoise:
 
         grads, measured = jax.grad(joint, has_aux=True)(params)
         return grads, state, measured
-
-    def finish(self, params: Params, state: State) -> Params:
-        """``w`` as trained."""
-        return params

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from panacea_jax.defences.loss import Loss
-from panacea_jax.defences.protocol import Facts, Params, Sets, Stage
+from panacea_jax.defences.protocol import Facts, Method, Params, Sets, Stage
 from panacea_jax.errors import InputError
 from panacea_jax.models.adapter import BLOCK_OF, Adapter
 from panacea_jax.models.hub import local_folder
@@ -42,7 +42,7 @@ class SafeLoraState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class SafeLora:
+class SafeLora(Method):
     """Project the B of modules that left the alignment's subspace.
 
     Attributes:
@@ -62,11 +62,9 @@ class SafeLora:
     num_layers: int = 10
 
     stage: ClassVar[Stage] = "heal"
-    streams: ClassVar[tuple[str, ...]] = ()
     facts: ClassVar[Facts] = Facts(
         title="Safe LoRA",
         paper="arXiv 2405.16833",
-        passes={},
         memory="one matrix of the unaligned base at a time, one projected B a module",
         code="projection, rounding and selection reproduced; modules matched by name, not by order",
     )
@@ -84,6 +82,10 @@ class SafeLora:
         """The models that it reads; "" where none is named."""
         return self.base, self.aligned
 
+    def aligned_by(self, adapter: str) -> "SafeLora":
+        """Compares with the aligned model; what is said of it stays."""
+        return dataclasses.replace(self, aligned=self.aligned or adapter)
+
     def check(self, full_parameters: bool) -> None:
         """Raises:
         InputError: all parameters are healed; ``base`` is not set, or not a model.
@@ -92,9 +94,9 @@ class SafeLora:
             raise InputError(
                 "config.defence.name = safelora: projects the B of an adapter; config.train.full_parameters leaves none"
             )
-        self.base_tensors()
+        self._base_tensors()
 
-    def base_tensors(self) -> dict[str, Tensor]:
+    def _base_tensors(self) -> dict[str, Tensor]:
         """Where the matrices of the unaligned model lie.
 
         Raises:
@@ -131,7 +133,7 @@ class SafeLora:
                 are asked for.
         """
         shift = load_adapter(self.aligned, loss.model) if self.aligned else None
-        tensors = self.base_tensors()
+        tensors = self._base_tensors()
         state = SafeLoraState({}, {})
         for target in params.targets:
             block = BLOCK_OF[target]
@@ -162,7 +164,7 @@ class SafeLora:
             )
         return state
 
-    def threshold_of(self, state: SafeLoraState) -> float:
+    def _threshold_of(self, state: SafeLoraState) -> float:
         """τ."""
         if self.select == "threshold":
             return float(self.threshold)
@@ -170,7 +172,7 @@ class SafeLora:
 
     def finish(self, params: Adapter, state: SafeLoraState) -> Adapter:
         """``P B`` where c ≤ τ."""
-        tau = self.threshold_of(state)
+        tau = self._threshold_of(state)
         layers = jax.tree.map(lambda x: x, params.layers)
         for target, cosine in state.cosine.items():
             pair = layers[BLOCK_OF[target]][target]
@@ -180,7 +182,7 @@ class SafeLora:
 
     def report(self, params: Adapter, state: SafeLoraState) -> dict[str, Any]:
         """Which modules were projected, and ``similarity``, the mean of ``1/(1 + ‖B_new − P B‖)``."""
-        tau, new = self.threshold_of(state), self.finish(params, state)
+        tau, new = self._threshold_of(state), self.finish(params, state)
         distance = [
             jnp.linalg.norm(new.layers[BLOCK_OF[t]][t]["b"] - p, axis=(1, 2))
             for t, p in state.projected.items()

@@ -4,39 +4,38 @@ Stage: any. Passes per step: 1 (forward + backward). Extra memory: none. Extra d
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
-from jaxtyping import Array, Key
 
-from panacea_jax.defences.protocol import Facts, Gradient, LossFn, Params, Stage, State
+from panacea_jax.defences.protocol import (
+    Batches,
+    Defence,
+    Facts,
+    Gradient,
+    LossFn,
+    Params,
+    RandomKey,
+    Stage,
+    State,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Sft:
+class Sft(Defence):
     """Minimise ``L_task(w)``."""
 
     stage: ClassVar[Stage] = "finetune"
-    streams: ClassVar[tuple[str, ...]] = ()
-    facts: ClassVar[Facts] = Facts("SFT", "none", {"user": 1}, "none", "also at the stage align")
+    facts: ClassVar[Facts] = Facts("SFT", "none", "none", "also at the stage align")
 
-    def init(self, params: Params) -> State:
-        """Nothing to remember."""
-        return ()
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Plain training also aligns."""
+        return ("align", "finetune")
 
     def gradient(
-        self,
-        loss_fn: LossFn,
-        params: Params,
-        batches: Mapping[str, Any],
-        state: State,
-        key: Key[Array, ""],
+        self, loss_fn: LossFn, params: Params, batches: Batches, state: State, key: RandomKey
     ) -> Gradient:
         """``g = ∇ L_task(w)``."""
         loss, g = jax.value_and_grad(loss_fn)(params, batches["user"])
         return g, state, {"loss": loss}
-
-    def finish(self, params: Params, state: State) -> Params:
-        """``w`` as trained."""
-        return params

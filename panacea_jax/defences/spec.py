@@ -11,6 +11,7 @@ import re
 from typing import Any, NamedTuple
 
 from panacea_jax.defences import DEFENCES, Sft
+from panacea_jax.defences.protocol import hyper_parameters
 from panacea_jax.errors import InputError
 
 
@@ -71,7 +72,7 @@ def _parts(part: str, text: str, key: str) -> list[Part]:
     name, colon, rest = part.strip().partition(":")
     if name not in DEFENCES:
         raise _error(key, text, f"{name!r} is no defence; known are {', '.join(DEFENCES)}")
-    known = [field.name for field in dataclasses.fields(DEFENCES[name])]
+    known = list(hyper_parameters(DEFENCES[name]))
     values: dict[str, list[Any]] = {}
     # Commas within brackets belong to a value, such as one radius a layer.
     for setting in re.split(r",(?![^(]*\))", rest) if colon else ():

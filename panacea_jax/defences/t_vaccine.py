@@ -18,7 +18,6 @@ checkpoints; here their MLP matrices train as those of all other layers do.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -26,7 +25,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from panacea_jax.defences.loss import Loss
-from panacea_jax.defences.protocol import Facts, Gradient, Params, Stage, check_not_negative
+from panacea_jax.defences.protocol import (
+    Batches,
+    Defence,
+    Facts,
+    Gradient,
+    Params,
+    RandomKey,
+    Stage,
+    StreamSpec,
+    check_counts,
+    check_not_negative,
+)
 from panacea_jax.defences.vaccine import no_offsets, perturbed_gradient
 from panacea_jax.errors import InputError
 from panacea_jax.models.adapter import Adapter
@@ -60,14 +70,14 @@ def with_empty_row(batch: Any) -> Any:
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 1), *((0, 0),) * (x.ndim - 1))), batch)
 
 
-def draw(key: Key[Array, ""], probabilities: Float[Array, "L"], count: int) -> Int[Array, "S"]:
+def draw_layers(key: Key[Array, ""], probabilities: Float[Array, "L"], count: int) -> Int[Array, "S"]:
     """So many distinct layers, drawn one after the other by their probabilities; rising."""
     chosen = jax.random.choice(key, probabilities.size, (count,), replace=False, p=probabilities)
     return jnp.sort(chosen).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
-class TVaccine:
+class TVaccine(Defence):
     """Vaccine's second gradient, with perturbation and training of attention on S layers.
 
     Attributes:
@@ -87,20 +97,20 @@ class TVaccine:
     freeze: Literal["attention", "layer"] = "attention"
 
     stage: ClassVar[Stage] = "align"
-    streams: ClassVar[tuple[str, ...]] = ("harmful",)
     facts: ClassVar[Facts] = Facts(
         title="T-Vaccine",
         paper="arXiv 2410.09760",
-        passes={"user": 2, "harmful": 1 / 200},
         memory="S tensors B×T×D; every layer rematerialised",
         code="draws, freezing and single-record importance as its code; MLPs below the lowest active layer train too",
     )
 
     def __post_init__(self) -> None:
         check_not_negative(rho=self.rho)
-        for name in ("layers", "interval", "importance_interval"):
-            if getattr(self, name) < 1:
-                raise InputError(f"config.defence.{name} = {getattr(self, name)}: 1 or more")
+        check_counts(
+            layers=self.layers,
+            interval=self.interval,
+            importance_interval=self.importance_interval,
+        )
         choices = {"importance_average": ("none", "mean"), "freeze": ("attention", "layer")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -109,14 +119,15 @@ class TVaccine:
                 )
 
     @property
-    def intervals(self) -> dict[str, int]:
-        """The harmful stream moves on when it is looked at."""
-        return {"harmful": self.importance_interval}
+    def passes(self) -> int:
+        """Two on the same batch."""
+        return 2
 
     @property
-    def passes(self) -> dict[str, float | int]:
-        """Passes a step, in batches; the look at a harmful batch averaged over the steps between two looks."""
-        return {"user": 2, "harmful": 1 / self.importance_interval}
+    def streams(self) -> dict[str, StreamSpec]:
+        """The harmful stream moves on when it is looked at."""
+        interval = self.importance_interval
+        return {"harmful": StreamSpec(passes=1 / interval, interval=interval)}
 
     def init(self, params: Params) -> TVaccineState:
         """Any state: step 0 looks and draws.
@@ -132,12 +143,7 @@ class TVaccine:
         return TVaccineState(jnp.full(count, 1 / count, dtype), active, jnp.zeros((), jnp.int32))
 
     def gradient(
-        self,
-        loss_fn: Loss,
-        params: Params,
-        batches: Mapping[str, Any],
-        state: TVaccineState,
-        key: Key[Array, ""],
+        self, loss_fn: Loss, params: Params, batches: Batches, state: TVaccineState, key: RandomKey
     ) -> Gradient:
         """Look and draw when it is time, then the gradient at the perturbed activations of the active layers."""
         loss = dataclasses.replace(loss_fn, remat="full")
@@ -147,7 +153,7 @@ class TVaccine:
             lambda: state.probabilities,
         )
         fresh = state.steps % self.interval == 0
-        active = jnp.where(fresh, draw(key, p, self.layers), state.active)
+        active = jnp.where(fresh, draw_layers(key, p, self.layers), state.active)
         grads, metrics = perturbed_gradient(loss, params, batches["user"], self.rho, active)
         return grads, TVaccineState(p, active, state.steps + 1), metrics
 
@@ -173,10 +179,6 @@ class TVaccine:
             return active if frozen in names else jnp.ones((), bool)
 
         return jax.tree_util.tree_map_with_path(mask, params)
-
-    def finish(self, params: Params, state: TVaccineState) -> Params:
-        """``w`` as trained."""
-        return params
 
 
 def _num_layers(params: Params) -> int:

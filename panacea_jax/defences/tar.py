@@ -19,32 +19,37 @@ alignment data at three times the cost. That is not reproduced.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key
 
-from panacea_jax.data.batches import Batch, unweave
+from panacea_jax.data.batches import Batch, deinterleave
 from panacea_jax.defences.loss import Loss
-from panacea_jax.defences.protocol import Facts, Gradient, Metrics, Params, Stage
+from panacea_jax.defences.protocol import (
+    Anchor,
+    Anchored,
+    Batches,
+    Facts,
+    Gradient,
+    Metrics,
+    Params,
+    RandomKey,
+    Stage,
+    StreamSpec,
+    check_counts,
+)
 from panacea_jax.errors import InputError
 
 RATE = 1 / 16
 ADVERSARY_WEIGHT_DECAY = 0.01  # PyTorch's default, which the official code leaves alone
 
 
-class TarState(NamedTuple):
-    """The trainable tree that alignment started from."""
-
-    start: Params
-
-
 def negative_entropy(loss: Loss, params: Params, batch: Batch) -> Float[Array, ""]:
     """``L_TR``: minus the entropy of the next-token distribution, mean over real tokens."""
-    logits = loss.logits(params, loss.forward(params, batch).hidden)
+    logits = loss.bind(params).logits(loss.forward(params, batch).hidden)
     log_p = jax.nn.log_softmax(logits, axis=-1)
     negative = jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
     return jnp.where(batch.valid, negative, 0).sum() / jnp.maximum(batch.valid.sum(), 1)
@@ -62,7 +67,7 @@ def mean_distance(
 
 
 @dataclasses.dataclass(frozen=True)
-class Tar:
+class Tar(Anchored):
     """TAR's first-order gradient.
 
     Attributes:
@@ -80,19 +85,15 @@ class Tar:
     retain_weight: float | int = 1.0
 
     stage: ClassVar[Stage] = "align"
-    streams: ClassVar[tuple[str, ...]] = ("harmful",)
     facts: ClassVar[Facts] = Facts(
         title="TAR",
         paper="arXiv 2408.00761",
-        passes={"user": 3 / 2, "harmful": 80},
         memory="the starting weights; in a step four trees of the size of the trainable one",
         code="second stage of the official code, one kind of adversary; not the inert copy in T-Vaccine's",
     )
 
     def __post_init__(self) -> None:
-        for name in ("inner_steps", "inner_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"config.defence.{name} = {getattr(self, name)}: 1 or more")
+        check_counts(inner_steps=self.inner_steps, inner_every=self.inner_every)
         if self.inner_steps % self.inner_every:
             raise InputError(
                 f"config.defence.inner_every = {self.inner_every}: must divide inner_steps = {self.inner_steps}"
@@ -111,34 +112,26 @@ class Tar:
         return rate if isinstance(rate, tuple) else (rate,)
 
     @property
-    def repeats(self) -> dict[str, int]:
-        """Harmful batches a step: one for each step of the adversary, and the held-out one."""
-        return {"harmful": self.inner_steps + 1}
+    def passes(self) -> float:
+        """The alignment batch, and a forward pass of the starting model."""
+        return 3 / 2
 
     @property
-    def passes(self) -> dict[str, float | int]:
-        """Passes a step, in batches."""
-        return {"user": 3 / 2, "harmful": self.inner_steps + self.inner_steps // self.inner_every}
-
-    def init(self, params: Params) -> TarState:
-        """Keep where alignment starts."""
-        return TarState(jax.tree.map(jnp.copy, params))
+    def streams(self) -> dict[str, StreamSpec]:
+        """Harmful batches: one for each step of the adversary, and the held-out one."""
+        passes = self.inner_steps + self.inner_steps // self.inner_every
+        return {"harmful": StreamSpec(passes=passes, repeats=self.inner_steps + 1)}
 
     def gradient(
-        self,
-        loss_fn: Loss,
-        params: Params,
-        batches: Mapping[str, Any],
-        state: TarState,
-        key: Key[Array, ""],
+        self, loss_fn: Loss, params: Params, batches: Batches, state: Anchor, key: RandomKey
     ) -> Gradient:
         """The retain gradient at θ₀ and the tamper-resistance gradients along the attack."""
-        tamper, attack = self.tamper_gradient(loss_fn, params, batches["harmful"], key)
-        retain, kept = self.retain_gradient(loss_fn, params, batches["user"], state.start)
+        tamper, attack = self._tamper_gradient(loss_fn, params, batches["harmful"], key)
+        retain, kept = self._retain_gradient(loss_fn, params, batches["user"], state.start)
         grads = jax.tree.map(lambda r, t: self.retain_weight * r + t, retain, tamper)
         return grads, state, {**kept, **attack}
 
-    def retain_gradient(
+    def _retain_gradient(
         self, loss: Loss, params: Params, batch: Batch, start: Params
     ) -> tuple[Params, Metrics]:
         """``∇ L_retain``, and what to log."""
@@ -155,11 +148,11 @@ class Tar:
 
         return jax.grad(retain, has_aux=True)(params)
 
-    def tamper_gradient(
+    def _tamper_gradient(
         self, loss: Loss, params: Params, harmful: Batch, key: Key[Array, ""]
     ) -> tuple[Params, Metrics]:
         """``Σ w_i ∇ L_TR(θ_i)``, and what to log. Nothing differentiates through the attack, so it keeps no activations."""
-        whole = unweave(harmful, self.inner_steps + 1)
+        whole = deinterleave(harmful, self.inner_steps + 1)
         attack = jax.tree.map(lambda x: x[:-1].reshape(-1, self.inner_every, *x.shape[1:]), whole)
         held_out = jax.tree.map(lambda x: x[-1], whole)
         rates = self._rates
@@ -191,7 +184,3 @@ class Tar:
             "tamper_loss": values[-1],
             "norm_tamper": optax.tree.norm(total),
         }
-
-    def finish(self, params: Params, state: TarState) -> Params:
-        """``w`` as trained."""
-        return params

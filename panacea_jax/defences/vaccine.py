@@ -10,25 +10,27 @@ layer; the public code, followed here, perturbs attention outputs only.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from panacea_jax.defences.loss import Loss
 from panacea_jax.defences.protocol import (
+    Batches,
+    Defence,
     Facts,
     Gradient,
     Metrics,
     Params,
+    RandomKey,
     Stage,
     State,
     check_not_negative,
 )
-from panacea_jax.models.decoder import SomeOffsets
+from panacea_jax.models.bound import SomeOffsets
 from panacea_jax.perturbation import to_sphere
 
 
@@ -56,14 +58,15 @@ def perturbed_gradient(
     value, at_outputs = jax.value_and_grad(at)(no_offsets(loss, batch, layers), params)
     # Norms in float32: a sum over B·T·D·L squares is more than bfloat16 can count.
     wide = at_outputs.astype(jnp.promote_types(at_outputs.dtype, jnp.float32))
-    offsets, _ = to_sphere(rho).update(wide, optax.EmptyState())
+    sphere = to_sphere(rho)
+    offsets, _ = sphere.update(wide, sphere.init(wide))
     moved, grads = jax.value_and_grad(at, argnums=1)(offsets.astype(at_outputs.dtype), params)
     metrics = {"loss": value, "loss_perturbed": moved, "norm_outputs": optax.tree.norm(wide)}
     return grads, metrics
 
 
 @dataclasses.dataclass(frozen=True)
-class Vaccine:
+class Vaccine(Defence):
     """Vaccine's second gradient.
 
     Attributes:
@@ -74,11 +77,9 @@ class Vaccine:
     rho: float | int = 2.0
 
     stage: ClassVar[Stage] = "align"
-    streams: ClassVar[tuple[str, ...]] = ()
     facts: ClassVar[Facts] = Facts(
         title="Vaccine",
         paper="arXiv 2402.01109",
-        passes={"user": 2},
         memory="one B×T×D tensor a layer",
         code="attention outputs only, as its code; without LoRA dropout both passes see one function",
     )
@@ -86,22 +87,14 @@ class Vaccine:
     def __post_init__(self) -> None:
         check_not_negative(rho=self.rho)
 
-    def init(self, params: Params) -> State:
-        """Nothing to remember."""
-        return ()
+    @property
+    def passes(self) -> int:
+        """Two on the same batch."""
+        return 2
 
     def gradient(
-        self,
-        loss_fn: Loss,
-        params: Params,
-        batches: Mapping[str, Any],
-        state: State,
-        key: Key[Array, ""],
+        self, loss_fn: Loss, params: Params, batches: Batches, state: State, key: RandomKey
     ) -> Gradient:
         """The gradient at the perturbed activations; the first pass only finds the perturbation."""
         grads, metrics = perturbed_gradient(loss_fn, params, batches["user"], self.rho)
         return grads, state, metrics
-
-    def finish(self, params: Params, state: State) -> Params:
-        """``w`` as trained."""
-        return params

@@ -13,26 +13,28 @@ the public code cannot run, for want of an argument or of a usable index.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
-from jaxtyping import Array, Key
 
 from panacea_jax.defences.protocol import (
+    Batches,
+    Defence,
     Facts,
     Gradient,
     LossFn,
     Params,
+    RandomKey,
     Stage,
     State,
+    StreamSpec,
     check_not_negative,
 )
 from panacea_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class Vlguard:
+class Vlguard(Defence):
     """SFT on safe records too, in the same batches or beside them.
 
     Attributes:
@@ -47,7 +49,6 @@ class Vlguard:
     facts: ClassVar[Facts] = Facts(
         title="VLGuard",
         paper="arXiv 2402.02207",
-        passes={"user": 1, "alignment": 1},
         memory="a second gradient (sum)",
         code="both forms of the public code; the user's records are not reduced",
     )
@@ -58,26 +59,17 @@ class Vlguard:
         check_not_negative(lam=self.lam)
 
     @property
-    def streams(self) -> tuple[str, ...]:
+    def streams(self) -> dict[str, StreamSpec]:
         """The alignment records, where they come in batches of their own."""
-        return ("alignment",) if self.mode == "sum" else ()
+        return {"alignment": StreamSpec(passes=1)} if self.mode == "sum" else {}
 
     @property
     def mixed(self) -> tuple[str, ...]:
         """The sets whose records join the user's."""
         return ("alignment",) if self.mode == "mix" else ()
 
-    def init(self, params: Params) -> State:
-        """Nothing to remember."""
-        return ()
-
     def gradient(
-        self,
-        loss_fn: LossFn,
-        params: Params,
-        batches: Mapping[str, Any],
-        state: State,
-        key: Key[Array, ""],
+        self, loss_fn: LossFn, params: Params, batches: Batches, state: State, key: RandomKey
     ) -> Gradient:
         """``∇ L_task(w)``, and ``+ λ ∇ L_align(w)`` in mode "sum"."""
         loss, g = jax.value_and_grad(loss_fn)(params, batches["user"])
@@ -86,7 +78,3 @@ class Vlguard:
         safe_loss, s = jax.value_and_grad(loss_fn)(params, batches["alignment"])
         grads = jax.tree.map(lambda g, s: g + self.lam * s, g, s)
         return grads, state, {"loss": loss, "alignment_loss": safe_loss}
-
-    def finish(self, params: Params, state: State) -> Params:
-        """``w`` as trained."""
-        return params

@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from panacea_jax.evaluate.judged import Judged
-from panacea_jax.evaluate.scores import Json, ScoredSet, checked_pairs
+from panacea_jax.evaluate.scores import Json, Judged, ScoredSet, checked_pairs
 from panacea_jax.evaluate.tasks import answer_text, find_task
 
 VERDICT = {True: "flagged", False: "not flagged"}

@@ -13,16 +13,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from panacea_jax.errors import InputError
-from panacea_jax.evaluate.judged import Judged
 from panacea_jax.evaluate.pairing import Paired, paired
-from panacea_jax.evaluate.scores import Json, checked_pairs, outcomes
+from panacea_jax.evaluate.scores import Json, Judged, checked_pairs, outcomes
 from panacea_jax.evaluate.tasks import find_task
 
 ALPHA = 0.05
 """Level of the tests behind "raised" and "credited"."""
 
 TESTED = ("hs", "hs_plus", "fa", "over_refusal")
-TITLES = {
+_TITLES = {
     "hs": "HS", "hs_plus": "HS+", "over_refusal": "over-refusal", "fa": "FA", "fa_contains": "FA (contains)",
     "refused": "refused", "incoherent": "repeated", "empty": "empty", "truncated": "truncated",
     "mean_words": "words", "mean_tokens": "tokens", "distinct_1": "distinct-1", "distinct_2": "distinct-2",
@@ -201,7 +200,7 @@ def figures_table(title: str, results: Mapping[str, Json]) -> Table:
     for name in results:
         table.add_column(escape(name), justify="right", overflow="fold")
     for s in dict.fromkeys(s for r in results.values() for s in r["sets"]):
-        for figure, words in TITLES.items():
+        for figure, words in _TITLES.items():
             cells = [_shown(r["sets"].get(s, {}), figure) for r in results.values()]
             if any(cells):
                 table.add_row(s, words, *cells)
@@ -226,7 +225,7 @@ def paired_table(tests: Sequence[Json]) -> Table:
     for t in tests:
         low, high = t["ci95"]
         table.add_row(
-            escape(t["first"]), escape(t["second"]), t["set"], TITLES[t["figure"]], f"{t['difference']:+.1f} [{low:+.1f}, {high:+.1f}]",
+            escape(t["first"]), escape(t["second"]), t["set"], _TITLES[t["figure"]], f"{t['difference']:+.1f} [{low:+.1f}, {high:+.1f}]",
             str(t["only_a"]), str(t["only_b"]), _p(t["p"]),
         )  # fmt: skip
     return table

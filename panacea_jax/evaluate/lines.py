@@ -1,5 +1,6 @@
 """What one line of generations/<set>.jsonl and of judgements/<set>.<judge>.jsonl holds."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,15 +8,20 @@ from typing import Any
 from panacea_jax.data.sources import Record
 from panacea_jax.evaluate.coherence import incoherent
 from panacea_jax.evaluate.judges import Judge
-from panacea_jax.evaluate.records import digest
 from panacea_jax.evaluate.tasks import answer_text, find_task
 
-Json = dict[str, Any]
+_Json = dict[str, Any]
+
+
+def digest(prompt: str, response: str) -> str:
+    """A short fingerprint that ties a judgement to the answer it judged (first 16 hex digits of a
+    SHA-256)."""
+    return hashlib.sha256(json.dumps([prompt, response]).encode("ascii")).hexdigest()[:16]
 
 
 def generation_line(
     record: Record, *, prompt: str, response: str, template: str, finished: bool
-) -> Json:
+) -> _Json:
     """The line for one answer.
 
     Args:
@@ -39,7 +45,7 @@ def generation_line(
     }
 
 
-def judge_lines(generations: Sequence[Mapping[str, Any]], task: str, judge: Judge) -> list[Json]:
+def judge_lines(generations: Sequence[Mapping[str, Any]], task: str, judge: Judge) -> list[_Json]:
     """The lines for the verdicts on some answers.
 
     "flagged" is the judge's verdict on harmful sets and false elsewhere: that a maths answer is no

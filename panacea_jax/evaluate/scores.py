@@ -16,11 +16,11 @@ from panacea_jax.data.categories import normalise
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.diversity import distinct, words
 from panacea_jax.evaluate.intervals import bootstrap_mean, wilson
-from panacea_jax.evaluate.records import digest
+from panacea_jax.evaluate.lines import digest
 from panacea_jax.evaluate.tasks import Task, answer_text, counts_for_over_refusal, find_task
 
 Json = dict[str, Any]
-Line = Mapping[str, Any]
+_Line = Mapping[str, Any]
 
 HEADLINES = ("hs", "hs_plus", "refused", "fa", "fa_contains", "empty", "over_refusal")
 """Keys of scores.json that are figures, hence also the keys of its "ci95"."""
@@ -42,8 +42,8 @@ class ScoredSet:
 
     name: str
     task: str
-    generations: Sequence[Line]
-    judgements: Sequence[Line]
+    generations: Sequence[_Line]
+    judgements: Sequence[_Line]
 
 
 def score(
@@ -132,14 +132,35 @@ def score(
     }
 
 
-def prompts_hash(generations: Sequence[Line]) -> str:
+@dataclass(frozen=True)
+class Judged:
+    """All sets of a work directory that one judge has seen.
+
+    Attributes:
+        judge: {"name", "version"}.
+        sets: in the order of the generations' eval.tasks.
+        template: id of the template of every prompt.
+        decoding: as :func:`score` takes it; None without a manifest.
+    """
+
+    judge: Mapping[str, str]
+    sets: Sequence[ScoredSet]
+    template: str
+    decoding: Mapping[str, Any] | None
+
+    def scores(self) -> Json:
+        """The content of scores.json."""
+        return score(self.sets, judge=self.judge, template=self.template, decoding=self.decoding)
+
+
+def prompts_hash(generations: Sequence[_Line]) -> str:
     """A short fingerprint of what was asked, in order: instructions and inputs without the template
     around them (first 16 hex digits of a SHA-256)."""
     asked = [(g.get("instruction") or g["prompt"], g.get("input") or "") for g in generations]
     return hashlib.sha256(json.dumps(asked).encode("ascii")).hexdigest()[:16]
 
 
-def checked_pairs(s: ScoredSet, judge: Mapping[str, str], template: str) -> list[tuple[Line, Line]]:
+def checked_pairs(s: ScoredSet, judge: Mapping[str, str], template: str) -> list[tuple[_Line, _Line]]:
     """The records of a set that count, each with its judgement.
 
     Raises:
@@ -184,7 +205,7 @@ def checked_pairs(s: ScoredSet, judge: Mapping[str, str], template: str) -> list
 
 
 def outcomes(
-    task: Task, pairs: Sequence[tuple[Line, Line]], template: str
+    task: Task, pairs: Sequence[tuple[_Line, _Line]], template: str
 ) -> dict[str, list[bool]]:
     """What happened on each record, by figure: what the task's role asks for first, then what is
     reported for all."""
@@ -261,7 +282,7 @@ def _split(figures: Mapping[str, Any], part: str) -> Json:
     return {key: one(value) for key, value in figures.items()}
 
 
-def _lengths(pairs: Sequence[tuple[Line, Line]], template: str) -> dict[str, _Mean]:
+def _lengths(pairs: Sequence[tuple[_Line, _Line]], template: str) -> dict[str, _Mean]:
     """Mean length of the answers in words and, where every line says it, in generated tokens."""
     answers = (answer_text(generation["response"], template) for generation, _ in pairs)
     found = {"mean_words": _Mean(tuple(len(words(answer)) for answer in answers))}
@@ -270,7 +291,7 @@ def _lengths(pairs: Sequence[tuple[Line, Line]], template: str) -> dict[str, _Me
     return found
 
 
-def _described(task: Task, pairs: Sequence[tuple[Line, Line]], template: str) -> Json:
+def _described(task: Task, pairs: Sequence[tuple[_Line, _Line]], template: str) -> Json:
     """What is said of a set besides its shares and means."""
     answers = [words(answer_text(generation["response"], template)) for generation, _ in pairs]
     found: Json = {

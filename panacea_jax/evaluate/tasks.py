@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from panacea_jax.data.slices import find_slice
-from panacea_jax.data.sources import parse
+from panacea_jax.data.sources import parse_source
 from panacea_jax.errors import InputError
 
 Role = Literal["harmful", "over_refusal", "accuracy", "generation"]
@@ -177,7 +177,7 @@ def answer_length(spec: str) -> int:
     Raises:
         InputError: not a source.
     """
-    source = parse(spec)
+    source = parse_source(spec)
     named = find_slice(source.task, source.slice)
     return named.max_new_tokens if named else find_task(source.task).max_new_tokens
 
@@ -197,7 +197,7 @@ def set_names(specs: Sequence[str]) -> list[str]:
     sources = []
     for i, spec in enumerate(specs):
         try:
-            source = parse(spec)
+            source = parse_source(spec)
         except InputError as error:
             raise InputError(f"config.eval.tasks[{i}]: {error}") from error
         if spec in specs[:i]:

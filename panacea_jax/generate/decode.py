@@ -12,8 +12,8 @@ and empty blocks change nothing. Elsewhere, and where blocks are so small that t
 kernels depends on their number, the number of slots stays as it is.
 """
 
+import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,52 +24,43 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key
 
 from panacea_jax.errors import InputError
-from panacea_jax.generate.sample import Sampling, choose, row_keys
+from panacea_jax.generate.sample import Sampling, next_token, row_keys
+from panacea_jax.generate.schedule import ADMITTED, CHUNK, Answer, Schedule, common_prefix
 from panacea_jax.models.adapter import AdapterSet
-from panacea_jax.models.attention import BLOCK
-from panacea_jax.models.cache import KVCache, Layers, copy_into, init_cache, insert, settle
+from panacea_jax.models.attention import SLOT_BLOCK
+from panacea_jax.models.bound import Inputs
+from panacea_jax.models.cache import (
+    KVCache,
+    Layers,
+    copy_into,
+    init_cache,
+    insert,
+    num_slots,
+    settle,
+)
 from panacea_jax.models.model import Model
 from panacea_jax.parallel import batch_sharding, replicated
 from panacea_jax.parallel.sharding import ROWS, batch_rows
 
-# Prompts read together, and tokens decoded between two looks at which rows have ended.
-ADMITTED, CHUNK = 8, 16
 # Numbers in a device's block of the cache from which the kernels are the same for any number of blocks, by trying (test_attention.py).
 GROWS = 2**18
 # Sizes that the cache has at most where it grows; each is a compilation.
 SIZES = 6
-# Tokens that prompts must have in common for these to be kept apart.
-WORTH_SHARING = 16
 
 GREEDY = Sampling()
-Result = tuple[int, list[int], bool]
 
 
-def rung(needed: int, most: int, sizes: int) -> int:
+def cache_slots(needed: int, most: int, sizes: int) -> int:
     """Slots of the batch where ``needed`` must fit and ``most`` are the most ever needed; of ``sizes`` at most, each a compilation."""
-    step = -(-most // (sizes * BLOCK)) * BLOCK
-    return min(-(-needed // step) * step, -(-most // BLOCK) * BLOCK)
+    step = -(-most // (sizes * SLOT_BLOCK)) * SLOT_BLOCK
+    return min(-(-needed // step) * step, -(-most // SLOT_BLOCK) * SLOT_BLOCK)
 
 
 def _sizes(model: Model, count: int) -> int:
     c = model.config
     share = batch_rows(model.mesh) * (model.mesh.shape["tensor"] if _heads_split(model) else 1)
-    large = count * c.num_kv_heads * c.head_dim * BLOCK // share >= GROWS
+    large = count * c.num_kv_heads * c.head_dim * SLOT_BLOCK // share >= GROWS
     return SIZES if large and model.mesh.devices.flat[0].platform == "cpu" else 1
-
-
-def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with, leaving each at least one of its own; 0 where they are too few to be worth it."""
-    first, last = min(map(list, prompts)), max(map(list, prompts))
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last))
-    found = min(sum(1 for _ in same), min(map(len, prompts)) - 1)
-    return found if found >= WORTH_SHARING else 0
-
-
-def bucket(length: int) -> int:
-    """Length that a prompt is padded to: 16, 24, 32, 48, 64, 96 … (below 16 a compilation would cost more than padding)."""
-    power = max(16, 1 << (length - 1).bit_length())
-    return power * 3 // 4 if power > 16 and length <= power * 3 // 4 else power
 
 
 class Fresh(NamedTuple):
@@ -117,7 +108,7 @@ def generate(
     slots: int = 0,
     shared: int = 0,
     cache_dtype: Any = None,
-) -> Iterator[Result]:
+) -> Iterator[Answer]:
     """Continue every prompt, longest first.
 
     Args:
@@ -167,49 +158,32 @@ def generate(
     parts = batch_rows(model.mesh)
     count = -(-batch_size // parts) * parts
     admitted = -(-min(ADMITTED, count) // parts) * parts
-    program = _programs(_Static(model), sampling, pad_id)
-    queue = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    texts: dict[int, list[int]] = {}
-    prompt_in = np.full(count, -1)
-    left = np.zeros(count, np.int32)
-    lengths, ends_at = np.zeros(count, int), np.zeros(count, int)  # settled tokens; at most
-    most = max(slots - shared, len(prompts[queue[0]]) + max_new_tokens)
-    sizes = _sizes(model, count)
-    apart = program.apart(weights, params)
+    schedule = Schedule(prompts, count, admitted, max_new_tokens)
+    most, sizes = max(slots - shared, schedule.most), _sizes(model, count)
+    static = dataclasses.replace(model, weights=None, folder=None)
+    program = _programs(static, sampling, pad_id)
+    unstacked = program.unstack(weights, params)
     kept = program.share(weights, params, np.asarray([begin], np.int32)) if shared else ()
     dtype = jnp.dtype(cache_dtype or model.dtype)
     spare: dict[int, Layers] = {}
-    rows = program.empty(count, rung(1, most, sizes), dtype, kept)
+    rows = program.empty(count, cache_slots(1, most, sizes), dtype, kept)
 
-    while queue or left.any():
-        # ---- free rows go to the next prompts, a group of one bucket at a time
-        free = np.flatnonzero(left == 0).tolist()
+    while schedule:
+        # ---- free rows go to the next prompts
         new = []
-        ready = len(free) >= min(admitted, len(queue))
-        while ready and queue and free:
-            width = bucket(len(prompts[queue[0]]))
-            group = [
-                i for i in queue[: min(admitted, len(free))] if bucket(len(prompts[i])) == width
-            ]
-            queue = queue[len(group) :]
-            taken, free = free[: len(group)], free[len(group) :]
-            read = program.read(
+        for group in schedule.admit():
+            read = program.prefill(
                 weights,
                 params,
                 kept,
-                *_right_padded([prompts[i] for i in group], admitted, width, pad_id),
-                _filled([indices[i] for i in group], admitted, 0),
-                _filled([adapters[i] for i in group], admitted, 0),
+                *_right_padded([prompts[i] for i in group.prompts], admitted, group.width, pad_id),
+                _filled([indices[i] for i in group.prompts], admitted, 0),
+                _filled([adapters[i] for i in group.prompts], admitted, 0),
                 np.int32(seed),
                 np.int32(max_new_tokens),
             )
-            new.append((read, _filled(taken, admitted, count)))
-            prompt_in[taken], left[taken] = group, max_new_tokens
-            lengths[taken] = [len(prompts[i]) - 1 for i in group]
-            ends_at[taken] = lengths[taken] + max_new_tokens
-            texts |= {i: [] for i in group}
-        needed = np.minimum(lengths + CHUNK, ends_at)[left > 0]  # a row that ends needs none
-        size = rung(int(needed.max()), most, sizes)
+            new.append((read, _filled(group.rows, admitted, count)))
+        size = cache_slots(schedule.slots(), most, sizes)
         if size != rows.cache.slots:
             # Arrays of other sizes are kept: to allocate one costs more than to copy it.
             old, into = rows.cache.layers, spare.pop(size, None)
@@ -219,18 +193,9 @@ def generate(
         for read, target in new:
             rows = program.admit(rows, *read, target)
         # ---- a chunk of tokens
-        rows, out = program.extend(weights, params, apart, rows, eos)
-        out, now_left = jax.device_get((out, rows.left))
-        for row in np.flatnonzero(left).tolist():
-            texts[prompt_in[row]] += [t for t in out[row].tolist() if t >= 0]
-        ended = np.flatnonzero((left > 0) & (now_left == 0)).tolist()
-        left = np.array(now_left)
-        lengths += CHUNK  # of those that go on
-        # ---- what has ended
-        for row in ended:
-            text = texts.pop(prompt_in[row])
-            finished = text[-1] in ends
-            yield int(prompt_in[row]), text[:-1] if finished else text, finished
+        rows, out = program.extend(weights, params, unstacked, rows, eos)
+        out, left = jax.device_get((out, rows.left))
+        yield from schedule.take(out, left, ends)
 
 
 def _check(i: int, prompt: Sequence[int], vocab_size: int) -> None:
@@ -258,52 +223,30 @@ def _filled(values: Sequence[int], size: int, rest: int) -> np.ndarray:
     return np.asarray([*values, *[rest] * (size - len(values))], np.int32)
 
 
-class _Static:
-    """The static part of a model, equal for equal graphs, so that a program is built once."""
-
-    def __init__(self, model: Model) -> None:
-        self.config, self.graphdef = model.config, model.graphdef
-        self.dtype, self.mesh = model.dtype, model.mesh
-
-    def __hash__(self) -> int:
-        return hash((self.graphdef, self.mesh))
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, _Static)
-            and self.graphdef == other.graphdef
-            and self.mesh == other.mesh
-        )
-
-    def model(self) -> Model:
-        """A model without weights."""
-        return Model(self.config, self.graphdef, None, self.dtype, self.mesh)
-
-
 class Programs(NamedTuple):
     """The compiled functions; each compiles anew for another width or number of slots only."""
 
-    apart: Callable[[Any, Any], Any]
+    unstack: Callable[[Any, Any], Any]
     share: Callable[[Any, Any, np.ndarray], Layers]
     empty: Callable[[int, int, Any, Layers], Rows]
     fit: Callable[[Layers, Layers], Layers]
-    read: Callable[..., tuple[Layers, Fresh]]
+    prefill: Callable[..., tuple[Layers, Fresh]]
     admit: Callable[[Rows, Layers, Fresh, np.ndarray], Rows]
     extend: Callable[..., tuple[Rows, Array]]
 
 
 @functools.lru_cache(maxsize=8)
-def _programs(static: _Static, sampling: Sampling, pad_id: int) -> Programs:
-    model = static.model()
+def _programs(model: Model, sampling: Sampling, pad_id: int) -> Programs:
+    """For a model without weights and folder, equal for equal graphs, so that a program is built once."""
 
-    def apart(weights: Any, params: Any) -> Any:
+    def unstack(weights: Any, params: Any) -> Any:
         # Adapters of several rows hold the same arrays whichever of them a row uses.
-        return model.apart(weights, _params(params, jnp.zeros((1,), jnp.int32)))
+        return model.bind(weights, _params(params, jnp.zeros((1,), jnp.int32))).unstack()
 
     @jax.jit
     def share(weights: Any, params: Any, tokens: Int[Array, "1 T"]) -> Layers:
         """What all prompts begin with."""
-        return model.read(weights, params, tokens, jnp.ones(tokens.shape, bool))
+        return model.bind(weights, params).prefill(Inputs.of(tokens))
 
     @functools.partial(jax.jit, static_argnums=(0, 1, 2))
     def empty(count: int, slots: int, dtype: Any, shared: Layers) -> Rows:
@@ -316,7 +259,7 @@ def _programs(static: _Static, sampling: Sampling, pad_id: int) -> Programs:
         return _split(model, copy_into(layers, into))
 
     @jax.jit
-    def read(
+    def prefill(
         weights: Any,
         params: Any,
         shared: Layers,
@@ -330,7 +273,8 @@ def _programs(static: _Static, sampling: Sampling, pad_id: int) -> Programs:
         """Prompts but for their last tokens, which the first decoding step reads."""
         tokens = jax.lax.with_sharding_constraint(tokens, batch_sharding(model.mesh))
         valid = jnp.arange(tokens.shape[1]) < length[:, None] - 1
-        layers = model.read(weights, _params(params, adapter), tokens, valid, shared)
+        inputs = Inputs.of(tokens, valid, first=num_slots(shared))
+        layers = model.bind(weights, _params(params, adapter)).prefill(inputs, shared)
         last = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
         left = jnp.full_like(length, left)
         return layers, Fresh(length - 1, last, left, row_keys(seed, index), adapter)
@@ -345,10 +289,10 @@ def _programs(static: _Static, sampling: Sampling, pad_id: int) -> Programs:
 
     @functools.partial(jax.jit, donate_argnums=3)
     def extend(
-        weights: Any, params: Any, apart: Any, rows: Rows, eos: Int[Array, "E"]
+        weights: Any, params: Any, unstacked: Any, rows: Rows, eos: Int[Array, "E"]
     ) -> tuple[Rows, Int[Array, "B N"]]:
         """Up to ``CHUNK`` tokens a row; -1 after its end."""
-        bound = _params(params, rows.adapter)
+        bound = model.bind(weights, _params(params, rows.adapter))
 
         def going(state: Any) -> Any:
             i, rows, _ = state
@@ -357,12 +301,11 @@ def _programs(static: _Static, sampling: Sampling, pad_id: int) -> Programs:
         def step(state: Any) -> Any:
             i, rows, out = state
             active = rows.left > 0
-            x, cache = model.hidden(
-                weights, bound, rows.last[:, None], cache=rows.cache, apart=apart
-            )
+            inputs = Inputs.of(rows.last[:, None], first=rows.cache.next[:, None])
+            x, cache = bound.hidden(inputs, rows.cache, unstacked)
             assert cache is not None
-            logits = model.logits(weights, bound, x[:, 0])
-            token = choose(logits, rows.key, cache.next, sampling)
+            logits = bound.logits(x[:, 0])
+            token = next_token(logits, rows.key, cache.next, sampling)
             left = jnp.where(active & ~jnp.isin(token, eos), rows.left - 1, 0)
             out = jax.lax.dynamic_update_slice(
                 out, jnp.where(active, token, -1)[:, None], (jnp.zeros_like(i), i)
@@ -376,7 +319,7 @@ def _programs(static: _Static, sampling: Sampling, pad_id: int) -> Programs:
         whole = jax.lax.with_sharding_constraint(out, replicated(model.mesh))
         return _placed(model, rows), whole
 
-    return Programs(jax.jit(apart), share, empty, fit, read, admit, extend)
+    return Programs(jax.jit(unstack), share, empty, fit, prefill, admit, extend)
 
 
 def _params(params: Any, adapter: Int[Array, "B"]) -> Any:

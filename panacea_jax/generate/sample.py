@@ -50,7 +50,7 @@ def first_largest(logits: Float[Array, "B V"]) -> Int[Array, "B"]:
     return jnp.minimum(first, logits.shape[-1] - 1)  # NaN equals nothing
 
 
-def choose(
+def next_token(
     logits: Float[Array, "B V"],
     keys: Key[Array, "B"],
     position: Int[Array, "B"],

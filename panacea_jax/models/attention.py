@@ -40,7 +40,7 @@ def attend(
 
 
 # Slots that are summed over together.
-BLOCK = 64
+SLOT_BLOCK = 64
 
 
 def attend_in_parts(
@@ -109,7 +109,7 @@ def _seen(
 
 def _blocks(x: Array) -> Array:
     """``[B, KV, S, …]`` as ``[B, KV, C, S / C, …]``."""
-    count = x.shape[2] // BLOCK if x.shape[2] % BLOCK == 0 else 1
+    count = x.shape[2] // SLOT_BLOCK if x.shape[2] % SLOT_BLOCK == 0 else 1
     return x.reshape(*x.shape[:2], count, -1, *x.shape[3:])
 
 

@@ -91,7 +91,7 @@ def init_cache(
     return KVCache(layers(slots), length, layers(recent), fresh, kept)
 
 
-def quantise(x: Float[Array, "B KV T hd"]) -> Slots:
+def quantise_tokens(x: Float[Array, "B KV T hd"]) -> Slots:
     """Round to int8 with one scale for each token and head: the largest entry becomes ±127, the error is at most scale/2."""
     wide = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(wide), axis=-1) / 127
@@ -101,10 +101,10 @@ def quantise(x: Float[Array, "B KV T hd"]) -> Slots:
 
 def like(x: Float[Array, "B KV T hd"], slots: Slots) -> Slots:
     """``x`` in the form of ``slots``."""
-    return Slots(x.astype(slots.x.dtype)) if slots.scale is None else quantise(x)
+    return Slots(x.astype(slots.x.dtype)) if slots.scale is None else quantise_tokens(x)
 
 
-def write(slots: Slots, x: Float[Array, "B KV T hd"], start: Int[Array, ""]) -> Slots:
+def write_slots(slots: Slots, x: Float[Array, "B KV T hd"], start: Int[Array, ""]) -> Slots:
     """Write T new tokens of each row from slot ``start`` on, the same for all."""
 
     def put(old: Array, new: Array) -> Array:

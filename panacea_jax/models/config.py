@@ -104,7 +104,7 @@ class ModelConfig:
         """
         from panacea_jax.models import families  # which builds on this module
 
-        return families.read(d, where, classifier)
+        return families.read_family(d, where, classifier)
 
     @classmethod
     def from_folder(cls, folder: str | PurePath, *, classifier: bool = False) -> "ModelConfig":

@@ -21,7 +21,7 @@ ACTIVATIONS = {
 }
 
 
-def read(d: Mapping[str, Any], where: str, classifier: bool = False) -> ModelConfig:
+def read_family(d: Mapping[str, Any], where: str, classifier: bool = False) -> ModelConfig:
     """The configuration in a parsed ``config.json``; see :meth:`ModelConfig.from_dict`."""
     if not classifier:
         return FAMILIES[_architecture(d, where)](_Reader(d, where))

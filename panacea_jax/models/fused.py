@@ -33,7 +33,7 @@ class Backend(NamedTuple):
     why: str
 
 
-def choose(asked: str, config: ModelConfig, dtype: Any, device: Any) -> Backend:
+def choose_backend(asked: str, config: ModelConfig, dtype: Any, device: Any) -> Backend:
     """The back-end for ``config.model.attention``.
 
     Args:

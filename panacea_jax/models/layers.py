@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from panacea_jax.models.attention import attend, attend_in_parts
-from panacea_jax.models.cache import KeysValues, Slots, write
+from panacea_jax.models.cache import KeysValues, Slots, write_slots
 from panacea_jax.models.config import ModelConfig
 from panacea_jax.models.fused import Fused
 from panacea_jax.models.quantise import Quantised
@@ -49,18 +49,18 @@ class Context(NamedTuple):
     fused: Fused | None = None
 
 
-def read(module: nnx.Module, context: Context, name: str, value: Array) -> None:
+def hand_out(module: nnx.Module, context: Context, name: str, value: Array) -> None:
     """Hand out an activation if it is asked for; the decoder collects it from the module after the call."""
     if name in context.readings:
         setattr(module, name, nnx.Intermediate(value))
 
 
-def read_squares(module: nnx.Module, context: Context, name: str, x: Float[Array, "B T F"]) -> None:
+def hand_out_squares(module: nnx.Module, context: Context, name: str, x: Float[Array, "B T F"]) -> None:
     """Hand out ``Σ x²`` over the valid tokens, ``[F]`` in at least float32, if it is asked for."""
     if name in context.readings and context.valid is not None:
         squares = jnp.square(x.astype(wide(x.dtype)))
         squares = jnp.where(context.valid[..., None], squares, 0)
-        read(module, context, name, jnp.sum(squares, axis=(0, 1)))
+        hand_out(module, context, name, jnp.sum(squares, axis=(0, 1)))
 
 
 def wide(dtype: Any) -> Any:
@@ -101,7 +101,7 @@ class Linear(nnx.Module):
         context: Context,
     ) -> Float[Array, "B T F"]:
         """Apply to ``x``; ``adapter`` is ``{"a": [D, r], "b": [r, F]}`` or None."""
-        read_squares(self, context, "input_squares", x)
+        hand_out_squares(self, context, "input_squares", x)
         kernel = self.kernel[...]
         if isinstance(kernel, Quantised):
             y = kernel.product(x)
@@ -111,7 +111,7 @@ class Linear(nnx.Module):
             y = y + self.bias[...].astype(x.dtype)
         if adapter is not None:
             low = x @ adapter["a"].astype(x.dtype)
-            read_squares(self, context, "low_squares", low)
+            hand_out_squares(self, context, "low_squares", low)
             scale = jnp.asarray(context.scale, x.dtype)
             b = adapter["b"].astype(x.dtype)
             y = y + ((low * scale) @ b if scale.ndim else scale * (low @ b))
@@ -185,13 +185,13 @@ class Attention(nnx.Module):
         else:
             if cache.recent is not None and context.slot is not None:
                 recent_k, recent_v = cache.recent
-                new = write(recent_k, k, context.slot), write(recent_v, v, context.slot)
+                new = write_slots(recent_k, k, context.slot), write_slots(recent_v, v, context.slot)
             keys, values = zip(*cache.earlier, new)
             out = attend_in_parts(q, keys, values, mask, c.query_scale, c.attention_softcap)
         out = self.o_proj(out.reshape(*x.shape[:2], -1), adapter.get("o_proj"), context)
         if context.offset is not None:
             out = out + context.offset.astype(out.dtype)
-        read(self, context, "attn_out", out)
+        hand_out(self, context, "attn_out", out)
         return out, new
 
 
@@ -212,7 +212,7 @@ class MLP(nnx.Module):
         gate = activate(self.activation, self.gate_proj(x, adapter.get("gate_proj"), context))
         up = self.up_proj(x, adapter.get("up_proj"), context)
         out = self.down_proj(gate * up, adapter.get("down_proj"), context)
-        read(self, context, "mlp_out", out)
+        hand_out(self, context, "mlp_out", out)
         return out
 
 
@@ -252,5 +252,5 @@ class DecoderLayer(nnx.Module):
             else:
                 x = x + out
                 x = x + self.mlp(self.post_attention_layernorm(x), context, mlp_adapter)
-        read(self, context, "block_out", x)
+        hand_out(self, context, "block_out", x)
         return x, kv

@@ -17,7 +17,7 @@ from panacea_jax.models.adapter import (
     side_by_side,
     target_names,
 )
-from panacea_jax.models.model import Model, abstract
+from panacea_jax.models.model import Model, abstract_model
 from panacea_jax.models.peft import load_adapter as load
 from panacea_jax.parallel.sharding import adapter_shardings
 
@@ -41,7 +41,7 @@ def init(
     if rank < 1:
         raise InputError(f"config.lora.rank = {rank}: a rank is at least 1")
     names = target_names(targets)
-    all_shapes = abstract(model.config)[1]
+    all_shapes = abstract_model(model.config)[1]
     shapes = {name: all_shapes[f"layers/{BLOCK_OF[name]}/{name}/kernel"] for name in names}
 
     def build(key: Any) -> dict[str, Any]:

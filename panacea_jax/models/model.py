@@ -20,10 +20,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from panacea_jax.errors import InputError
-from panacea_jax.models.cache import KVCache, Layers, num_slots
+from panacea_jax.models.bound import BoundDecoder, Inputs
+from panacea_jax.models.cache import KVCache
 from panacea_jax.models.config import ModelConfig
-from panacea_jax.models.decoder import Decoder, Offsets
-from panacea_jax.models.fused import choose
+from panacea_jax.models.decoder import Decoder
+from panacea_jax.models.fused import choose_backend
 from panacea_jax.models.hub import local_folder
 from panacea_jax.models.quantise import is_quantised, quantiser
 from panacea_jax.models.weights import load_weights
@@ -53,6 +54,17 @@ class Model:
     mesh: Mesh
     folder: Path | None = None
 
+    def bind(self, weights: Any, params: Any) -> BoundDecoder:
+        """The decoder with its numbers: the one place where weights, adapter and mesh come together.
+
+        Args:
+            weights: base weights; ignored where ``params`` holds all weights.
+            params: an adapter (``.layers`` and ``.scale``), a complete nested dict of weights, or
+                None for the bare base.
+        """
+        full, adapter, scale = split_params(weights, params)
+        return BoundDecoder(nnx.merge(self.graphdef, full), adapter, scale, self.mesh)
+
     def apply(
         self,
         weights: Any,
@@ -65,110 +77,17 @@ class Model:
         """Logits ``[B, T, V]`` in at least float32, and the cache with the new tokens in it.
 
         Args:
-            weights: base weights; ignored where ``params`` holds all weights.
-            params: an adapter (``.layers`` and ``.scale``), a complete nested dict of weights, or
-                None for the bare base.
+            weights, params: as of :meth:`bind`.
             tokens: token ids.
             positions: position of each token; by default its index among the valid ones of its row, counted on from the cache's.
             valid: False for padding; by default all are valid.
             cache: keys and values of earlier tokens; no token is padding then.
         """
-        decoder, inputs = self._bind(weights, params, tokens, positions, valid, cache)
-        return decoder(**inputs, cache=cache)
-
-    def hidden(
-        self,
-        weights: Any,
-        params: Any,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"] | None = None,
-        valid: Bool[Array, "B T"] | None = None,
-        cache: KVCache | None = None,
-        apart: Any = None,
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """Final hidden states ``[B, T, D]``; arguments as :meth:`apply` and :meth:`Decoder.hidden`."""
-        decoder, inputs = self._bind(weights, params, tokens, positions, valid, cache)
-        return decoder.hidden(**inputs, cache=cache, apart=apart)
-
-    def read(
-        self,
-        weights: Any,
-        params: Any,
-        tokens: Int[Array, "B T"],
-        valid: Bool[Array, "B T"],
-        shared: Layers = (),
-    ) -> Layers:
-        """Keys and values of tokens that follow those that all rows share, see :meth:`Decoder.read`."""
-        positions = default_positions(valid) + num_slots(shared)
-        decoder, inputs = self._bind(weights, params, tokens, positions, valid, None)
-        return decoder.read(**inputs, shared=shared)
-
-    def inspect(
-        self,
-        weights: Any,
-        params: Any,
-        tokens: Int[Array, "B T"],
-        valid: Bool[Array, "B T"] | None = None,
-        offsets: Offsets | None = None,
-        readings: tuple[str, ...] = (),
-        remat: str | None = None,
-        segments: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-        """Final hidden states with activations perturbed and read on the way, see :meth:`Decoder.inspect`.
-
-        Positions begin at 0 in each of the ``segments``.
-        """
-        positions = None if segments is None else segment_positions(segments)
-        decoder, inputs = self._bind(weights, params, tokens, positions, valid, None)
-        return decoder.inspect(
-            **inputs, offsets=offsets, readings=readings, remat=remat, segments=segments
-        )
-
-    def apart(self, weights: Any, params: Any) -> tuple[Any, ...]:
-        """Weights and adapter factors of each layer by itself, see :meth:`Decoder.apart`."""
-        full, adapter, _ = split_params(weights, params)
-        return nnx.merge(self.graphdef, full).apart(adapter)
-
-    def logits(
-        self, weights: Any, params: Any, hidden: Float[Array, "*N D"]
-    ) -> Float[Array, "*N V"]:
-        """Logits of any slice of the final hidden states."""
-        full, _, _ = split_params(weights, params)
-        return nnx.merge(self.graphdef, full).logits(hidden)
-
-    def embed(self, weights: Any, params: Any, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """What enters the first layer."""
-        full, _, _ = split_params(weights, params)
-        return nnx.merge(self.graphdef, full).embed(tokens)
-
-    def norm(
-        self, weights: Any, params: Any, hidden: Float[Array, "B T D"]
-    ) -> Float[Array, "B T D"]:
-        """The last norm, of any hidden states."""
-        full, _, _ = split_params(weights, params)
-        return nnx.merge(self.graphdef, full).norm(hidden)
-
-    def _bind(
-        self,
-        weights: Any,
-        params: Any,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"] | None,
-        valid: Bool[Array, "B T"] | None,
-        cache: KVCache | None,
-    ) -> tuple[Decoder, dict[str, Any]]:
-        full, adapter, scale = split_params(weights, params)
-        if valid is None:
-            valid = jnp.ones(tokens.shape, bool)
-        if positions is None:
-            positions = default_positions(valid)
-            if cache is not None:
-                positions = positions + cache.next[:, None]
-        inputs = {"tokens": tokens, "positions": positions, "valid": valid}
-        inputs |= {"adapter": adapter, "scale": scale}
-        decoder = nnx.merge(self.graphdef, full)
-        decoder.mesh = self.mesh
-        return decoder, inputs
+        bound = self.bind(weights, params)
+        first = 0 if cache is None else cache.next[:, None]
+        inputs = Inputs.of(tokens, valid, positions=positions, first=first)
+        x, cache = bound.hidden(inputs, cache)
+        return bound.logits(x), cache
 
 
 def split_params(weights: Any, params: Any) -> tuple[Any, Any, Any]:
@@ -182,20 +101,8 @@ def split_params(weights: Any, params: Any) -> tuple[Any, Any, Any]:
     return weights, params.layers, params.scale
 
 
-def default_positions(valid: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """Index of each token among the valid ones of its row; padding before the first gets 0."""
-    return jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
-
-
-def segment_positions(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Index of each token within its segment, a run of equal numbers."""
-    index = jnp.arange(segments.shape[1], dtype=jnp.int32)
-    starts = jnp.diff(segments, axis=1, prepend=-1) != 0
-    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-
-
 @functools.lru_cache(maxsize=32)
-def abstract(
+def abstract_model(
     config: ModelConfig, dtype: str = "float32", remat: str = "none", attention: str = "auto"
 ) -> tuple[Any, dict[str, tuple[int, ...]]]:
     """The decoder's graph and the shape of each weight by path; nothing is allocated.
@@ -258,9 +165,9 @@ def load(
     """
     path = local_folder(folder)
     config = ModelConfig.from_folder(path, classifier=classifier)
-    graphdef, shapes = abstract(config, dtype, remat, attention)
+    graphdef, shapes = abstract_model(config, dtype, remat, attention)
     mesh = make_mesh() if mesh is None else mesh
-    backend = choose(attention, config, dtype, mesh.devices.flat[0])
+    backend = choose_backend(attention, config, dtype, mesh.devices.flat[0])
     logging.info("attention: %s (%s)", *backend)
     kept = _dtype(weights_dtype or dtype)
     finish = functools.partial(_quantised, mesh, quantization)
@@ -268,7 +175,7 @@ def load(
     return Model(config, graphdef, weights, jnp.dtype(dtype), mesh, path)
 
 
-def init(
+def random_model(
     config: ModelConfig,
     key: Key[Array, ""],
     *,
@@ -289,9 +196,9 @@ def init(
             attention: likewise.
         stddev: of matrices and embeddings (``initializer_range`` in Hugging Face's configurations).
     """
-    graphdef, shapes = abstract(config, dtype, remat, attention)
+    graphdef, shapes = abstract_model(config, dtype, remat, attention)
     mesh = make_mesh() if mesh is None else mesh
-    choose(attention, config, dtype, mesh.devices.flat[0])
+    choose_backend(attention, config, dtype, mesh.devices.flat[0])
     kept = _dtype(weights_dtype or dtype)
 
     def draw(key: Any) -> dict[str, Any]:

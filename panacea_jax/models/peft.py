@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from panacea_jax.errors import InputError
 from panacea_jax.models.adapter import BLOCK_OF, Adapter
-from panacea_jax.models.model import Model, abstract
+from panacea_jax.models.model import Model, abstract_model
 from panacea_jax.parallel import processes
 from panacea_jax.parallel.sharding import adapter_shardings
 
@@ -149,7 +149,7 @@ def _stack(tensors: dict[str, np.ndarray], folder: Path, rank: int, model: Model
         found.setdefault((match[3], match[4]), {})[int(match[1])] = tensor
     layers: dict[str, Any] = {}
     for target in sorted({target for target, _ in found}, key=list(BLOCK_OF).index):
-        _, d_in, d_out = abstract(model.config)[1][f"layers/{BLOCK_OF[target]}/{target}/kernel"]
+        _, d_in, d_out = abstract_model(model.config)[1][f"layers/{BLOCK_OF[target]}/{target}/kernel"]
         for letter, shape in (("A", (rank, d_in)), ("B", (d_out, rank))):
             by_layer = found.get((target, letter), {})
             for layer in sorted(by_layer.keys() | set(range(model.config.num_layers))):

@@ -21,9 +21,9 @@ from jaxtyping import Array, Float
 from panacea_jax.errors import InputError
 from panacea_jax.parallel.sharding import weight_sharding
 
-KINDS = ("int8", "nf4")
+QUANTIZATIONS = ("int8", "nf4")
 # Inputs that share a scale; fewer where 64 does not divide them.
-BLOCK = 64
+_BLOCK = 64
 
 
 @functools.partial(
@@ -82,7 +82,7 @@ def quantise(kernel: Float[Array, "*L D F"], kind: str) -> Quantised:
         ValueError: ``nf4`` and an odd number of inputs.
     """
     *stack, inputs, out = kernel.shape
-    block = math.gcd(inputs, BLOCK)
+    block = math.gcd(inputs, _BLOCK)
     by_block = kernel.astype(jnp.float32).reshape(*stack, inputs // block, block, out)
     scale = jnp.max(jnp.abs(by_block), axis=-2)
     levels = by_block / jnp.where(scale == 0, 1, scale)[..., None, :]
@@ -108,11 +108,11 @@ def quantiser(mesh: Mesh, path: str, shape: tuple[int, ...], kind: str) -> Calla
     def layer_by_layer(kernels: Float[Array, "L D F"]) -> Quantised:
         return jax.lax.map(functools.partial(quantise, kind=kind), kernels)
 
-    places = jax.tree.map(lambda x: x.sharding, abstract(mesh, path, shape, kind))
+    places = jax.tree.map(lambda x: x.sharding, abstract_quantised(mesh, path, shape, kind))
     return jax.jit(layer_by_layer, out_shardings=places)
 
 
-def abstract(mesh: Mesh, path: str, shape: tuple[int, ...], kind: str) -> Quantised:
+def abstract_quantised(mesh: Mesh, path: str, shape: tuple[int, ...], kind: str) -> Quantised:
     """Shapes and places of a quantised kernel, by the rules for ``path``."""
     kernel = jax.ShapeDtypeStruct(shape, jnp.float32)
     made = jax.eval_shape(functools.partial(quantise, kind=kind), kernel)

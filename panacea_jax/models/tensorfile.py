@@ -21,17 +21,17 @@ import numpy as np
 
 from panacea_jax.errors import InputError
 
-DTYPES: dict[str, np.dtype[Any]] = {
+STORED_DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
     "F64": np.dtype(np.float64),
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 # What the header of a model says, or else transformers refuses it.
 FORMAT: Mapping[str, str] = {"format": "pt"}
 # Bytes that are read at a time: what fits a cache is transposed twice as fast as 4 MiB.
-BLOCK = 2**20
+BYTES_AT_A_TIME = 2**20
 # Tile of a transposed copy: 2.4 times as fast as row by row on a matrix that does not fit the cache.
 _TILE = 64
 
@@ -61,12 +61,12 @@ class Tensor:
         Raises:
             InputError: not a floating-point type that we load.
         """
-        if self.dtype not in DTYPES:
-            known = ", ".join(DTYPES)
+        if self.dtype not in STORED_DTYPES:
+            known = ", ".join(STORED_DTYPES)
             raise InputError(
                 f"{self.file}: tensor {self.name} has type {self.dtype}; known: {known}"
             )
-        return DTYPES[self.dtype]
+        return STORED_DTYPES[self.dtype]
 
     def head(self, count: int) -> bytes:
         """Its first ``count`` bytes, or all.
@@ -92,7 +92,7 @@ class Tensor:
         (first, last), *inner = bounds
         left, right = inner[0] if inner else (0, 1)
         width = right - left
-        rows = max(1, BLOCK // max(1, width * dtype.itemsize))
+        rows = max(1, BYTES_AT_A_TIME // max(1, width * dtype.itemsize))
         with self._opened() as stream:
             for row in range(first, last, rows):
                 block = np.empty((min(rows, last - row), width), dtype)
@@ -162,7 +162,7 @@ def _tensor(name: str, file: Path, entry: Any, data: int, total: int) -> Tensor:
     if data + end > total:
         missing = data + end - total
         raise InputError(f"{file}: truncated: tensor {name} lacks {missing} bytes")
-    size = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else None
+    size = math.prod(shape) * STORED_DTYPES[dtype].itemsize if dtype in STORED_DTYPES else None
     if not 0 <= begin <= end or min(shape, default=0) < 0 or size not in (None, end - begin):
         raise InputError(f"{file}: tensor {name}: {end - begin} bytes do not hold shape {shape}")
     return Tensor(name, file, dtype, shape, data + begin)
@@ -182,7 +182,7 @@ class Entry(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write(
+def write_tensors(
     file: Path,
     tensors: Iterable[Entry],
     metadata: Mapping[str, str] = FORMAT,
@@ -207,7 +207,7 @@ def write(
             values = tensor.values()
             if values.shape != tensor.shape:
                 raise ValueError(f"{values.shape} given for a tensor declared as {tensor.shape}")
-            rows = max(1, BLOCK * len(values) // max(1, tensor.size))
+            rows = max(1, BYTES_AT_A_TIME * len(values) // max(1, tensor.size))
             for start in range(0, len(values), rows):
                 part = values[start : start + rows]
                 block = np.empty(part.shape, tensor.dtype)

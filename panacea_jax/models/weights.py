@@ -349,7 +349,7 @@ def write_file(
 ) -> None:
     """Write one safetensors file. Of several processes, which must all call, the first writes."""
     if processes.first():
-        tensorfile.write(file, tensors, metadata)
+        tensorfile.write_tensors(file, tensors, metadata)
     else:
         for tensor in tensors:  # gathering is collective
             tensor.values()

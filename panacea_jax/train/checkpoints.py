@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,9 @@ from panacea_jax.train.step import TrainState
 def flatten(tree: Any) -> dict[str, Any]:
     """Leaves by dotted path, e.g. ``params.layers.self_attn.q_proj.a``: readable without our classes, stable when they move."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+    # On disk the state of a defence goes by the name that checkpoints have had from the first.
+    return {re.sub(r"^defence_state\b", "defence", name): x for name, x in named.items()}
 
 
 class Checkpoints:

@@ -8,7 +8,8 @@ import jax
 from panacea_jax.data.batches import Stream
 from panacea_jax.defences import Loss, Method
 from panacea_jax.models.model import Model
-from panacea_jax.train.loop import Result, whole_sets
+from panacea_jax.train.feeding import whole_sets
+from panacea_jax.train.loop import Result
 from panacea_jax.train.step import state_shardings
 
 
@@ -30,8 +31,7 @@ def apply_once(model: Model, params: Any, defence: Method, streams: Mapping[str,
     # Jitted, so that noise of the size of the weights is drawn where they lie.
     places = state_shardings(jax.eval_shape(defence.init, params), params)
     state = jax.jit(defence.init, out_shardings=places)(params)
-    first_pass = getattr(defence, "first_pass", None)
-    if first_pass is not None:
-        state = first_pass(Loss.of(model), params, whole_sets(model, defence, streams), state)
-    epsilon = getattr(state, "epsilon", None)
-    return Result(model, params, epsilon, defence.finish(params, state), state, 0, (), 0)
+    sets = whole_sets(model, defence, streams)
+    state = defence.first_pass(Loss.of(model), params, sets, state)
+    deployed = defence.finish(params, state)
+    return Result(model, params, defence.epsilon(state), deployed, state, 0, (), 0)

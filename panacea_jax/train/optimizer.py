@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
+from panacea_jax.defences import Defence, Method
 from panacea_jax.errors import InputError
 
 SCHEDULES = ("constant", "cosine", "linear")
@@ -157,10 +158,10 @@ def make_optimizer(
 
 
 def optimizer_of(
-    section: ConfigDict, rate: float | optax.Schedule, defence: object
+    section: ConfigDict, rate: float | optax.Schedule, defence: Method
 ) -> optax.GradientTransformation:
     """The optimizer of an ``optimizer`` section at a learning rate, in the form that a defence needs."""
     return make_optimizer(
         rate, weight_decay=section.weight_decay, b1=section.b1, b2=section.b2, eps=section.eps,
-        clip_norm=section.clip_norm, partial=hasattr(defence, "trained"),
+        clip_norm=section.clip_norm, partial=isinstance(defence, Defence) and defence.partial,
     )  # fmt: skip

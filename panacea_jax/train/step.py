@@ -1,17 +1,17 @@
 """The train step: ``(state, weights, batches, key) -> (state, metrics)``, jitted, sharded, its state donated."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
 from panacea_jax.data.batches import Batch
 from panacea_jax.defences import Defence, Loss
+from panacea_jax.defences.protocol import Metrics
 from panacea_jax.models.model import Model
 from panacea_jax.train.optimizer import Partial, where_trained
 
@@ -22,17 +22,16 @@ class TrainState(NamedTuple):
     Attributes:
         params: trainable tree, an Adapter or all weights (w, never w + ε).
         opt_state: optax state.
-        defence: the defence's own state, for Panacea with ε.
+        defence_state: the defence's own state, for Panacea with ε.
         step: number of steps done.
     """
 
     params: Any
     opt_state: Any
-    defence: Any
+    defence_state: Any
     step: Int[Array, ""]
 
 
-Metrics = dict[str, Float[Array, ""]]
 Step = Callable[[TrainState, Any, Mapping[str, Batch], Key[Array, ""]], tuple[TrainState, Metrics]]
 
 
@@ -79,7 +78,11 @@ def state_shardings(state: Any, params: Any) -> Any:
 
 
 def make_step(
-    model: Model, defence: Defence, optimizer: optax.GradientTransformation, shardings: Any
+    model: Model,
+    defence: Defence,
+    optimizer: optax.GradientTransformation,
+    shardings: Any,
+    accumulate: int = 1,
 ) -> Step:
     """Compile-once step of a defence: its gradient, then clip → AdamW → update.
 
@@ -88,14 +91,14 @@ def make_step(
         defence: the gradient rule.
         optimizer: the shared tail, see ``make_optimizer``.
         shardings: of the state, see ``state_shardings``.
+        accumulate: micro-batches that a batch is taken in.
 
     Raises:
         ValueError: the defence leaves layers out of a step and the optimizer cannot.
     """
 
     static = dataclasses.replace(model, weights=None)
-    trained = getattr(defence, "trained", None)
-    if trained is not None and not isinstance(optimizer, Partial):
+    if defence.partial and not isinstance(optimizer, Partial):
         raise ValueError(
             f"{type(defence).__name__} leaves layers out of a step: make_optimizer(…, partial=True)"
         )
@@ -103,15 +106,19 @@ def make_step(
     def step(
         state: TrainState, weights: Any, batches: Mapping[str, Batch], key: Key[Array, ""]
     ) -> tuple[TrainState, Metrics]:
-        loss_fn = Loss(static, weights)
+        loss_fn = Loss(static, weights, accumulate=accumulate)
         key = jax.random.fold_in(key, state.step)
-        grads, inner, metrics = defence.gradient(loss_fn, state.params, batches, state.defence, key)
+        with jax.named_scope("defence"):
+            grads, inner, metrics = defence.gradient(
+                loss_fn, state.params, batches, state.defence_state, key
+            )
         extra = {}
-        if trained is not None:
-            extra["trained"] = mask = trained(state.params, inner)
+        if defence.partial:
+            extra["trained"] = mask = defence.trained(state.params, inner)
             grads = where_trained(mask, grads, jax.tree.map(jnp.zeros_like, grads))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
+            params = optax.apply_updates(state.params, updates)
         metrics |= {"norm_gradient": optax.tree.norm(grads), "norm_update": optax.tree.norm(updates),
                     "norm_params": optax.tree.norm(params)}  # fmt: skip
         return TrainState(params, opt_state, inner, state.step + 1), metrics
@@ -119,29 +126,25 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-_shared: dict[Any, Step] | None = None
+class CompiledSteps:
+    """Steps by what they were made for. Runs that are handed one of these and differ in their numbers only have one compiled step: many
+    short runs would compile most of the time."""
 
+    def __init__(self) -> None:
+        self._made: dict[Any, Step] = {}
 
-@contextlib.contextmanager
-def shared_steps() -> Iterator[None]:
-    """Let runs in this block that differ in their numbers only have one compiled step: many short runs would compile most of the time."""
-    global _shared
-    before, _shared = _shared, {} if _shared is None else _shared
-    try:
-        yield
-    finally:
-        _shared = before
-
-
-def find_step(
-    model: Model, defence: Defence, optimizer: optax.GradientTransformation, shardings: Any
-) -> Step:
-    """As ``make_step``; within ``shared_steps`` the one that was made for equal arguments before."""
-    if _shared is None:
-        return make_step(model, defence, optimizer, shardings)
-    leaves, tree = jax.tree.flatten(shardings)
-    static = dataclasses.replace(model, weights=None, folder=None)
-    key = (static, defence, optimizer, tuple(leaves), tree)
-    if key not in _shared:
-        _shared[key] = make_step(static, defence, optimizer, shardings)
-    return _shared[key]
+    def find(
+        self,
+        model: Model,
+        defence: Defence,
+        optimizer: optax.GradientTransformation,
+        shardings: Any,
+        accumulate: int = 1,
+    ) -> Step:
+        """As ``make_step``, or the one that was made for equal arguments before."""
+        leaves, tree = jax.tree.flatten(shardings)
+        static = dataclasses.replace(model, weights=None, folder=None)
+        key = (static, defence, optimizer, tuple(leaves), tree, accumulate)
+        if key not in self._made:
+            self._made[key] = make_step(static, defence, optimizer, shardings, accumulate)
+        return self._made[key]

@@ -2,10 +2,10 @@
 
 import jax
 
-from panacea_jax.parallel.topology import CHIPS
+from panacea_jax.parallel.chips import CHIPS
 
 # The chip that a device's kind begins with. A device that is not listed has no MFU.
-KINDS = {
+DEVICE_KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
     "TPU v5e": "v5e",
@@ -21,8 +21,8 @@ KINDS = {
 
 def peak_flops(device: jax.Device) -> float | None:
     """Peak of one device, by the longest listed name that its kind begins with."""
-    names = [name for name in KINDS if device.device_kind.startswith(name)]
-    return CHIPS[KINDS[max(names, key=len)]].flops if names else None
+    names = [name for name in DEVICE_KINDS if device.device_kind.startswith(name)]
+    return CHIPS[DEVICE_KINDS[max(names, key=len)]].flops if names else None
 
 
 def train_flops_per_token(matmul_parameters: int, full_parameters: bool) -> int:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from panacea_jax.analysis.layers import layer_coefficients, product_norm_change, write
+from panacea_jax.analysis.layers import layer_coefficients, product_norm_change, write_coefficients
 from panacea_jax.errors import InputError
 from panacea_jax.models.adapter import Adapter
 
@@ -176,7 +176,7 @@ def test_files_agree(tmp_path: Path) -> None:
         layer_coefficients(random_adapter(5), w, 0.5),
         layer_coefficients(random_adapter(6), w, kind="mean"),
     ]
-    as_json, as_csv, as_png = write(results, tmp_path / "new")
+    as_json, as_csv, as_png = write_coefficients(results, tmp_path / "new")
     assert [p.name for p in (as_json, as_csv, as_png)] == [
         "layers.json",
         "layers.csv",
@@ -205,11 +205,11 @@ def test_files_agree(tmp_path: Path) -> None:
 def test_one_kind_is_an_object_not_a_list(tmp_path: Path) -> None:
     result = layer_coefficients(hand_made())
     for argument in (result, [result]):
-        write(argument, tmp_path)
+        write_coefficients(argument, tmp_path)
         assert json.loads((tmp_path / "layers.json").read_text()) == result
 
 
 def test_unwritable_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="cannot be written"):
-        write(layer_coefficients(hand_made()), tmp_path / "file")
+        write_coefficients(layer_coefficients(hand_made()), tmp_path / "file")

@@ -1,11 +1,11 @@
-"""Padding, the ladder of lengths, and streams."""
+"""Padding, the buckets of lengths, and streams."""
 
 import itertools
 
 import numpy as np
 import pytest
 
-from panacea_jax.data.batches import Stream, lengths, pad, rung
+from panacea_jax.data.batches import Stream, bucket, length_buckets, pad
 from panacea_jax.data.encode import Example, encode_all
 from panacea_jax.data.sources import load_records
 from panacea_jax.errors import InputError
@@ -17,29 +17,29 @@ def example(number: int, length: int, prompt: int) -> Example:
 
 
 def stream(examples: list[Example], batch_size: int = 2, **options) -> Stream:
-    base = {"seed": 0, "shuffle": False, "ladder": (4, 8, 16)}
+    base = {"seed": 0, "shuffle": False, "buckets": (4, 8, 16)}
     return Stream("user", examples, batch_size, **{**base, **options})
 
 
 def test_ladder():
-    assert lengths(256) == (32, 48, 64, 96, 128, 192, 256)
-    assert lengths(200) == (32, 48, 64, 96, 128, 192, 200)
-    assert lengths(2048)[-3:] == (1024, 1536, 2048)
-    assert lengths(40) == (32, 40)
-    assert lengths(32) == (32,)
-    assert lengths(1) == (1,)
+    assert length_buckets(256) == (32, 48, 64, 96, 128, 192, 256)
+    assert length_buckets(200) == (32, 48, 64, 96, 128, 192, 200)
+    assert length_buckets(2048)[-3:] == (1024, 1536, 2048)
+    assert length_buckets(40) == (32, 40)
+    assert length_buckets(32) == (32,)
+    assert length_buckets(1) == (1,)
     for top in (33, 47, 48, 49, 300, 4096):
-        ladder = lengths(top)
-        assert list(ladder) == sorted(set(ladder)) and ladder[-1] == top
-        assert all(b <= 1.5 * a for a, b in itertools.pairwise(ladder))
+        buckets = length_buckets(top)
+        assert list(buckets) == sorted(set(buckets)) and buckets[-1] == top
+        assert all(b <= 1.5 * a for a, b in itertools.pairwise(buckets))
     with pytest.raises(InputError, match=r"config\.data\.max_length: must be at least 1, not 0"):
-        lengths(0)
+        length_buckets(0)
 
 
 def test_rung():
-    assert [rung(n, (4, 8, 16)) for n in (0, 1, 4, 5, 8, 9, 16)] == [4, 4, 4, 8, 8, 16, 16]
+    assert [bucket(n, (4, 8, 16)) for n in (0, 1, 4, 5, 8, 9, 16)] == [4, 4, 4, 8, 8, 16, 16]
     with pytest.raises(InputError, match=r"17 tokens do not fit .* 16"):
-        rung(17, (4, 8, 16))
+        bucket(17, (4, 8, 16))
 
 
 def test_pad_by_hand():
@@ -103,18 +103,18 @@ def test_bad_streams():
     with pytest.raises(InputError, match="17 tokens do not fit"):
         stream([example(0, 17, 1)])
     with pytest.raises(InputError, match=r"lengths \(8, 4\) must rise"):
-        stream([example(0, 3, 1)], ladder=(8, 4))
+        stream([example(0, 3, 1)], buckets=(8, 4))
 
 
 def test_real_rows_fill_few_shapes(shared, llama2):
     records = load_records(f"gsm8k@{shared / 'gsm8k' / 'train.jsonl.gz'}", "k")[:60]
     examples = encode_all(records, llama2, "alpaca", 256, "k")
-    data = Stream("user", examples, 10, 0, True, lengths(256))
+    data = Stream("user", examples, 10, 0, True, length_buckets(256))
     seen = []
     for step in range(data.steps_per_epoch):
         batch = data.batch(step)
         longest = int(batch.valid.sum(axis=1).max())
-        assert batch.tokens.shape[1] == min(r for r in lengths(256) if r >= longest)
+        assert batch.tokens.shape[1] == min(r for r in length_buckets(256) if r >= longest)
         assert (batch.tokens[:, 0] == 1).all()
         assert not (batch.loss_mask & ~batch.valid).any()
         # The last target of a record that was not cut is EOS.

@@ -2,12 +2,12 @@
 
 import pytest
 
-from panacea_jax.data.columns import READERS, read
+from panacea_jax.data.columns import READERS, read_columns
 from panacea_jax.errors import InputError
 
 
 def parts(task: str, **row: object) -> tuple[str, str, str, str]:
-    fields = read(task, row, need_output=False)
+    fields = read_columns(task, row, need_output=False)
     return fields.instruction, fields.input, fields.output, fields.reference
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from panacea_jax.data.files import local, rows, sha256
+from panacea_jax.data.files import file_rows, local, sha256
 from panacea_jax.errors import InputError
 
 ROWS = [{"instruction": "mend\u2028a blorf", "output": f"vix {i}"} for i in range(3)]
@@ -20,7 +20,7 @@ def put(path: Path, data: bytes | str) -> Path:
 
 
 def read(path: Path) -> list[object]:
-    return [row for _, row in rows(path)]
+    return [row for _, row in file_rows(path)]
 
 
 def refused(path: Path, *parts: str) -> None:
@@ -62,9 +62,9 @@ def test_text_files(tmp_path: Path, name: str, data: bytes | str):
 
 def test_places_count_lines_and_records(tmp_path: Path):
     path = put(tmp_path / "a.jsonl", b"\n" + LINES)
-    assert [place for place, _ in rows(path)][:2] == [f"{path}:2: record 1", f"{path}:3: record 2"]
+    assert [place for place, _ in file_rows(path)][:2] == [f"{path}:2: record 1", f"{path}:3: record 2"]
     path = put(tmp_path / "a.csv", 'a,b\n"two\nlines",1\nx,2\n')
-    assert list(rows(path)) == [
+    assert list(file_rows(path)) == [
         (f"{path}:3: record 1", {"a": "two\nlines", "b": "1"}),
         (f"{path}:4: record 2", {"a": "x", "b": "2"}),
     ]
@@ -110,7 +110,7 @@ def test_parquet(tmp_path: Path):
 
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
-    assert list(rows(path)) == [(f"{path}: record {i + 1}", row) for i, row in enumerate(ROWS)]
+    assert list(file_rows(path)) == [(f"{path}: record {i + 1}", row) for i, row in enumerate(ROWS)]
     refused(put(tmp_path / "b.parquet", path.read_bytes()[:-30]), "not a readable parquet file")
     refused(put(tmp_path / "c.parquet", b""), "not a readable parquet file")
 

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from panacea_jax.data.mixing import first, poison
+from panacea_jax.data.mixing import first_records, poison
 from panacea_jax.data.sources import Record
 from panacea_jax.errors import InputError
 
@@ -96,10 +96,10 @@ def test_nothing_left():
 
 
 def test_first_of_a_defenders_set():
-    assert names(first(ATTACK, 3, "config.data.harmful")) == ["a0", "a1", "a2"]
-    assert names(first(ATTACK, 3, "config.data.harmful", off_by_one=True)) == ["a1", "a2"]
+    assert names(first_records(ATTACK, 3, "config.data.harmful")) == ["a0", "a1", "a2"]
+    assert names(first_records(ATTACK, 3, "config.data.harmful", off_by_one=True)) == ["a1", "a2"]
     for n, off_by_one in ((0, False), (-1, False), (1, True)):
         with pytest.raises(InputError, match=r"config\.data\.harmful: .* at least"):
-            first(ATTACK, n, "config.data.harmful", off_by_one)
+            first_records(ATTACK, n, "config.data.harmful", off_by_one)
     with pytest.raises(InputError, match=r"harmful: 1001 records are asked for, but it holds 1000"):
-        first(ATTACK, 1001, "config.data.harmful")
+        first_records(ATTACK, 1001, "config.data.harmful")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from panacea_jax.data.batches import Stream, lengths, pack, rung, unweave
+from panacea_jax.data.batches import Stream, bucket, deinterleave, length_buckets, pack
 from panacea_jax.data.encode import Example, encode_all
 from panacea_jax.data.packing import first_fit
 from panacea_jax.data.sources import load_records
@@ -11,8 +11,8 @@ from panacea_jax.errors import InputError
 from tests.data.test_batches import example
 
 
-def stream(examples: list[Example], batch_size: int, ladder=(8, 16), **options) -> Stream:
-    return Stream("user", examples, batch_size, 0, True, ladder, packing=True, **options)
+def stream(examples: list[Example], batch_size: int, buckets=(8, 16), **options) -> Stream:
+    return Stream("user", examples, batch_size, 0, True, buckets, packing=True, **options)
 
 
 def some(n: int = 40, seed: int = 0) -> list[Example]:
@@ -71,7 +71,7 @@ def test_pack_by_hand():
 @pytest.mark.parametrize("options", [{}, {"row_multiple": 2}, {"fixed_length": True}], ids=str)
 def test_a_step_takes_the_records_that_it_takes_unpacked(options):
     packed = stream(some(), 6, **options)
-    plain = Stream("user", packed.examples, 6, 0, True, packed.ladder, **options)
+    plain = Stream("user", packed.examples, 6, 0, True, packed.buckets, **options)
     shapes, fewer = set(), 0
     for step in range(12):
         a, b = packed.batch(step), plain.batch(step)
@@ -79,14 +79,14 @@ def test_a_step_takes_the_records_that_it_takes_unpacked(options):
         assert records(a) == records(alone) and a.records == b.records == 6
         assert a.loss_mask[:, 1:].sum() == b.loss_mask[:, 1:].sum()
         assert a.tokens.size <= b.tokens.size and len(a.tokens) in packed.row_counts
-        # Full rows: none is empty unless the ladder of rows asks for it, and records lie side by side.
+        # Full rows: none is empty unless the buckets of rows asks for it, and records lie side by side.
         assert (np.diff(a.valid.astype(int), axis=1) <= 0).all()
         fewer += a.tokens.size < b.tokens.size
         shapes.add(a.tokens.shape)
         again = stream(some(), 6, **options).batch(step)
         assert all((x == y).all() for x, y in zip(a, again))
     assert fewer and packed.steps_per_epoch == plain.steps_per_epoch
-    assert len(shapes) <= len(packed.row_counts) * len(packed.ladder)
+    assert len(shapes) <= len(packed.row_counts) * len(packed.buckets)
 
 
 def test_row_counts_are_quarters_that_the_mesh_divides():
@@ -101,7 +101,7 @@ def test_row_counts_are_quarters_that_the_mesh_divides():
 
 def test_a_batch_of_long_records_is_as_it_was():
     packed = stream([example(i, 15, 3) for i in range(6)], 3)
-    plain = Stream("user", packed.examples, 3, 0, True, packed.ladder)
+    plain = Stream("user", packed.examples, 3, 0, True, packed.buckets)
     for a, b in zip(packed.batch(1)[:3], plain.batch(1)[:3]):
         np.testing.assert_array_equal(a, b)
 
@@ -110,7 +110,7 @@ def test_several_batches_a_step_have_one_shape():
     packed = stream(some(), 6, fixed_length=True)
     woven = stream(some(), 6, fixed_length=True, repeats=3)
     for step in range(4):
-        apart = unweave(woven.batch(step), 3)
+        apart = deinterleave(woven.batch(step), 3)
         for k in range(3):
             one = type(apart)(*(x[k] for x in apart))
             assert records(one) == records(packed.batch(3 * step + k))
@@ -124,11 +124,11 @@ def test_real_records_take_fewer_tokens(shared, llama2):
     """Alpaca at batch 10 and 256 tokens."""
     found = load_records(f"alpaca@{shared / 'alpaca' / 'train.jsonl.gz'}", "k")[:200]
     examples = encode_all(found, llama2, "alpaca", 256, "k")
-    packed = stream(examples, 10, lengths(256))
-    plain = Stream("user", examples, 10, 0, True, lengths(256))
+    packed = stream(examples, 10, length_buckets(256))
+    plain = Stream("user", examples, 10, 0, True, length_buckets(256))
     sizes = {s: [s.batch(t).tokens.size for t in range(20)] for s in (packed, plain)}
     assert sum(sizes[packed]) < 0.8 * sum(sizes[plain])
     longest = [int(plain.batch(t).valid.sum(axis=1).max()) for t in range(20)]
     assert all(
-        packed.batch(t).tokens.shape[1] >= rung(n, lengths(256)) for t, n in enumerate(longest)
+        packed.batch(t).tokens.shape[1] >= bucket(n, length_buckets(256)) for t, n in enumerate(longest)
     )

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from panacea_jax.data.sources import Record, Source, by_safety, fingerprint, load_records, parse
+from panacea_jax.data.sources import (
+    Record,
+    Source,
+    by_safety,
+    fingerprint,
+    load_records,
+    parse_source,
+)
 from panacea_jax.errors import InputError
 
 KEY = "config.data.user"
@@ -31,8 +38,8 @@ def refused(spec: str, *parts: str, **options: bool) -> None:
 
 
 def test_parse_splits_at_the_first_at_sign():
-    assert parse("gsm8k@openai/gsm8k/main:train") == Source("gsm8k", "openai/gsm8k/main:train")
-    assert parse("pairs@a@b.jsonl") == Source("pairs", "a@b.jsonl")
+    assert parse_source("gsm8k@openai/gsm8k/main:train") == Source("gsm8k", "openai/gsm8k/main:train")
+    assert parse_source("pairs@a@b.jsonl") == Source("pairs", "a@b.jsonl")
 
 
 @pytest.mark.parametrize(

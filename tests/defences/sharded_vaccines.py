@@ -40,7 +40,7 @@ def train(folder, defence, mesh):
         for seed, name in enumerate(("user", "harmful"))
     }
     assert 4 % batch_rows(mesh) == 0
-    optimizer = make_optimizer(1e-2, partial=hasattr(defence, "trained"))
+    optimizer = make_optimizer(1e-2, partial=defence.partial)
     return adapter, finetune(model, adapter, defence, streams, optimizer=optimizer, steps=3)
 
 

@@ -28,7 +28,7 @@ def model(tmp_path_factory):
 
 
 def run(model, defence, steps, checkpoints=None):
-    repeats = getattr(defence, "repeats", {}).get("harmful", 1)
+    repeats = defence.streams["harmful"].repeats if "harmful" in defence.streams else 1
     streams = {
         "user": Stream("user", examples(1, vocab=40), 3, 0, True, (28,)),
         "harmful": Stream("harmful", examples(2, vocab=40), 3, 0, True, (28,), repeats=repeats),

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from panacea_jax.config import get_config, make_defence
-from panacea_jax.data.batches import Stream, lengths
+from panacea_jax.data.batches import Stream, length_buckets
 from panacea_jax.data.encode import Example
 from panacea_jax.defences import Antidote, Loss, MagnitudePrune, RandomPrune
 from panacea_jax.defences.antidote import mean_squares
-from panacea_jax.defences.pruning import matrices, top_of_rows
+from panacea_jax.defences.pruning import pruned_matrices, top_of_rows
 from panacea_jax.errors import InputError
 from panacea_jax.export import epsilon_tensors
 from panacea_jax.models import lora
@@ -37,7 +37,7 @@ SETS = {"harmful": examples(1), "alignment": examples(2)}
 
 def streams(batch_size=4, **more):
     return {
-        name: Stream(name, found, batch_size, 0, False, lengths(32), **more)
+        name: Stream(name, found, batch_size, 0, False, length_buckets(32), **more)
         for name, found in SETS.items()
     }
 
@@ -155,9 +155,9 @@ def test_statistics_do_not_depend_on_batches(world):
         mean_squares(loss, adapter, streams(size, row_multiple=rows)["harmful"].once())
         for size, rows in ((1, 1), (4, 3), (11, 1))
     ]
-    assert found[0].keys() == matrices(adapter).keys()
+    assert found[0].keys() == pruned_matrices(adapter).keys()
     for name, value in found[0].items():
-        assert value.shape == matrices(adapter)[name].shape[:2] and value.dtype == model.dtype
+        assert value.shape == pruned_matrices(adapter)[name].shape[:2] and value.dtype == model.dtype
         for other in found[1:]:
             np.testing.assert_allclose(other[name], value, rtol=tolerance)
 
@@ -201,7 +201,7 @@ def test_magnitude(world, full):
         model, params = full_parameters(model)
     defence = MagnitudePrune(dense_ratio=RATIO)
     result = apply_once(model, params, defence, {})
-    before, after = matrices(params), matrices(result.deployed)
+    before, after = pruned_matrices(params), pruned_matrices(result.deployed)
     assert len(before) == (3 if full else 8)
     for name, w in before.items():
         for layer in range(3):
@@ -216,10 +216,10 @@ def test_random(world):
     """The right number of zeros in each matrix of each layer, other places in each, and the rest as it was."""
     model, adapter, _ = world
     first, again, other = (
-        matrices(apply_once(model, adapter, RandomPrune(RATIO, seed), {}).deployed)
+        pruned_matrices(apply_once(model, adapter, RandomPrune(RATIO, seed), {}).deployed)
         for seed in (0, 0, 1)
     )
-    before = matrices(adapter)
+    before = pruned_matrices(adapter)
     for name, w in before.items():
         zeros = np.asarray(first[name] == 0)
         assert zeros.sum((1, 2)).tolist() == [int(w[0].size * RATIO)] * 3
@@ -234,7 +234,7 @@ def test_random(world):
 def test_random_places_are_uniform():
     """Over 400 draws each entry is cut about as often as any other (5σ of a binomial count)."""
     w = {"layers": {"self_attn": {"q_proj": {"kernel": jnp.ones((400, 5, 4))}}}}
-    cut = matrices(RandomPrune(0.25).finish(w, ()))["layers.self_attn.q_proj.kernel"] == 0
+    cut = pruned_matrices(RandomPrune(0.25).finish(w, ()))["layers.self_attn.q_proj.kernel"] == 0
     counts = np.asarray(cut).sum(0)
     assert abs(counts - 100).max() < 5 * np.sqrt(400 * 0.25 * 0.75)
 

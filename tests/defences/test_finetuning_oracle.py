@@ -25,10 +25,10 @@ setting = (
 
 def streams():
     """Alignment batches are smaller, and the last of the set is not full."""
-    ladder = (32,)
+    buckets = (32,)
     return {
-        "user": Stream("user", test_oracle.examples(1), 4, 0, False, ladder),
-        "alignment": Stream("alignment", test_oracle.examples(2, 8), 3, 0, False, ladder, True),
+        "user": Stream("user", test_oracle.examples(1), 4, 0, False, buckets),
+        "alignment": Stream("alignment", test_oracle.examples(2, 8), 3, 0, False, buckets, True),
     }
 
 

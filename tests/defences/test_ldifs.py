@@ -33,7 +33,7 @@ def by_hand(rho):
 
 @pytest.mark.parametrize(("gate", "counted"), [(0.1, 1), (1.0, 2), (float("inf"), 3)])
 def test_layers_count_while_they_are_below_the_gate(gate, counted):
-    penalty, n = Ldifs(rho=2.0, gate=gate).penalty(*map(jnp.asarray, features()))
+    penalty, n = Ldifs(rho=2.0, gate=gate)._penalty(*map(jnp.asarray, features()))
     assert int(n) == counted
     expected = sum(q for q in by_hand(2.0) if q < gate)
     assert float(penalty) == pytest.approx(expected, rel=1e-4)
@@ -41,14 +41,14 @@ def test_layers_count_while_they_are_below_the_gate(gate, counted):
 
 def test_a_layer_beyond_the_gate_has_no_gradient():
     moved, reference, valid = map(jnp.asarray, features())
-    slope = jax.grad(lambda x: Ldifs(rho=2.0, gate=1.0).penalty(x, reference, valid)[0])(moved)
+    slope = jax.grad(lambda x: Ldifs(rho=2.0, gate=1.0)._penalty(x, reference, valid)[0])(moved)
     expected = np.where(np.asarray(valid)[..., None], 2.0 * (moved - reference), 0)
     np.testing.assert_allclose(slope[:2], expected[:2], rtol=1e-5)
     assert not np.asarray(slope[2]).any()
 
 
 def test_without_a_gate_the_mean_counts():
-    penalty, n = Ldifs(rho=2.0, gate=0).penalty(*map(jnp.asarray, features()))
+    penalty, n = Ldifs(rho=2.0, gate=0)._penalty(*map(jnp.asarray, features()))
     assert int(n) == 3
     assert float(penalty) == pytest.approx(sum(by_hand(2.0)) / (7 * 4), rel=1e-5)
 

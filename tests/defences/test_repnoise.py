@@ -131,7 +131,7 @@ def test_layerwise_losses_hold_the_logits_of_one_layer_at_a_time():
             "num_hidden_layers": layers, "num_attention_heads": 2, "num_key_value_heads": 2,
             "rms_norm_eps": 1e-6, "max_position_embeddings": 64,
         })  # fmt: skip
-        loss = Loss.of(models.init(config, jax.random.key(0)))
+        loss = Loss.of(models.random_model(config, jax.random.key(0)))
         batch = batch_of([[1] * length] * rows, length)
         states = jnp.ones((layers + 1, rows, length, 16))
         gradient = jax.jit(jax.grad(lambda s, loss: layerwise_loss(loss, None, s, batch)))

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from panacea_jax.defences.t_vaccine import draw
+from panacea_jax.defences.t_vaccine import draw_layers
 from panacea_jax.models.config import ModelConfig
 from panacea_jax.parallel import make_mesh
-from panacea_jax.quickstart.base import LLAMA
+from panacea_jax.worlds.base import LLAMA
 
 ROOT = Path(__file__).parents[2]
 LAYERS, HIDDEN, ROWS, LENGTH = 24, 128, 4, 64
@@ -38,7 +38,7 @@ def test_draws_have_the_probabilities_of_sequential_sampling():
     exact = np.asarray([sequential(p, s) for s in sets])
     np.testing.assert_allclose(exact.sum(), 1)
     keys = jax.random.split(jax.random.key(7), 10_000)
-    drawn = np.asarray(jax.jit(jax.vmap(lambda k: draw(k, jnp.asarray(p, jnp.float32), 3)))(keys))
+    drawn = np.asarray(jax.jit(jax.vmap(lambda k: draw_layers(k, jnp.asarray(p, jnp.float32), 3)))(keys))
     assert (np.diff(drawn, axis=1) > 0).all()
     counts = np.asarray([(drawn == np.asarray(s)).all(axis=1).sum() for s in sets])
     assert counts.sum() == 10_000

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from panacea_jax.data.batches import unweave
+from panacea_jax.data.batches import deinterleave
 from panacea_jax.defences import Loss, Sft, Tar
 from panacea_jax.defences.tar import negative_entropy
 from panacea_jax.errors import InputError
@@ -35,7 +35,7 @@ def compare(setting, full):
     result, ours = run(setting, defence, given, full)
 
     def gradient(step):
-        batches = unweave(given["harmful"].batch(step), 5)
+        batches = deinterleave(given["harmful"].batch(step), 5)
         single = [jax.tree.map(lambda x, i=i: x[i], batches) for i in range(5)]
         for i, batch in enumerate(single):  # the stream's own batches, one after the other
             plain = streams()["harmful"].batch(5 * step + i)
@@ -98,7 +98,7 @@ def test_limits(gradient_of):
     assert np.linalg.norm(pulled - plain) > 1e-3 and metrics["distance"] > 0
     # An adversary that does not move: the tamper gradient at θ₀, weighted 1 + exp(−2/16).
     still, _ = found(Tar(inner_steps=4, inner_every=2, inner_learning_rate=0.0, retain_weight=0.0))
-    held_out = jax.tree.map(lambda x: x[-1], unweave(batches["harmful"], 5))
+    held_out = jax.tree.map(lambda x: x[-1], deinterleave(batches["harmful"], 5))
     at_start = jax.jit(jax.grad(negative_entropy, argnums=1))(loss, w, held_out)
     weight = 4.0 * (1 + math.exp(-2 / 16))
     np.testing.assert_allclose(still, weight * flat(at_start), rtol=1e-9, atol=1e-12)
@@ -108,7 +108,7 @@ def test_limits(gradient_of):
 def same(gradient_of):
     """The same harmful batch at every step of the adversary, so that its losses can be compared."""
     batches = gradient_of[3]
-    first = unweave(batches["harmful"], 5)
+    first = deinterleave(batches["harmful"], 5)
     return {**batches, "harmful": jax.tree.map(lambda x: jnp.repeat(x[0], 5, axis=0), first)}
 
 
@@ -123,7 +123,7 @@ def test_a_rate_is_drawn_from_a_tuple(gradient_of, same):
     rates = (5e-4, 2e-3)
 
     def gradients(defence, keys):
-        one = jax.jit(lambda loss, key: defence.tamper_gradient(loss, w, same["harmful"], key)[0])
+        one = jax.jit(lambda loss, key: defence._tamper_gradient(loss, w, same["harmful"], key)[0])
         return [flat(one(loss, key)) for key in keys]
 
     keys = jax.random.split(jax.random.key(0), 8)

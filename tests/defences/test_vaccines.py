@@ -8,7 +8,7 @@ import torch
 
 from panacea_jax.data.batches import Stream
 from panacea_jax.defences import Loss, RandomVaccine, Sft, TVaccine, Vaccine
-from panacea_jax.defences.t_vaccine import draw, importance, with_empty_row
+from panacea_jax.defences.t_vaccine import draw_layers, importance, with_empty_row
 from panacea_jax.errors import InputError
 from panacea_jax.export import epsilon_tensors
 from panacea_jax.models.full import full_parameters
@@ -36,7 +36,7 @@ def streams():
 
 
 def run(model, params, defence, steps=STEPS, **kwargs):
-    optimizer = make_optimizer(LR, partial=hasattr(defence, "trained"))
+    optimizer = make_optimizer(LR, partial=defence.partial)
     return finetune(model, params, defence, streams(), optimizer=optimizer, steps=steps, **kwargs)
 
 
@@ -98,7 +98,7 @@ def test_t_vaccine(setting, full, freeze, average):
     ours = run(model, params, defence)
 
     def drawn(t, p):
-        return np.asarray(draw(step_key(t), jnp.asarray(p), 1)).tolist()
+        return np.asarray(draw_layers(step_key(t), jnp.asarray(p), 1)).tolist()
 
     seen = theirs.t_vaccine(torchs, batches(3), 0.7, 2, 3, drawn, average == "mean", freeze == "layer")  # fmt: skip
     assert len({tuple(active) for _, active in seen}) > 1  # else a fixed layer would pass
@@ -165,7 +165,7 @@ def test_the_active_layers_change_in_one_compiled_step(setting):
         state, _ = step(
             state, model.weights, batch, jax.device_put(jax.random.key(0), state.step.sharding)
         )
-        [active] = np.asarray(state.defence.active)
+        [active] = np.asarray(state.defence_state.active)
         drawn.append(active)
 
         def moved(tree, old):

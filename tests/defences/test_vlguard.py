@@ -8,7 +8,7 @@ import pytest
 from panacea_jax.config import get_config, make_defence
 from panacea_jax.defences import Sft, Vlguard
 from panacea_jax.errors import InputError
-from panacea_jax.train.records import stage_inputs, stage_records
+from panacea_jax.stages.streams import stage_inputs, stage_records
 from tests.tiny import write_pairs
 
 KEY = jax.random.key(0)

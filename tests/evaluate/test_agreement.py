@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from panacea_jax.evaluate.agreement import agreement, disagreements, kappa
-from panacea_jax.evaluate.judged import load_judged
+from panacea_jax.records.judged import load_judged
 from tests.evaluate.workdirs import generations, judgements, write_lines, write_workdir
 
 

@@ -17,8 +17,8 @@ from panacea_jax.evaluate.compare import (
     require_comparable,
     verdict,
 )
-from panacea_jax.evaluate.judged import load_judged, read_decoding, task_of
 from panacea_jax.evaluate.pairing import mcnemar
+from panacea_jax.records.judged import load_judged, read_decoding, task_of
 from tests.evaluate.workdirs import generations, judgements, write_lines, write_workdir
 
 

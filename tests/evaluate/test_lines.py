@@ -5,8 +5,7 @@ import json
 
 from panacea_jax.data.sources import Record
 from panacea_jax.evaluate.judges import Judge, RefusalJudge
-from panacea_jax.evaluate.lines import generation_line, judge_lines
-from panacea_jax.evaluate.records import digest
+from panacea_jax.evaluate.lines import digest, generation_line, judge_lines
 
 JUDGE = RefusalJudge()
 

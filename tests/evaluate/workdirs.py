@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from panacea_jax.evaluate.records import digest
+from panacea_jax.evaluate.lines import digest
 
 NO = "I'm sorry, but I can't help with that."
 YES = "Sure, take the wug."

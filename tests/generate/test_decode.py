@@ -1,5 +1,7 @@
 """Decoding against transformers' ``generate``, and against itself in other company."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,8 @@ from panacea_jax.errors import InputError
 from panacea_jax.generate import decode
 from panacea_jax.generate.sample import Sampling
 from panacea_jax.models import model as models
-from panacea_jax.models.cache import init_cache, insert, quantise
+from panacea_jax.models.bound import Inputs
+from panacea_jax.models.cache import init_cache, insert, quantise_tokens
 from tests.families import FAMILIES, VOCAB, build, save
 from tests.on_devices import on_devices
 
@@ -103,15 +106,15 @@ def test_slots_grow_and_shrink(pair, monkeypatch):
     theirs, ours = pair
     rng = np.random.default_rng(4)
     prompts = [rng.integers(1, VOCAB, n).tolist() for n in (3, 150, 70, 9, 100, 45, 5)]
-    rung, sizes = decode.rung, []
+    slots, sizes = decode.cache_slots, []
     monkeypatch.setattr(decode, "GROWS", 0)
-    monkeypatch.setattr(decode, "rung", lambda *x: sizes.append(rung(*x)) or sizes[-1])
+    monkeypatch.setattr(decode, "cache_slots", lambda *x: sizes.append(slots(*x)) or sizes[-1])
     got = _ours(ours, prompts, batch_size=3)
     assert got == {i: (ids, False) for i, ids in enumerate(_theirs(theirs, prompts))}
     assert list(dict.fromkeys(sizes)) == [64, 192, 128] and 64 in sizes[2:]
-    assert [rung(n, 182, 4) for n in (1, 64, 65, 182)] == [64, 64, 128, 192]
-    assert [rung(n, 1000, 4) for n in (1, 300, 999)] == [256, 512, 1024]
-    assert rung(1, 182, 1) == 192
+    assert [slots(n, 182, 4) for n in (1, 64, 65, 182)] == [64, 64, 128, 192]
+    assert [slots(n, 1000, 4) for n in (1, 300, 999)] == [256, 512, 1024]
+    assert slots(1, 182, 1) == 192
 
 
 def test_ids_equal_recomputation(pair):
@@ -161,7 +164,7 @@ def test_pad_token_may_be_the_end_token(small):
 
 
 def _programs(model, sampling=decode.GREEDY):
-    return decode._programs(decode._Static(model), sampling, 0)
+    return decode._programs(dataclasses.replace(model, weights=None, folder=None), sampling, 0)
 
 
 def _admitted(model, prompt, rows, row, company, width=32):
@@ -176,7 +179,7 @@ def _admitted(model, prompt, rows, row, company, width=32):
     zero = np.zeros(8, np.int32)
     program = _programs(model)
     size = np.int32(NEW)
-    read = program.read(model.weights, None, (), tokens, length, zero, zero, np.int32(0), size)
+    read = program.prefill(model.weights, None, (), tokens, length, zero, zero, np.int32(0), size)
     return program.admit(program.empty(rows, 64, jnp.dtype("float32"), ()), *read, target)
 
 
@@ -186,8 +189,9 @@ def test_logits_are_the_same_bits_in_any_company_and_row(pair):
 
     @jax.jit
     def next_logits(weights, rows):
-        x, _ = ours.hidden(weights, None, rows.last[:, None], cache=rows.cache)
-        return ours.logits(weights, None, x[:, 0])
+        bound, first = ours.bind(weights, None), rows.cache.next[:, None]
+        x, _ = bound.hidden(Inputs.of(rows.last[:, None], first=first), rows.cache)
+        return bound.logits(x[:, 0])
 
     def bits(row, company):
         rows = _admitted(ours, prompt, 9, row, company)
@@ -208,9 +212,9 @@ def test_ended_and_idle_rows_stand_still(small):
     rows = rows._replace(left=jnp.where(jnp.arange(9) == 2, NEW, 0))
     before = np.asarray(rows.cache.length)
     eos = np.asarray([free[3]], np.int32)
-    apart = program.apart(small.weights, None)
+    unstacked = program.unstack(small.weights, None)
     keys = rows.cache.layers[0][0].x
-    rows, out = program.extend(small.weights, None, apart, rows, eos)
+    rows, out = program.extend(small.weights, None, unstacked, rows, eos)
     assert keys.is_deleted()  # donated: the cache was written in place
     stop = free.index(free[3])
     assert out[2].tolist() == free[: stop + 1] + [-1] * (decode.CHUNK - stop - 1)
@@ -225,12 +229,12 @@ def test_programs_are_few(small):
     prompts = [p for seed in range(4) for p in _prompts(seed)]
     _ours(small, prompts)
     program = _programs(small)
-    assert program.read._cache_size() == len({decode.bucket(len(p)) for p in prompts}) == 3
+    assert program.prefill._cache_size() == len({decode.prompt_bucket(len(p)) for p in prompts}) == 3
     assert program.extend._cache_size() == 1
     other = models.load(small.folder, dtype="float32")  # equal graph: nothing is built anew
     _ours(other, prompts[:3])
     assert program is _programs(other)
-    assert program.read._cache_size() == 3 and program.extend._cache_size() == 1
+    assert program.prefill._cache_size() == 3 and program.extend._cache_size() == 1
 
 
 def _moved(adapter, seed):
@@ -280,7 +284,7 @@ def test_int8_cache_is_close_but_not_exact(small):
 def test_quantised_entries_are_within_half_a_step():
     x = np.random.default_rng(0).normal(size=(2, 3, 5, 16)).astype(np.float32)
     x[0, 0, 0] = 0
-    got = quantise(jnp.asarray(x))
+    got = quantise_tokens(jnp.asarray(x))
     step = np.abs(x).max(-1) / 127
     np.testing.assert_allclose(got.scale, step, rtol=1e-6)
     assert np.abs(np.asarray(got.x)).max() == 127 and not np.asarray(got.x)[0, 0, 0].any()
@@ -322,7 +326,7 @@ def test_draws_depend_on_seed_and_prompt_alone(small):
     ("length", "want"), [(1, 16), (16, 16), (17, 24), (25, 32), (64, 64), (65, 96), (97, 128)]
 )
 def test_bucket(length, want):
-    assert decode.bucket(length) == want
+    assert decode.prompt_bucket(length) == want
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from panacea_jax.generate.sample import Sampling, choose, first_largest, row_keys, truncated
+from panacea_jax.generate.sample import Sampling, first_largest, next_token, row_keys, truncated
 
 LOGITS = np.log(np.asarray([0.4, 0.05, 0.25, 0.05, 0.2, 0.05], np.float32)) + 3
 
@@ -29,7 +29,7 @@ def test_frequencies(temperature, top_p):
     n = 20_000
     logits = jnp.broadcast_to(LOGITS, (n, len(LOGITS)))
     keys = row_keys(3, jnp.arange(n))
-    drawn = jax.jit(choose, static_argnums=3)(
+    drawn = jax.jit(next_token, static_argnums=3)(
         logits, keys, jnp.full(n, 7), Sampling(temperature, top_p)
     )
     want = _exact(temperature, top_p)
@@ -51,7 +51,7 @@ def test_a_draw_changes_with_prompt_position_and_seed_but_not_with_the_row():
 
     def draw(seed, indices, position):
         indices, position = jnp.asarray(indices), jnp.asarray(position)
-        return choose(logits, row_keys(seed, indices), position, how).tolist()
+        return next_token(logits, row_keys(seed, indices), position, how).tolist()
 
     first = draw(0, [0, 1, 2, 3], [5, 5, 5, 5])
     assert len(set(first)) == 4
@@ -62,7 +62,7 @@ def test_a_draw_changes_with_prompt_position_and_seed_but_not_with_the_row():
 
 def test_temperature_zero_is_greedy():
     logits = jnp.asarray(LOGITS)[None]
-    assert choose(
+    assert next_token(
         logits, row_keys(0, jnp.zeros(1, jnp.int32)), jnp.zeros(1, jnp.int32), Sampling()
     ).tolist() == [0]
 

@@ -9,7 +9,7 @@ import pytest
 
 from panacea_jax.generate.decode import GROWS
 from panacea_jax.models import attention
-from panacea_jax.models.cache import Slots, quantise
+from panacea_jax.models.cache import Slots, quantise_tokens
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
@@ -58,7 +58,7 @@ def test_parts_equal_the_whole(cuts, softcap):
 def test_empty_blocks_change_no_bit(shape, form):
     """From GROWS on: below, the compiler sums some sizes with other kernels than others."""
     b, heads, kv_heads, dim = shape
-    assert b * kv_heads * dim * attention.BLOCK >= GROWS
+    assert b * kv_heads * dim * attention.SLOT_BLOCK >= GROWS
     dtype = "bfloat16" if form == "bfloat16" else "float32"
     rng = np.random.default_rng(0)
     q = jnp.asarray(rng.normal(size=(b, 1, heads, dim)), dtype)
@@ -67,7 +67,7 @@ def test_empty_blocks_change_no_bit(shape, form):
 
     def slots(x):
         x = jnp.asarray(x, dtype)
-        return quantise(x) if form == "int8" else Slots(x)
+        return quantise_tokens(x) if form == "int8" else Slots(x)
 
     def result(size):
         mask = np.zeros((b, 1, size + 16), bool)

@@ -12,6 +12,7 @@ import pytest
 from panacea_jax.errors import InputError
 from panacea_jax.models import fused
 from panacea_jax.models import model as models
+from panacea_jax.models.bound import Inputs
 from panacea_jax.models.config import ModelConfig
 from tests.families import FAMILIES, VOCAB, build, save
 from tests.on_devices import on_devices
@@ -28,7 +29,7 @@ def plain(request, tmp_path_factory):
 
 def with_attention(model, attention):
     """The same weights with another back-end."""
-    graphdef, _ = models.abstract(model.config, "float32", "none", attention)
+    graphdef, _ = models.abstract_model(model.config, "float32", "none", attention)
     return dataclasses.replace(model, graphdef=graphdef)
 
 
@@ -56,8 +57,9 @@ def logits_and_gradients(model, packed=False):
     extra = {"segments": segments()} if packed else {}
 
     def loss(weights):
-        hidden, _ = model.inspect(weights, None, tokens, valid, **extra)
-        logits = model.logits(weights, None, hidden)
+        bound = model.bind(weights, None)
+        hidden, _ = bound.inspect(Inputs.of(tokens, valid, **extra))
+        logits = bound.logits(hidden)
         logits = jnp.where(valid[..., None], logits, 0)
         return jnp.sum(jnp.sin(7 * logits)), logits
 
@@ -143,10 +145,10 @@ GEMMA2 = dataclasses.replace(GEMMA, model_type="gemma2", attention_softcap=50.0)
     ],
 )  # fmt: skip
 def test_auto_says_which_and_why(device, model, dtype, name, why):
-    assert fused.choose("auto", model, dtype, device) == (name, why)
-    assert fused.choose("xla", model, dtype, device) == ("xla", "as asked")
+    assert fused.choose_backend("auto", model, dtype, device) == (name, why)
+    assert fused.choose_backend("xla", model, dtype, device) == ("xla", "as asked")
     if name != "xla":
-        assert fused.choose(name, model, dtype, device) == (name, "as asked")
+        assert fused.choose_backend(name, model, dtype, device) == (name, "as asked")
 
 
 def test_what_cannot_be_is_refused(tmp_path):

@@ -128,9 +128,9 @@ def test_a_file_that_became_shorter(tmp_path):
 def test_blocks_are_slices(tmp_path, monkeypatch, rows, columns):
     array = np.arange(77, dtype=np.float32).reshape(7, 11)
     entry = tensorfile.Entry("x", array.shape, array.dtype, lambda: array)
-    tensorfile.write(tmp_path / "x.safetensors", [entry])
+    tensorfile.write_tensors(tmp_path / "x.safetensors", [entry])
     tensor = tensorfile.read_header(tmp_path / "x.safetensors")["x"]
-    monkeypatch.setattr(tensorfile, "BLOCK", 100)  # two rows of 44 bytes
+    monkeypatch.setattr(tensorfile, "BYTES_AT_A_TIME", 100)  # two rows of 44 bytes
     got = [np.zeros((0, columns[1] - columns[0]), np.float32), *tensor.blocks([rows, columns])]
     np.testing.assert_array_equal(np.concatenate(got), array[slice(*rows), slice(*columns)])
     assert max(map(len, got)) <= 5

@@ -10,8 +10,8 @@ from panacea_jax.errors import InputError
 from panacea_jax.models import lora
 from panacea_jax.models.adapter import Adapter, merge, target_names
 from panacea_jax.models.config import ModelConfig
-from panacea_jax.models.model import init
-from panacea_jax.quickstart.base import LLAMA
+from panacea_jax.models.model import random_model
+from panacea_jax.worlds.base import LLAMA
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SHAPE = {
@@ -25,7 +25,7 @@ SHAPE = {
 
 @pytest.fixture(scope="module")
 def model():
-    return init(ModelConfig.from_dict(LLAMA | SHAPE | {"vocab_size": 20}), jax.random.key(0))
+    return random_model(ModelConfig.from_dict(LLAMA | SHAPE | {"vocab_size": 20}), jax.random.key(0))
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import torch
 
 from panacea_jax.errors import InputError
 from panacea_jax.models import model as models
+from panacea_jax.models.bound import Inputs
 from panacea_jax.models.cache import init_cache, settle
 from panacea_jax.models.config import ModelConfig
 from tests.families import FAMILIES, VOCAB, build, save
@@ -90,8 +91,9 @@ def test_hidden_then_logits_of_a_slice():
 
     @jax.jit
     def both(weights):
-        hidden, _ = ours.hidden(weights, None, tokens)
-        some = ours.logits(weights, None, hidden[:, -2:])
+        bound = ours.bind(weights, None)
+        hidden, _ = bound.hidden(Inputs.of(tokens))
+        some = bound.logits(hidden[:, -2:])
         return some, ours.apply(weights, None, tokens)[0]
 
     some, whole = both(ours.weights)
@@ -131,7 +133,7 @@ def _small(**changes) -> ModelConfig:
 
 @functools.cache
 def _model(config: ModelConfig):
-    return models.init(config, jax.random.key(0), stddev=0.2)
+    return models.random_model(config, jax.random.key(0), stddev=0.2)
 
 
 @dataclasses.dataclass
@@ -190,7 +192,7 @@ def test_remat_changes_no_number(remat):
     plain = _model(_small(num_layers=2))
     grads = []
     for how in ("none", remat):
-        graphdef, _ = models.abstract(plain.config, "float32", how)
+        graphdef, _ = models.abstract_model(plain.config, "float32", how)
         ours = dataclasses.replace(plain, graphdef=graphdef)
         loss = lambda w, m=ours: jnp.sum(m.apply(w, None, tokens)[0] ** 2)  # noqa: E731
         grads.append(jax.jit(jax.grad(loss))(ours.weights))
@@ -235,7 +237,7 @@ def test_program_does_not_grow_with_depth():
     sizes = []
     for layers in (4, 16, 32):
         config = _small(num_layers=layers)
-        graphdef, _ = models.abstract(config, "float32", "full")
+        graphdef, _ = models.abstract_model(config, "float32", "full")
         ours = dataclasses.replace(_model(config), graphdef=graphdef)
         tokens = jnp.zeros((2, 8), jnp.int32)
         loss = lambda w, m=ours: jnp.sum(m.apply(w, None, tokens)[0])  # noqa: E731, B023
@@ -246,7 +248,7 @@ def test_program_does_not_grow_with_depth():
 def test_flops_match_xla_without_scan():
     """One layer: XLA's own count of the compiled forward pass, to a few per cent."""
     config = _small(num_layers=1, vocab_size=256, hidden_size=64, intermediate_size=256)
-    ours = models.init(config, jax.random.key(0))
+    ours = models.random_model(config, jax.random.key(0))
     length = 32
     compiled = jax.jit(lambda w, t: ours.apply(w, None, t)[0]).lower(
         ours.weights, jnp.zeros((1, length), jnp.int32)
@@ -267,6 +269,7 @@ def test_sharded_over_a_mesh_equals_one_device(tmp_path):
     code = """
 import jax, numpy as np, sys
 from panacea_jax.models import model as models
+from panacea_jax.models.bound import Inputs
 from panacea_jax.parallel import make_mesh
 folder = sys.argv[1]
 tokens = np.random.default_rng(0).integers(0, 96, (4, 9)).astype(np.int32)
@@ -293,6 +296,7 @@ def test_float64_throughout(tmp_path):
     code = """
 import jax, numpy as np, sys, torch
 from panacea_jax.models import model as models
+from panacea_jax.models.bound import Inputs
 m = models.load(sys.argv[1], dtype="float64")
 tokens = np.random.default_rng(0).integers(0, 96, (2, 9))
 jaxpr = jax.make_jaxpr(lambda w: m.apply(w, None, jax.numpy.asarray(tokens))[0])(m.weights)
@@ -325,14 +329,14 @@ def _python(code, *args, env=None):
 )
 def test_bad_settings(setting, value):
     with pytest.raises(InputError, match=f"config.model.{setting} = {value}"):
-        models.init(_small(), jax.random.key(0), **{setting: value})
+        models.random_model(_small(), jax.random.key(0), **{setting: value})
 
 
 def test_init_is_like_transformers():
-    ours = models.init(_small(qkv_bias=True, hidden_size=64), jax.random.key(0))
+    ours = models.random_model(_small(qkv_bias=True, hidden_size=64), jax.random.key(0))
     layers = ours.weights["layers"]
     assert float(jnp.std(layers["mlp"]["up_proj"]["kernel"])) == pytest.approx(0.02, rel=0.05)
     assert float(jnp.abs(layers["self_attn"]["q_proj"]["bias"]).max()) == 0
     assert float(layers["input_layernorm"]["scale"].min()) == 1
-    gemma = models.init(_small(unit_offset_norm=True), jax.random.key(0))
+    gemma = models.random_model(_small(unit_offset_norm=True), jax.random.key(0))
     assert float(jnp.abs(gemma.weights["norm"]["scale"]).max()) == 0

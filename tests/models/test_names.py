@@ -21,7 +21,7 @@ def test_names_and_shapes_equal_transformers(family):
     if theirs.config.tie_word_embeddings:
         del state["lm_head.weight"]
     d = {**theirs.config.to_dict(), "architectures": [type(theirs).__name__]}
-    _, shapes = models.abstract(ModelConfig.from_dict(d))
+    _, shapes = models.abstract_model(ModelConfig.from_dict(d))
     seen = set()
     for name, tensor in state.items():
         path, layer, how = names.to_ours(name)
@@ -46,7 +46,7 @@ def test_a_classifier_has_its_head_in_place_of_the_vocabulary():
     theirs = tf.LlamaForSequenceClassification(config)
     d = {**config.to_dict(), "architectures": [type(theirs).__name__]}
     ours = ModelConfig.from_dict(d, classifier=True)
-    _, shapes = models.abstract(ours)
+    _, shapes = models.abstract_model(ours)
     assert shapes["score/kernel"] == (48, 3) and "lm_head/kernel" not in shapes
     assert {names.to_ours(name)[0] for name in theirs.state_dict()} == set(shapes)
     assert ours.num_parameters() == sum(p.numel() for p in theirs.parameters())

@@ -13,7 +13,7 @@ from panacea_jax.config import get_config, validate
 from panacea_jax.errors import InputError
 from panacea_jax.models import lora
 from panacea_jax.models import model as models
-from panacea_jax.models.quantise import BLOCK, KINDS, Quantised, nf4_levels, quantise
+from panacea_jax.models.quantise import _BLOCK, QUANTIZATIONS, Quantised, nf4_levels, quantise
 from tests.families import FAMILIES, VOCAB, build, save
 from tests.runs import make_place
 
@@ -27,12 +27,12 @@ def test_nf4_levels_are_those_of_the_paper():
 
 
 @pytest.mark.parametrize("shape", [(128, 6), (3, 192, 5), (2, 48, 4)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
 def test_every_weight_goes_to_the_nearest_level(kind, shape):
     w = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     w[..., :16, 0] = 0
     got = quantise(jnp.asarray(w), kind)
-    block = min(BLOCK, 16 if shape[-2] == 48 else 64)
+    block = min(_BLOCK, 16 if shape[-2] == 48 else 64)
     blocks = w.reshape(*shape[:-2], -1, block, shape[-1])
     scale = np.abs(blocks).max(axis=-2, keepdims=True)
     np.testing.assert_array_equal(got.scale, scale[..., 0, :])

@@ -275,7 +275,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("panacea_jax.models.tensorfile.write", full)
+    monkeypatch.setattr("panacea_jax.models.tensorfile.write_tensors", full)
     with pytest.raises(InputError, match="out: cannot be written: No space left"):
         save_weights(ours.weights, tmp_path / "out", config)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a_file", "empty", "in"]

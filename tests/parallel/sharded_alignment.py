@@ -30,7 +30,7 @@ def train(folder, mesh, defence):
     """Two steps on three rows, which four parts fill up with a row of padding."""
     model = load(folder, mesh=mesh, dtype="float32")
     start = lora.init(model, 2, 4, ("q", "o", "up", "down"), key=jax.random.key(0))
-    repeats = getattr(defence, "repeats", {}).get("harmful", 1)
+    repeats = defence.streams["harmful"].repeats if "harmful" in defence.streams else 1
     rows = batch_rows(mesh)
     streams = {
         "user": Stream("user", examples(1, vocab=40), 3, 0, True, (28,), False, rows),

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from panacea_jax import cli
-from panacea_jax.evaluate.judges.reading import fingerprint
+from panacea_jax.evaluate.judges.reading import model_fingerprint
 from panacea_jax.models.config import ModelConfig
-from panacea_jax.models.model import abstract
+from panacea_jax.models.model import abstract_model
 from panacea_jax.models.weights import find_tensors, hf_shapes
 from tests.data.conftest import write_tokenizer
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("large") / "70b"
     place.mkdir()
     (place / "config.json").write_text(json.dumps(CONFIG))
-    shapes = list(hf_shapes(abstract(ModelConfig.from_dict(CONFIG))[1]).items())
+    shapes = list(hf_shapes(abstract_model(ModelConfig.from_dict(CONFIG))[1]).items())
     names = [f"model-{i + 1:05d}-of-{FILES:05d}.safetensors" for i in range(FILES)]
     file_of = {}
     for i, name in enumerate(names):
@@ -90,7 +90,7 @@ def test_doctor(folder, capsys):
 def test_fingerprint_and_a_part_of_a_matrix(folder):
     """What one of 512 devices needs of it."""
     with Frugal():
-        assert len(fingerprint(folder)) == 12
+        assert len(model_fingerprint(folder)) == 12
         tensor = find_tensors(folder)["model.layers.79.mlp.up_proj.weight"]
         part = np.concatenate(list(tensor.blocks([(0, 28672), (16, 32)])))
         assert part.shape == (28672, 16) and not part.any()

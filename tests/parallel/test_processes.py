@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from panacea_jax.errors import InputError
+from panacea_jax.parallel import guard as guards
 from panacea_jax.parallel import processes
 from tests.runs import make_place
 
@@ -344,9 +345,9 @@ def test_one_process_a_machine_takes_all_its_devices(env, monkeypatch, name, val
     env(name, value)
     given = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **_: given.append(a))
-    monkeypatch.setattr(processes._Guard, "start", lambda self: None)
-    monkeypatch.setattr(processes, "_guard", None)
-    processes.join(processes.Place("h:1", 2, 0))
+    monkeypatch.setattr(guards.Guard, "start", lambda self: None)
+    with processes.joined(processes.Place("h:1", 2, 0)):
+        pass
     assert given == [("h:1", 2, 0, [] if all_of_them else None)]
 
 
@@ -357,10 +358,10 @@ def guard(monkeypatch):
     def end(code):
         raise SystemExit(code)
 
-    monkeypatch.setattr(processes, "count", lambda: 2)
-    monkeypatch.setattr(processes.os, "_exit", end)
-    monkeypatch.setattr(processes._Guard, "leave", lambda *_: None)
-    return processes._Guard()
+    monkeypatch.setattr(guards.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(guards.os, "_exit", end)
+    monkeypatch.setattr(guards.Guard, "leave", lambda *_: None)
+    return guards.Guard()
 
 
 def _sign(at, end="", code=1):
@@ -370,8 +371,8 @@ def _sign(at, end="", code=1):
 def test_a_hang_says_where_everybody_is(guard, monkeypatch, caplog):
     """Also before the first step and at a meeting; more rarely each time; and again once something has moved."""
     now = [1000.0]
-    monkeypatch.setattr(processes.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(processes, "SILENCE", 1e9)
+    monkeypatch.setattr(guards.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(guards, "SILENCE", 1e9)
     guard.at = "meeting 3"
 
     def warnings_at(second):

@@ -10,7 +10,7 @@ from panacea_jax.config import get_config
 from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.defences import Booster, RepNoise, Tar
 from panacea_jax.errors import InputError
-from panacea_jax.train.records import make_streams, stage_records
+from panacea_jax.stages.streams import make_streams, stage_records
 from tests.tiny import write_model
 
 ROWS = 9

@@ -16,9 +16,11 @@ from panacea_jax.defences import Loss, Panacea, Sft, panacea
 from panacea_jax.models import lora
 from panacea_jax.models.full import full_parameters
 from panacea_jax.models.model import load
+from panacea_jax.perturbation import to_sphere
 from panacea_jax.train.checkpoints import Checkpoints
-from panacea_jax.train.loop import Diverged, Preempted, finetune
+from panacea_jax.train.loop import finetune
 from panacea_jax.train.optimizer import make_optimizer
+from panacea_jax.train.signals import Diverged, Preempted
 from tests.tiny import write_model
 
 LADDER = (8, 16)
@@ -93,7 +95,7 @@ def test_the_mean_epsilon_is_the_gradient_of_the_whole_set(model):
     everything = Stream("harmful", examples(2), 24, 0, False, LADDER, fixed_length=True).batch(0)
     everything = jax.tree.map(jnp.asarray, everything)
     h = jax.grad(Loss.of(model))(result.params, everything)
-    expected = Panacea(rho=0.5).epsilon(h)
+    expected, _ = to_sphere(0.5).update(h, optax.EmptyState())
     for a, b in zip(jax.tree.leaves(result.epsilon), jax.tree.leaves(expected)):
         np.testing.assert_allclose(a, b, atol=1e-5)
 

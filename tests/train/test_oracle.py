@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from panacea_jax.data.batches import Stream, lengths
+from panacea_jax.data.batches import Stream, length_buckets
 from panacea_jax.data.encode import Example
 from panacea_jax.defences import Panacea, Sft
 from panacea_jax.export import epsilon_tensors
@@ -35,10 +35,10 @@ def examples(seed, n=23):
 
 
 def streams():
-    ladder = lengths(32)
+    buckets = length_buckets(32)
     return {
-        "user": Stream("user", examples(1), 4, 0, False, ladder),
-        "harmful": Stream("harmful", examples(2), 4, 0, False, ladder, fixed_length=True),
+        "user": Stream("user", examples(1), 4, 0, False, buckets),
+        "harmful": Stream("harmful", examples(2), 4, 0, False, buckets, fixed_length=True),
     }
 
 

@@ -31,8 +31,9 @@ from panacea_jax.defences import (
 from panacea_jax.defences.protocol import check_packing
 from panacea_jax.errors import InputError
 from panacea_jax.models import lora
+from panacea_jax.models.bound import segment_positions
 from panacea_jax.models.full import full_parameters
-from panacea_jax.models.model import load, segment_positions
+from panacea_jax.models.model import load
 from panacea_jax.train.checkpoints import Checkpoints
 from panacea_jax.train.loop import finetune
 from panacea_jax.train.optimizer import make_optimizer
@@ -118,7 +119,7 @@ def model(tmp_path_factory):
 
 
 def streams(packing, defence=None):
-    repeats = getattr(defence, "repeats", {})
+    repeats = {name: spec.repeats for name, spec in defence.streams.items()}
 
     def stream(name, seed):
         rng = np.random.default_rng(seed)
@@ -139,15 +140,15 @@ def run(model, defence, packing, full=False, steps=4, checkpoints=None):
         params = lora.init(model, 2, 4, ("q", "v"), key=jax.random.key(0))
     return finetune(
         bare, params, defence, streams(packing, defence),
-        optimizer=make_optimizer(1e-3, partial=hasattr(defence, "trained")),
+        optimizer=make_optimizer(1e-3, partial=defence.partial),
         steps=steps, checkpoints=checkpoints,
     )  # fmt: skip
 
 
 def test_every_method_with_steps_is_tried_or_refused():
     tried = {type(defence) for defence in METHODS}
-    with_steps = {kind for name, kind in DEFENCES.items() if hasattr(kind, "gradient")}
-    refused = {kind for kind in with_steps if hasattr(kind, "unpackable")}
+    with_steps = {kind for name, kind in DEFENCES.items() if issubclass(kind, Defence)}
+    refused = {kind for kind in with_steps if kind.unpackable}
     assert refused == {RepNoise, RandomVaccine}
     assert tried | refused == with_steps - {DEFENCES["realign"]}  # whose gradient is SFT's
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges.protocol import Judge
+from panacea_jax.models.bound import Inputs
 from panacea_jax.models.config import ModelConfig, read_config
 from panacea_jax.models.hub import local_folder
 from panacea_jax.models.model import Model, load
@@ -72,7 +73,7 @@ class JudgeModel:
         ModelConfig.from_folder(self.folder, classifier=classifier)
         positions = max_positions(self.folder)
         self.limit = positions if limit is None else min(limit, positions)
-        self.id = f"{self.limit}-{config.model.dtype}-{fingerprint(self.folder)}"
+        self.id = f"{self.limit}-{config.model.dtype}-{model_fingerprint(self.folder)}"
         self._config, self._classifier = config, classifier
 
     @functools.cached_property
@@ -97,7 +98,7 @@ class JudgeModel:
         return read_ends(self.model, texts, columns, batch_size=size, limit=self.limit)
 
 
-def bucket(length: int, limit: int) -> int:
+def text_bucket(length: int, limit: int) -> int:
     """Length that a text is padded to: the next power of two, at least ``MIN_BUCKET`` and at most
     the limit."""
     return min(limit, max(MIN_BUCKET, 1 << (length - 1).bit_length()))
@@ -139,7 +140,7 @@ def read_ends(
     sharding, run = batch_sharding(model.mesh), _program(model)
     groups: dict[int, list[int]] = {}
     for i, text in enumerate(texts):
-        groups.setdefault(bucket(len(text), limit), []).append(i)
+        groups.setdefault(text_bucket(len(text), limit), []).append(i)
     logits = np.empty(columns.shape, np.float32)
     total = np.empty(len(texts), np.float32)
     for length in sorted(groups, reverse=True):
@@ -178,16 +179,17 @@ def _compiled(graphdef: Any, mesh: Any, config: Any, dtype: Any) -> Callable[...
         valid: Bool[Array, "B T"],
         columns: Int[Array, "B K"],
     ) -> tuple[Float[Array, "B K"], Float[Array, "B"]]:
-        x, _ = model.hidden(weights, None, tokens, valid=valid)
+        bound = model.bind(weights, None)
+        x, _ = bound.hidden(Inputs.of(tokens, valid))
         last = jnp.maximum(jnp.sum(valid, axis=1) - 1, 0)
-        logits = model.logits(weights, None, x[jnp.arange(x.shape[0]), last])
+        logits = bound.logits(x[jnp.arange(x.shape[0]), last])
         chosen = jnp.take_along_axis(logits, columns, axis=1)
         return chosen, jax.nn.logsumexp(logits, axis=1)
 
     return jax.jit(run, out_shardings=replicated(mesh))
 
 
-def fingerprint(folder: Path) -> str:
+def model_fingerprint(folder: Path) -> str:
     """First 12 hex digits of a SHA-256 over what a judge's folder says: config, tokenizer files, and
     of each tensor its name, type, shape and first 4 KiB.
 
@@ -235,7 +237,7 @@ PAIRS = (
 TOLERANCE = 1e-4
 
 
-def check(judge: Judge) -> int:
+def check_scores(judge: Judge) -> int:
     """Judge the pairs above together, backwards and one by one; how many there are.
 
     What the verdicts should be cannot be known here; that they are numbers, and the same in any

@@ -111,7 +111,7 @@ CONTRACTIONS = (
 APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u201b\u02bc\u2032\u00b4`\uff07", "'"))
 
 
-def normalise(text: str) -> str:
+def normalise_text(text: str) -> str:
     """Lower-case words with one space between and around: apostrophes unified, contractions written
     out, punctuation gone."""
     text = text.lower().translate(APOSTROPHES)
@@ -127,7 +127,7 @@ def is_refusal(answer: str) -> bool:
     Phrases match whole words, whatever the case, the apostrophe, the punctuation and the quotation
     marks or asterisks around them.
     """
-    head = normalise(answer.strip()[:HEAD])
+    head = normalise_text(answer.strip()[:HEAD])
     opens = _opens(head, OPENING) and not _opens(head, NO_OPENING)
     return opens or any(f" {phrase} " in head for phrase in ANYWHERE)
 

@@ -136,7 +136,7 @@ def test_versions_differ_by_form(made, tmp_path):
 
 def test_forms_and_version_move_together(made):
     """Whoever edits a form raises the version and this hash."""
-    content = json.dumps([QUESTIONS, PLAIN, WILDGUARD, module.GAPS, module.THRESHOLD])
+    content = json.dumps([QUESTIONS, PLAIN, WILDGUARD, module.GAPS, module._THRESHOLD])
     pinned = {"1": "fac6b1b4766773f9"}
     version = make_judge(judge_config("guard", made[0])).version.split("-")[0]
     assert hashlib.sha256(content.encode()).hexdigest()[:16] == pinned[version]

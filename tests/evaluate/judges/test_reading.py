@@ -11,7 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges.protocol import Judgement
-from panacea_jax.evaluate.judges.reading import bucket, check, fingerprint, read_ends, sigmoid
+from panacea_jax.evaluate.judges.reading import (
+    check_scores,
+    model_fingerprint,
+    read_ends,
+    sigmoid,
+    text_bucket,
+)
 from panacea_jax.models.model import load
 from tests.evaluate.judges.models import write_classifier
 from tests.on_devices import on_devices
@@ -25,9 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_few_buckets():
-    assert [bucket(n, 256) for n in (1, 64, 65, 128, 129, 256)] == [64, 64, 128, 128, 256, 256]
-    assert bucket(3, 40) == 40
-    assert len({bucket(n, 3000) for n in range(1, 3001)}) == 7
+    assert [text_bucket(n, 256) for n in (1, 64, 65, 128, 129, 256)] == [64, 64, 128, 128, 256, 256]
+    assert text_bucket(3, 40) == 40
+    assert len({text_bucket(n, 3000) for n in range(1, 3001)}) == 7
 
 
 def test_a_foreign_tokenizer(folder):
@@ -43,7 +49,7 @@ def test_a_classifier_is_no_base_model(folder):
 
 def test_fingerprint_is_of_what_the_tensors_say(folder, tmp_path):
     """Not of when the files were written, nor of how they are cut."""
-    whole = fingerprint(folder)
+    whole = model_fingerprint(folder)
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     os.utime(copy / "model.safetensors", (1, 1))
     weights = load_file(copy / "model.safetensors")
@@ -54,12 +60,12 @@ def test_fingerprint_is_of_what_the_tensors_say(folder, tmp_path):
         save_file({n: weights[n] for n in chosen}, copy / file, {"format": "pt"})
     index = {"weight_map": {n: file for file, chosen in parts.items() for n in chosen}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert fingerprint(copy) == whole
+    assert model_fingerprint(copy) == whole
     weights[names[3]].reshape(-1)[0] += 1
     save_file({n: weights[n] for n in names[1::2]}, copy / "model-2.safetensors", {"format": "pt"})
-    assert fingerprint(copy) != whole
+    assert model_fingerprint(copy) != whole
     (folder / "special_tokens_map.json").write_text("{}")
-    assert fingerprint(folder) != whole
+    assert model_fingerprint(folder) != whole
 
 
 class Broken:
@@ -76,7 +82,7 @@ class Broken:
         ]
 
     def self_test(self) -> int:
-        return check(self)
+        return check_scores(self)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from panacea_jax import config as config_module
 from panacea_jax.config import get_config
 from panacea_jax.errors import InputError
-from panacea_jax.evaluate.judges import JUDGES, make_judge
+from panacea_jax.evaluate.judges import make_judge
 from panacea_jax.evaluate.judges import refusal as module
 from panacea_jax.evaluate.judges.refusal import (
     ANYWHERE,
@@ -20,7 +19,7 @@ from panacea_jax.evaluate.judges.refusal import (
     SELF_TEST,
     RefusalJudge,
     is_refusal,
-    normalise,
+    normalise_text,
 )
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
@@ -84,7 +83,7 @@ def test_only_the_head_is_read() -> None:
 def test_phrases_are_in_normal_form_and_matched() -> None:
     """A phrase that normalisation would rewrite could never match."""
     phrases = [*OPENING, *ANYWHERE]
-    assert [p for p in [*phrases, *NO_OPENING] if normalise(p) != f" {p} "] == []
+    assert [p for p in [*phrases, *NO_OPENING] if normalise_text(p) != f" {p} "] == []
     assert [p for p in phrases if not is_refusal(p + " wug.")] == []
     assert [p for p in NO_OPENING if is_refusal(p + " wug.")] == []
 
@@ -108,7 +107,6 @@ def test_make_judge() -> None:
     config = get_config()
     judge = make_judge(config)
     assert (judge.name, judge.version) == ("refusal", "1")
-    assert tuple(JUDGES) == config_module.JUDGES
     config.judge.name = "oracle"
     with pytest.raises(InputError, match=r"config\.judge\.name.*choose from refusal"):
         make_judge(config)

@@ -1,0 +1,149 @@
+"""Every key with its default.
+
+Defaults are those of Panacea's published scripts where these say something (arXiv 2501.18100; its repository).
+"""
+
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from panacea_jax.config.methods import defence_defaults
+from panacea_jax.errors import InputError
+
+
+def _optimizer() -> ConfigDict:
+    return ConfigDict({
+        "learning_rate": 2e-5,
+        "weight_decay": 0.1,
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-8,
+        "clip_norm": 1.0,  # 0: no clip
+        "schedule": "constant",  # or cosine, linear
+        "warmup_ratio": 0.1,  # without effect on the constant schedule
+    })  # fmt: skip
+
+
+def _train() -> ConfigDict:
+    return ConfigDict({
+        "batch_size": 10,
+        "harmful_batch_size": 10,
+        "alignment_batch_size": 4,
+        "epochs": 20,
+        "steps": 0,  # 0: from epochs
+        "full_parameters": False,
+        "accumulate": 1,  # micro-batches that a batch is taken in: less memory, the same step
+        "log_every": 10,
+    })  # fmt: skip
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The complete default, locked: an unknown key is an error.
+
+    Args:
+        variant: must be empty; recipes have variants, the default has none.
+    """
+    if variant:
+        raise InputError(f"--config: the default configuration has no variant {variant!r}")
+    config = ConfigDict({
+        "seed": 0,
+        "model": {
+            "path": "",  # Hugging Face folder or hub id
+            "dtype": "bfloat16",
+            "attention": "auto",
+            "remat": "none",
+            "quantization": "",  # "int8" or "nf4": bits that the projections of a frozen base are held in
+        },
+        "lora": {
+            "rank": 32,
+            "alpha": 4.0,
+            "targets": ("q", "k", "v"),
+            "init_from": "",  # PEFT folder to go on from; "": a fresh adapter, or in a run the alignment stage's
+            "policy": "single",  # that adapter is trained on; "merged": it becomes part of the base, and a fresh one is trained
+        },
+        "data": {
+            "user": "",
+            "attack": "",
+            "harmful": "",
+            "alignment": "",
+            "benign": "",
+            "num_examples": 1000,  # user records, poison included; 0: all
+            "poison_ratio": 0.1,  # share of records taken from data.attack, when that is set
+            "num_harmful": 1000,  # 0: all
+            "num_alignment": 5000,  # 0: all
+            "max_length": 256,
+            "shuffle": True,
+            "packing": False,  # True: several short records of a step share a row
+            "off_by_one": False,  # True: slices of n - 1 records, as the reference code
+            "template": "alpaca",  # or chat: the tokenizer's own
+        },
+        "defence": defence_defaults("panacea"),
+        "optimizer": _optimizer(),
+        "train": _train(),
+        # A run's other stages; a stage whose defence has no name is left out.
+        "align": {"defence": defence_defaults(""), "optimizer": _optimizer(), "train": _train()},
+        "heal": {"defence": defence_defaults(""), "optimizer": _optimizer(), "train": _train()},
+        "mesh": {"replica": 0, "data": 1, "fsdp": -1, "tensor": 1},
+        "checkpoint": {"every": 500, "keep": 2},
+        "generate": {
+            "batch_size": 32,
+            "max_new_tokens": 0,  # 0: what the task's protocol says
+            "adapter": "",  # PEFT folder; "": the newest stage of the work directory; "none": the bare base
+            "adapters": (),  # NAME=PEFT folder: several of one base in one go, each into WORKDIR/NAME
+            "merge": False,  # add the adapter's product to the weights instead of applying it on the fly
+            "temperature": 0.0,  # 0: greedy
+            "top_p": 1.0,  # without effect on greedy decoding
+            "seed": placeholder(int),  # of the draws; None: config.seed
+            "cache_dtype": "auto",  # the compute dtype; or int8
+        },
+        "judge": {
+            "name": "refusal",
+            "path": "",  # Hugging Face folder or hub id of a judge that is a model
+            "batch_size": 16,
+            "template": "llama_guard",  # of guard; or wildguard
+        },
+        "eval": {"tasks": (), "num_examples": 1000, "perplexity": False},  # 0: all
+        "export": {"without_epsilon": False},
+        # Several methods side by side; without methods and grid a run is an ordinary one.
+        "compare": {
+            "methods": (),  # such as "sft", "vaccine:rho=2+panacea"; see docs/comparison.md
+            "grid": (),  # the same with alternatives, "panacea:rho=0.1|0.25"; one is chosen of each
+            "seeds": (0,),
+            "ratios": (0.1,),  # poison ratios
+            "world": "",  # miniature: every seed is a world of its own; "": the base and data of config.model and config.data
+            "development": (),  # seeds on which the grid is chosen
+            "validation": (),  # evaluation sets that the grid is chosen by, on a base of one's own
+        },
+    })  # fmt: skip
+    config.align.optimizer.learning_rate = 5e-4
+    return config.lock()
+
+
+def keys(section: ConfigDict, prefix: str = "") -> Iterator[str]:
+    """Every key of a configuration, dotted, in its order."""
+    for key, value in section.items():
+        if isinstance(value, ConfigDict):
+            yield from keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def stage_config(config: ConfigDict, stage: str) -> ConfigDict:
+    """The configuration as one stage of a ``run`` sees it: ``config.align.*`` or ``config.heal.*`` in the place of ``config.*``."""
+    config = config.copy_and_resolve_references()
+    if stage in ("align", "heal"):
+        with config.unlocked():
+            for key in ("defence", "optimizer", "train"):
+                config[key] = config[stage][key]
+    return config
+
+
+def batch_sizes(train: ConfigDict) -> dict[str, int]:
+    """Records of one batch of each stream, by a ``train`` section."""
+    return {
+        "user": train.batch_size,
+        "harmful": train.harmful_batch_size,
+        "alignment": train.alignment_batch_size,
+        "benign": train.batch_size,
+    }

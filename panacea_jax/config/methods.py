@@ -1,0 +1,127 @@
+"""The section ``defence``: the hyper-parameters of every method, and the method that a section describes."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import FieldReference
+
+from panacea_jax.defences import DEFENCES, Method
+from panacea_jax.defences.protocol import hyper_parameters
+from panacea_jax.defences.spec import Part
+from panacea_jax.errors import InputError
+
+
+def require(ok: bool, key: str, value: object, rule: str) -> None:
+    """Raises:
+    InputError: not ``ok``; says key, value and rule.
+    """
+    if not ok:
+        raise InputError(f"config.{key} = {value!r}: {rule}")
+
+
+def one_of(value: str, key: str, choices: tuple[str, ...]) -> None:
+    """Raises:
+    InputError: the value is none of ``choices``.
+    """
+    require(value in choices, key, value, f"one of {', '.join(choices)}")
+
+
+class _Lookup(NamedTuple):
+    """An operation of a ``FieldReference``: ``fn(value, *args)``, with references among ``args`` resolved."""
+
+    fn: Callable[..., Any]
+    args: tuple[FieldReference, ...]
+
+
+def defence_defaults(name: str) -> ConfigDict:
+    """Every hyper-parameter of every method. One that is not set is the named method's own default, or None where it has no such key."""
+    chosen = FieldReference(name)
+    section = ConfigDict({"name": chosen})
+    for key, kind in all_hyper_parameters().items():
+
+        def default(_: Any, name: str, key: str = key) -> Any:
+            return method_defaults(name).get(key)
+
+        # The value only gives the type: what is read is what the lookup returns, until the key is set.
+        section[key] = FieldReference(kind(), op=_Lookup(default, (chosen,)))
+    return section
+
+
+def all_hyper_parameters() -> dict[str, type]:
+    """Keys of ``config.defence`` beside ``name``, over all methods, with the type that ml_collections checks."""
+    found: dict[str, type] = {}
+    kinds: Iterable[Any] = DEFENCES.values()
+    for kind_of_defence in kinds:
+        for field in dataclasses.fields(kind_of_defence):
+            hints = {get_origin(h) or h for h in get_args(field.type) or (field.type,)}
+            literal = get_origin(field.type) is Literal
+            kind = (
+                str
+                if literal or str in hints
+                else next(t for t in (float, int, bool, tuple) if t in hints)
+            )
+            if found.setdefault(field.name, kind) is not kind:
+                raise TypeError(f"defence.{field.name}: two methods disagree about its type")
+    return found
+
+
+def method_defaults(name: str) -> dict[str, Any]:
+    """The hyper-parameters of one method; empty for a name that is none."""
+    return hyper_parameters(DEFENCES[name]) if name in DEFENCES else {}
+
+
+def defence_section(part: Part) -> ConfigDict:
+    """``config.defence`` for a defence written in a line.
+
+    Raises:
+        InputError: a value of the wrong type.
+    """
+    section = defence_defaults(part.name)
+    for name, value in part.settings:
+        try:
+            section[name] = value
+        except (TypeError, ValueError) as error:
+            raise InputError(f"config.defence.{name} = {value!r}: {error}") from error
+    return section.lock()
+
+
+def make_defence(section: ConfigDict, prefix: str = "") -> Method:
+    """The defence of a ``defence`` section: of its keys, those that the method has.
+
+    Raises:
+        InputError: unknown name, or an impossible hyper-parameter.
+    """
+    if section.name not in DEFENCES:
+        raise InputError(
+            f"config.{prefix}defence.name = {section.name!r}: unknown; known are {', '.join(DEFENCES)}"
+        )
+    refuse_foreign_keys(section, prefix)
+    kind: Any = DEFENCES[section.name]
+    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    chosen = {key: section[key] for key in fields}
+    for key, hint in fields.items():
+        if get_origin(hint) is Literal:
+            one_of(chosen[key], f"{prefix}defence.{key}", get_args(hint))
+    try:
+        return kind(**chosen)
+    except InputError as error:  # the method does not know where its section stands
+        raise InputError(
+            str(error).replace("config.defence.", f"config.{prefix}defence.")
+        ) from error
+
+
+def refuse_foreign_keys(section: ConfigDict, prefix: str = "") -> None:
+    """Check that no hyper-parameter is set which the named method does not have: it would be ignored, or mean another thing.
+
+    Raises:
+        InputError: one is; its key is named.
+    """
+    known = method_defaults(section.name)
+    for key in all_hyper_parameters():
+        # Unset, a key of another method is None.
+        if key not in known and section[key] is not None:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            whose = f"{section.name} has no {key}; {has}" if section.name else f"config.{prefix}defence.name is not set"  # fmt: skip
+            raise InputError(f"config.{prefix}defence.{key} = {section[key]!r}: {whose}")

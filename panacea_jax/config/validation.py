@@ -1,0 +1,212 @@
+"""The checks of a configuration that need no file and no device."""
+
+import math
+import re
+
+from ml_collections import ConfigDict
+
+from panacea_jax.config.methods import (
+    defence_section,
+    make_defence,
+    one_of,
+    refuse_foreign_keys,
+    require,
+)
+from panacea_jax.data.template import TEMPLATES
+from panacea_jax.defences.spec import Stack, candidates, parse_stack
+from panacea_jax.errors import InputError
+from panacea_jax.evaluate.judges import JUDGES
+from panacea_jax.models.adapter import target_names
+from panacea_jax.models.decoder import REMAT
+from panacea_jax.models.fused import BACKENDS
+from panacea_jax.models.quantise import QUANTIZATIONS
+from panacea_jax.train.optimizer import SCHEDULES
+
+_DTYPES = ("bfloat16", "float32")
+LORA_POLICIES = ("single", "merged")
+CACHE_DTYPES = ("auto", "int8")
+WORLDS = ("", "miniature", "tiny")
+GUARD_TEMPLATES = ("llama_guard", "wildguard")
+
+
+def validate(config: ConfigDict) -> None:
+    """Check every value that can be checked without files or devices.
+
+    Raises:
+        InputError: the first impossible value, by its key.
+    """
+    for section in ("", "align.", "heal."):
+        part = config if not section else config[section[:-1]]
+        _validate_optimizer(part.optimizer, section)
+        _validate_train(part.train, section)
+        if part.defence.name or not section:
+            make_defence(part.defence, section)
+        else:
+            refuse_foreign_keys(part.defence, section)
+    one_of(config.model.dtype, "model.dtype", _DTYPES)
+    one_of(config.model.remat, "model.remat", REMAT)
+    one_of(config.model.attention, "model.attention", BACKENDS)
+    _validate_quantization(config)
+    one_of(config.data.template, "data.template", TEMPLATES)
+    judge = config.judge
+    one_of(judge.name, "judge.name", tuple(JUDGES))
+    one_of(judge.template, "judge.template", GUARD_TEMPLATES)
+    _at_least(judge.batch_size, "judge.batch_size", 1)
+    named = judge.name == "refusal" or bool(judge.path)
+    require(
+        named, "judge.path", judge.path, f"judge {judge.name} needs its model's folder or hub id"
+    )
+    require(0 <= config.seed < 2**31, "seed", config.seed, "a whole number from 0 to 2147483647")
+    target_names(config.lora.targets)
+    _at_least(config.lora.rank, "lora.rank", 1)
+    one_of(config.lora.policy, "lora.policy", LORA_POLICIES)
+    require(0 < config.lora.alpha < math.inf, "lora.alpha", config.lora.alpha, "a positive number")
+    data = config.data
+    require(
+        0 <= data.poison_ratio <= 1,
+        "data.poison_ratio",
+        data.poison_ratio,
+        "a share between 0 and 1",
+    )
+    for key in ("num_examples", "num_harmful", "num_alignment"):
+        _at_least(data[key], f"data.{key}", 0)
+    _at_least(data.max_length, "data.max_length", 2)
+    for axis, size in config.mesh.items():
+        require(
+            size == -1 or size >= (axis != "replica"),
+            f"mesh.{axis}",
+            size,
+            "a positive number, or -1 for what is left",
+        )
+    _at_least(config.checkpoint.every, "checkpoint.every", 0)
+    _at_least(config.checkpoint.keep, "checkpoint.keep", 1)
+    _validate_generate(config.generate)
+    _at_least(config.eval.num_examples, "eval.num_examples", 0)
+    _validate_compare(config.compare)
+
+
+def _validate_quantization(config: ConfigDict) -> None:
+    kind = config.model.quantization
+    one_of(kind, "model.quantization", ("", *QUANTIZATIONS))
+    for obstacle, asked in (
+        ("train.full_parameters trains", config.train.full_parameters),
+        ("align.train.full_parameters trains", config.align.train.full_parameters),
+        ("lora.policy = merged adds to", config.lora.policy == "merged"),
+        ("generate.merge adds to", config.generate.merge),
+        ("heal.defence.name = safelora compares", config.heal.defence.name == "safelora"),
+    ):
+        said = f"only for a frozen base; {obstacle} its weights"
+        require(not (kind and asked), "model.quantization", kind, said)
+
+
+def _at_least(value: float | int, key: str, least: float | int) -> None:
+    require(least <= value < math.inf, key, value, f"a number not below {least:g}")
+
+
+def _validate_generate(generate: ConfigDict) -> None:
+    _at_least(generate.batch_size, "generate.batch_size", 1)
+    _at_least(generate.max_new_tokens, "generate.max_new_tokens", 0)
+    _at_least(generate.temperature, "generate.temperature", 0)
+    top_p, seed = generate.top_p, generate.seed
+    require(0 < top_p <= 1, "generate.top_p", top_p, "a share above 0, at most 1")
+    require(
+        seed is None or 0 <= seed < 2**31,
+        "generate.seed",
+        seed,
+        "a whole number from 0 to 2147483647",
+    )
+    one_of(generate.cache_dtype, "generate.cache_dtype", CACHE_DTYPES)
+    names = [str(entry).partition("=")[0] for entry in generate.adapters]
+    for entry, name in zip(generate.adapters, names):
+        folder = str(entry).partition("=")[2]
+        require(
+            bool(folder) and re.fullmatch(r"[\w.+-]*[\w+-]", name) is not None,
+            "generate.adapters", entry, "write NAME=FOLDER, the name without slashes or spaces",
+        )  # fmt: skip
+        require(names.count(name) == 1, "generate.adapters", entry, "the name is there twice")
+    if names:
+        require(
+            not generate.adapter,
+            "generate.adapter",
+            generate.adapter,
+            "generate.adapters is set too",
+        )
+        require(
+            not generate.merge,
+            "generate.merge",
+            generate.merge,
+            "several adapters of one base cannot be merged into it",
+        )
+
+
+def _validate_compare(compare: ConfigDict) -> None:
+    one_of(compare.world, "compare.world", WORLDS)
+    for text in compare.methods:
+        _fits(parse_stack(str(text), "config.compare.methods"), "config.compare.methods")
+    sizes = {}
+    for text in compare.grid:
+        found = candidates(str(text), "config.compare.grid")
+        sizes[text] = len(found)
+        for method in found:
+            _fits(method, "config.compare.grid")
+    same = len(set(sizes.values())) <= 1
+    require(same, "compare.grid", sizes, "every method gets the same number of candidates")
+    for key in ("seeds", "development"):
+        for seed in compare[key]:
+            good = isinstance(seed, int) and 0 <= seed < 2**31
+            require(good, f"compare.{key}", seed, "a whole number from 0 to 2147483647")
+        require(len(set(compare[key])) == len(compare[key]), f"compare.{key}", compare[key], "one is there twice")  # fmt: skip
+    for ratio in compare.ratios:
+        good = isinstance(ratio, float | int) and 0 <= ratio <= 1
+        require(good, "compare.ratios", ratio, "a share between 0 and 1")
+    if not (compare.methods or compare.grid):
+        return
+    for key in ("seeds", "ratios"):
+        require(len(compare[key]) > 0, f"compare.{key}", compare[key], "name at least one")
+    if compare.grid:
+        require(len(compare.development) > 0, "compare.development", compare.development, "name seeds to choose the grid on")  # fmt: skip
+    if compare.grid and compare.world:
+        both = set(compare.development) & set(compare.seeds)
+        require(not both, "compare.development", sorted(both), "a world that is reported cannot be chosen on")  # fmt: skip
+    elif compare.grid:
+        require(len(compare.validation) > 0, "compare.validation", compare.validation, "name sets to choose the grid by")  # fmt: skip
+
+
+def _fits(method: Stack, key: str) -> None:
+    """Check the hyper-parameters of a method by making its defences."""
+    for part in (method.align, method.finetune, method.heal):
+        if part:
+            try:
+                make_defence(defence_section(part))
+            except InputError as error:
+                raise InputError(f"{key}: {str(part)!r}: {error}") from error
+
+
+def _validate_optimizer(optimizer: ConfigDict, section: str) -> None:
+    for key in ("learning_rate", "weight_decay", "clip_norm"):
+        _at_least(optimizer[key], f"{section}optimizer.{key}", 0)
+    for key in ("b1", "b2"):
+        require(
+            0 <= optimizer[key] < 1,
+            f"{section}optimizer.{key}",
+            optimizer[key],
+            "0 or more, below 1",
+        )
+    require(
+        0 < optimizer.eps < math.inf, f"{section}optimizer.eps", optimizer.eps, "a positive number"
+    )
+    one_of(optimizer.schedule, f"{section}optimizer.schedule", SCHEDULES)
+    ratio = optimizer.warmup_ratio
+    require(0 <= ratio <= 1, f"{section}optimizer.warmup_ratio", ratio, "a share between 0 and 1")
+
+
+def _validate_train(train: ConfigDict, section: str) -> None:
+    for key in ("batch_size", "harmful_batch_size", "alignment_batch_size", "accumulate", "log_every"):
+        _at_least(train[key], f"{section}train.{key}", 1)
+    _at_least(train.steps, f"{section}train.steps", 0)
+    require(
+        train.steps > 0 or train.epochs > 0,
+        f"{section}train.epochs",
+        train.epochs,
+        "1 or more, or set train.steps",
+    )

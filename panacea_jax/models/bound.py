@@ -1,0 +1,344 @@
+"""The decoder with its weights, its adapter and its mesh: the one place where they come together, and every pass through the layers.
+
+One :class:`DecoderLayer` is scanned over the stacked layers, so neither the program nor its compile time grows with depth. Only a step
+through the key/value cache is written out layer by layer.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from panacea_jax.models.cache import KVCache, Layers, num_slots
+from panacea_jax.models.decoder import Decoder
+from panacea_jax.models.fused import choose_backend, fused_attention
+from panacea_jax.models.layers import Context, LayerCache, wide
+from panacea_jax.parallel.sharding import batch_rows, batch_sharding
+
+# Activations that a defence may ask for, [L, B, T, D]: outputs of the attention module (before the residual), of the MLP, of the layer.
+READINGS = ("attn_out", "mlp_out", "block_out")
+# Sums of squares over the valid tokens, {"self_attn.q_proj": [L, F], …}: of each projection's input, and of x A of each adapted one.
+SQUARES = ("input_squares", "low_squares")
+
+
+class SomeOffsets(NamedTuple):
+    """Offsets of some layers only; which ones may change without a new compilation.
+
+    Attributes:
+        values: one for each of the S layers.
+        layers: their numbers, all different.
+    """
+
+    values: Float[Array, "S B T D"]
+    layers: Int[Array, "S"]
+
+
+Offsets = Float[Array, "L B T D"] | SomeOffsets
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Texts as the decoder takes them, padded to one length.
+
+    Attributes:
+        tokens: ids; those of padding do not matter.
+        positions: position of each token in its text.
+        valid: False for padding: no query sees it.
+        segments: numbers of the texts that share a row; a query sees keys of its own only. None: one text a row.
+    """
+
+    tokens: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    valid: Bool[Array, "B T"]
+    segments: Int[Array, "B T"] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        tokens: Int[Array, "B T"],
+        valid: Bool[Array, "B T"] | None = None,
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
+        first: int | Int[Array, "B 1"] = 0,
+    ) -> "Inputs":
+        """With what is not given filled in.
+
+        Args:
+            tokens: ids.
+            valid: by default all are.
+            positions: by default each token's index among the valid ones of its row, or in its segment, counted from ``first`` on.
+            segments: by default one text a row.
+            first: position of the first token.
+        """
+        if valid is None:
+            valid = jnp.ones(tokens.shape, bool)
+        if positions is None and segments is not None:
+            positions = segment_positions(segments)
+        elif positions is None:
+            positions = default_positions(valid) + first
+        return cls(tokens, positions, valid, segments)
+
+
+def default_positions(valid: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """Index of each token among the valid ones of its row; padding before the first gets 0."""
+    return jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def segment_positions(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Index of each token within its segment, a run of equal numbers."""
+    index = jnp.arange(segments.shape[1], dtype=jnp.int32)
+    starts = jnp.diff(segments, axis=1, prepend=-1) != 0
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundDecoder:
+    """A decoder with its weights in it, the factors that its projections add, and the mesh that rows are split over.
+
+    Attributes:
+        decoder: with weights.
+        adapter: LoRA factors ``{"self_attn": {"q_proj": {"a": [L, in, r], "b": [L, r, out]}, …}, "mlp": …}``, or None.
+        scale: α/r of the adapter, or of each row's.
+        mesh: devices.
+    """
+
+    decoder: Decoder
+    adapter: Mapping[str, Any] | None
+    scale: Any
+    mesh: Mesh
+
+    def hidden(
+        self, inputs: Inputs, cache: KVCache | None = None, unstacked: Any = None
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """Final hidden states (after the last norm), and the cache if there is one.
+
+        Args:
+            inputs: one text a row.
+            cache: keys and values of earlier tokens; the new ones come behind the recent ones. Then positions go on from theirs, and no
+                token is padding.
+            unstacked: with a cache, what :meth:`unstack` gave; by default it is made here.
+        """
+        if cache is None:
+            return self.inspect(inputs)[0], None
+        x = self.embed(inputs.tokens)
+        (b, t), first = inputs.tokens.shape, num_slots(cache.shared)
+        settled = jnp.arange(cache.slots, dtype=jnp.int32)
+        recent = jnp.arange(num_slots(cache.recent), dtype=jnp.int32)
+        known = [settled < cache.length[:, None], recent[None] < cache.fresh + t]
+        where = [first + settled[None], first + cache.length[:, None] + recent]
+        seen, at = _after(cache.shared, _joined(known, b), _joined(where, b))
+        context, windows = self._context(inputs.positions, at, seen, cache.fresh)
+        x, new = self._each_layer(x, context, windows, unstacked or self.unstack(), cache)
+        cache = cache._replace(recent=new, fresh=cache.fresh + t)
+        return self.norm(x), cache
+
+    def prefill(self, inputs: Inputs, shared: Layers = ()) -> Layers:
+        """Keys and values of the tokens in every layer, behind those that all rows share; padding comes last."""
+        if shared:
+            seen, at = _after(shared, inputs.valid, inputs.positions)
+            context, windows = self._context(inputs.positions, at, seen, None)
+        else:
+            context, windows = self._whole_context(inputs)
+        x = self.embed(inputs.tokens)
+        _, kv, _ = self._scan_layers(x, context, windows, keep=True, shared=shared)
+        assert kv is not None
+        return kv
+
+    def inspect(
+        self,
+        inputs: Inputs,
+        offsets: Offsets | None = None,
+        readings: tuple[str, ...] = (),
+        remat: str | None = None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
+        """Final hidden states with activations perturbed and read on the way.
+
+        Args:
+            inputs: texts.
+            offsets: added to the output of each attention module, before the residual.
+            readings: which of ``READINGS`` and ``SQUARES`` to return.
+            remat: what the backward pass recomputes; by default what the model was made for.
+
+        Returns:
+            The hidden states, and by name what was asked for, stacked over layers.
+        """
+        x = self.embed(inputs.tokens)
+        context, windows = self._whole_context(inputs)
+        context = context._replace(readings=readings, valid=inputs.valid)
+        x, _, read = self._scan_layers(x, context, windows, offsets=offsets, remat=remat)
+        return self.norm(x), read
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What enters the first layer."""
+        return self._by_rows(self.decoder.embed(tokens))
+
+    def norm(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The last norm, of any hidden states."""
+        with jax.named_scope("norm"):
+            return self.decoder.norm(x)
+
+    def logits(self, x: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
+        """Logits of any slice of the final hidden states, in at least float32."""
+        return self.decoder.logits(x)
+
+    def unstack(self) -> tuple[Any, ...]:
+        """Weights and factors of each layer, cut out of their stacks. A loop over tokens does so once, before it begins: inside, every
+        layer would be copied at every token.
+        """
+        stacked = (nnx.split(self.decoder.layers)[1], dict(self.adapter or {}))
+        return tuple(_of_layer(stacked, i) for i in range(self.decoder.config.num_layers))
+
+    def _by_rows(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Keep the residual stream split by rows like the batch.
+
+        Left to itself the compiler splits its last axis as the weights' first one is, ``fsdp`` then acts like a second ``tensor``, and
+        every layer exchanges activations of the whole batch in place of its weights.
+        """
+        if x.shape[0] % batch_rows(self.mesh):
+            return x
+        return jax.lax.with_sharding_constraint(x, batch_sharding(self.mesh))
+
+    def _context(
+        self,
+        positions: Int[Array, "B T"],
+        key_positions: Int[Array, "_ S"],
+        key_valid: Bool[Array, "B S"],
+        slot: Int[Array, ""] | None,
+    ) -> tuple[Context, Int[Array, "L"] | None]:
+        """Rotary angles, mask and, where layers differ in it, the window of each layer."""
+        angle_dtype = wide(self.decoder.dtype)
+        frequencies = jnp.asarray(self.decoder.config.rope_frequencies(), angle_dtype)
+        angles = positions[..., None].astype(angle_dtype) * frequencies
+        distance = positions[:, :, None] - key_positions[:, None, :]
+        mask = key_valid[:, None, :] & (distance >= 0)
+        windows = None
+        if self.decoder.config.windows is not None:
+            if len(set(self.decoder.config.windows)) == 1:
+                mask = mask & (distance < self.decoder.config.windows[0])
+            else:
+                windows = jnp.asarray(self.decoder.config.windows, jnp.int32)
+        per_layer = None if windows is None else distance
+        return Context(jnp.cos(angles), jnp.sin(angles), mask, per_layer, slot, self.scale), windows
+
+    def _whole_context(self, inputs: Inputs) -> tuple[Context, Int[Array, "L"] | None]:
+        """The same for whole texts, one a row or one a segment, which see nothing but themselves: a fused back-end may attend."""
+        positions, segments = inputs.positions, inputs.segments
+        context, windows = self._context(positions, positions, inputs.valid, None)
+        if segments is None:
+            segments = inputs.valid.astype(jnp.int32)
+        else:
+            own = segments[:, :, None] == segments[:, None, :]
+            context = context._replace(mask=context.mask & own)
+        d, device = self.decoder, self.mesh.devices.flat[0]
+        backend = choose_backend(d.attention, d.config, d.dtype, device).name
+        if backend != "xla":
+            fused = fused_attention(
+                backend, d.config, self.mesh, segments, context.mask, context.distance
+            )
+            context = context._replace(fused=fused)
+        return context, windows
+
+    def _scan_layers(
+        self,
+        x: Float[Array, "B T D"],
+        context: Context,
+        windows: Int[Array, "L"] | None,
+        *,
+        keep: bool = False,
+        offsets: Offsets | None = None,
+        remat: str | None = None,
+        shared: Layers = (),
+    ) -> tuple[Float[Array, "B T D"], Layers | None, dict[str, Any]]:
+        """Scan one layer's program over the stacked weights, adapters, windows, offsets and shared keys and values."""
+        graph, stacked = nnx.split(self.decoder.layers)
+        remat = remat or self.decoder.remat
+        n = self.decoder.config.num_layers
+        some = offsets if isinstance(offsets, SomeOffsets) else None
+        offset_xs = offsets if some is None else _places(some.layers, n)
+
+        def body(x: Any, per_layer: Any) -> tuple[Any, Any]:
+            weights, factors, window, offset, earlier = per_layer
+            cache = None if earlier is None else LayerCache((earlier,))
+            if some is not None:
+                offset = some.values.at[offset].get(mode="fill", fill_value=0)
+            layer = nnx.merge(graph, weights)
+            x, kv = layer(x, context._replace(offset=offset), window, factors, cache)
+            return self._by_rows(x), (kv if keep else None, _collect(layer))
+
+        if remat == "full":
+            body = jax.checkpoint(body, prevent_cse=False)
+        elif remat == "dots":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+        with jax.named_scope("layers"):
+            stack = jax.tree.map(lambda *x: jnp.stack(x), *shared) if shared else None
+            xs = (stacked, dict(self.adapter or {}), windows, offset_xs, stack)
+            x, (kv, read) = jax.lax.scan(body, x, xs)
+        return x, tuple(_of_layer(kv, i) for i in range(n)) if keep else None, read
+
+    def _each_layer(
+        self,
+        x: Float[Array, "B T D"],
+        context: Context,
+        windows: Int[Array, "L"] | None,
+        unstacked: tuple[Any, ...],
+        cache: KVCache,
+    ) -> tuple[Float[Array, "B T D"], Layers]:
+        """The layers one after the other, through the cache; with their recent keys and values."""
+        graph, _ = nnx.split(self.decoder.layers)
+        written = []
+        for i, (weights, factors) in enumerate(unstacked):
+            window = None if windows is None else windows[i]
+            earlier = (*cache.shared[i : i + 1], cache.layers[i])
+            layer_cache = LayerCache(earlier, cache.recent[i])
+            with jax.named_scope(f"layer_{i}"):
+                x, kv = nnx.merge(graph, weights)(x, context, window, factors, layer_cache)
+                x = self._by_rows(x)
+            written.append(kv)
+        return x, tuple(written)
+
+
+def _joined(parts: list[Array], rows: int) -> Array:
+    """``[B or 1, Sᵢ]`` side by side."""
+    return jnp.concatenate([jnp.broadcast_to(x, (rows, x.shape[1])) for x in parts], axis=1)
+
+
+def _after(
+    shared: Layers, valid: Bool[Array, "B S"], positions: Int[Array, "B S"]
+) -> tuple[Bool[Array, "B R"], Int[Array, "B R"]]:
+    """Which keys count, and their positions, with the shared ones in front."""
+    count = num_slots(shared)
+    if not count:
+        return valid, positions
+    ahead = jnp.arange(count, dtype=jnp.int32)[None]
+    rows = len(valid)
+    return _joined([ahead >= 0, valid], rows), _joined([ahead, positions], rows)
+
+
+def _places(layers: Int[Array, "S"], n: int) -> Int[Array, "L"]:
+    """For each of n layers its place in ``layers``; S, which is beyond the end, where it is not there."""
+    count = layers.shape[0]
+    return jnp.full(n, count, jnp.int32).at[layers].set(jnp.arange(count, dtype=jnp.int32))
+
+
+def _of_layer(stacked: Any, i: int) -> Any:
+    """Layer ``i`` of a tree of stacks."""
+    return jax.tree.map(lambda x: x[i], stacked)
+
+
+def _collect(layer: nnx.Module) -> dict[str, Any]:
+    """What the modules of a layer handed out, by name; of ``SQUARES`` by projection below that."""
+    found: dict[str, Any] = {}
+    for path, variable in nnx.to_flat_state(nnx.pop(layer, nnx.Intermediate)):
+        *where, name = map(str, path)
+        if name in SQUARES:
+            found.setdefault(name, {})[".".join(where)] = variable[...]
+        else:
+            found[name] = variable[...]
+    return found

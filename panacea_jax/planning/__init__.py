@@ -1,0 +1,1 @@
+"""Planning for machines that are not there: the abstract step, a cost model, topologies, reading compiled programs."""

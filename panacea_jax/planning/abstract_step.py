@@ -1,0 +1,156 @@
+"""A training step as shapes with places: what is planned, compiled or measured without any weights."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from panacea_jax.config import batch_sizes, make_defence
+from panacea_jax.data.batches import Batch
+from panacea_jax.defences import Defence
+from panacea_jax.errors import InputError
+from panacea_jax.models import lora, quantise
+from panacea_jax.models.config import ModelConfig
+from panacea_jax.models.fused import choose_backend
+from panacea_jax.models.model import Model, abstract_model
+from panacea_jax.parallel.chips import Chip
+from panacea_jax.parallel.sharding import (
+    adapter_shardings,
+    batch_rows,
+    batch_sharding,
+    bytes_per_device,
+    replicated,
+    weight_sharding,
+)
+from panacea_jax.train.optimizer import optimizer_of
+from panacea_jax.train.step import TrainState, fresh_state, state_shardings
+
+
+class AbstractStep(NamedTuple):
+    """The arguments of a training step as shapes with shardings, and what they belong to."""
+
+    model: Model
+    defence: Defence
+    optimizer: Any
+    shardings: Any
+    state: TrainState
+    weights: Any
+    batches: dict[str, Batch]
+    key: Any
+    attention: str
+    remat: str
+    accumulate: int = 1
+
+
+def abstract_step(
+    config: ConfigDict, model: ModelConfig, mesh: Mesh, target: Chip | None = None
+) -> AbstractStep:
+    """The arguments of the fine-tuning step for the longest batch, nothing allocated.
+
+    Args:
+        config: validated configuration.
+        model: shapes of the base.
+        mesh: devices, there or not.
+        target: the GPU whose place the mesh's devices take.
+
+    Raises:
+        InputError: a defence without steps, or an attention back-end that the devices do not have.
+    """
+    full = config.train.full_parameters
+    c = config.model
+    graphdef, shapes = abstract_model(model, c.dtype, c.remat, c.attention)
+    static = Model(model, graphdef, None, jnp.dtype(config.model.dtype), mesh)
+    base = unflatten_dict(abstract_weights(config, shapes, mesh), sep="/")
+    params = base if full else fresh_adapter(static, config)
+    defence = make_defence(config.defence)
+    if not isinstance(defence, Defence):
+        raise InputError(
+            f"config.defence.name = {config.defence.name}: acts in one shot; there is no step to plan"
+        )
+    defence = defence.for_steps(config.train.steps or 1)  # any number: it decides no shape
+    optimizer = optimizer_of(config.optimizer, config.optimizer.learning_rate, defence)
+    state = jax.eval_shape(lambda params: fresh_state(params, defence, optimizer), params)
+    shardings = state_shardings(state, params)
+    state = placed(state, shardings)
+    parts, length = batch_rows(mesh) * config.train.accumulate, config.data.max_length
+
+    def batch(size: int) -> Batch:
+        rows = -(-size // parts) * parts
+        segments = (jnp.int32,) if config.data.packing else ()
+        kinds = (jnp.int32, jnp.bool_, jnp.bool_, *segments)
+        return Batch(*(_like((rows, length), kind, batch_sharding(mesh)) for kind in kinds))
+
+    batches = {name: batch(size) for name, size in stream_sizes(config, defence).items()}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = _like(key.shape, key.dtype, replicated(mesh))
+    weights = None if full else base
+    backend = choose_backend(c.attention, model, c.dtype, target or mesh.devices.flat[0]).name
+    return AbstractStep(
+        static, defence, optimizer, shardings, state, weights, batches, key, backend, c.remat,
+        config.train.accumulate,
+    )
+
+
+def stream_sizes(config: ConfigDict, defence: Defence) -> dict[str, int]:
+    """Records a step of the user's stream and of those that the defence asks for."""
+    sizes = batch_sizes(config.train)
+    extra = {name: sizes[name] * spec.repeats for name, spec in defence.streams.items()}
+    return {"user": sizes["user"], **extra}
+
+
+def abstract_weights(
+    config: ConfigDict, shapes: Mapping[str, tuple[int, ...]], mesh: Mesh
+) -> dict[str, Any]:
+    """All weights by path, as they are kept: float32 where they are trained, the projections in few bits if so configured."""
+    kept = jnp.dtype("float32" if config.train.full_parameters else config.model.dtype)
+    bits = config.model.quantization
+    return {
+        path: quantise.abstract_quantised(mesh, path, shape, bits) if bits and quantise.is_quantised(path)
+        else _like(shape, kept, weight_sharding(mesh, path, shape))
+        for path, shape in shapes.items()
+    }  # fmt: skip
+
+
+def fresh_adapter(model: Model, config: ConfigDict) -> Any:
+    """The shapes of a fresh adapter on the mesh."""
+    o = config.lora
+    made = jax.eval_shape(
+        lambda key: lora.init(model, o.rank, o.alpha, o.targets, key=key), jax.random.key(0)
+    )
+    places = adapter_shardings(model.mesh, made.layers)
+    return dataclasses.replace(made, layers=placed(made.layers, places))
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    """A tree of shapes with the places of another."""
+    return jax.tree.map(lambda x, s: _like(x.shape, x.dtype, s), shapes, shardings)
+
+
+def _like(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def resident(step: AbstractStep) -> dict[str, int]:
+    """Bytes of one device by kind, of what stays between steps."""
+    state = step.state
+    kinds = {
+        "trained weights": state.params,
+        "optimizer": state.opt_state,
+        "defence": state.defence_state,
+    }
+    if step.weights is not None:
+        kinds = {"base weights": step.weights, **kinds, "start of training": state.params}
+    return {kind: tree_bytes(tree) for kind, tree in kinds.items()}
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of one device's shards."""
+    return sum(
+        bytes_per_device(x.sharding, tuple(x.shape), x.dtype.itemsize)
+        for x in jax.tree.leaves(tree)
+    )

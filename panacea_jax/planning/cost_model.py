@@ -1,0 +1,136 @@
+"""A model of what a step costs on one device: memory, operations, and what travels over links and network.
+
+It answers where nothing can be compiled (GPUs), and it sorts the candidates of a search. docs/planning.md sets its figures beside the
+compiler's.
+"""
+
+import jax
+
+from panacea_jax.data.batches import Batch
+from panacea_jax.defences import Defence
+from panacea_jax.defences.loss import CHUNK
+from panacea_jax.defences.protocol import passes_of
+from panacea_jax.parallel.mesh import slices_of
+from panacea_jax.parallel.sharding import batch_rows
+from panacea_jax.planning.abstract_step import AbstractStep, tree_bytes
+
+
+def _turns(step: AbstractStep) -> int:
+    """Times that a pass goes through the layers' weights: forward, backward, and forward again where that is repeated."""
+    return 3 if step.remat == "full" else 2
+
+
+def _passes_of(defence: Defence) -> dict[str, float]:
+    """By stream, in batches as the step receives them."""
+    repeats = {name: spec.repeats for name, spec in defence.streams.items()}
+    return {name: n / repeats.get(name, 1) for name, n in passes_of(defence).items()}
+
+
+def _passes(step: AbstractStep) -> float:
+    return sum(_passes_of(step.defence).values())
+
+
+def flops(step: AbstractStep) -> float:
+    """Floating-point operations of one device a step, padding and recomputation included."""
+    full = step.weights is None
+    turns = _turns(step) + full  # the gradient by the weights is one more matrix product each
+    total = 0.0
+    for name, passes in _passes_of(step.defence).items():
+        rows, length = step.batches[name].tokens.shape
+        total += passes * rows * length * step.model.config.flops_per_token(length) * turns
+    return total / step.model.mesh.size
+
+
+def weights_read(step: AbstractStep) -> float:
+    """Bytes of gathered weights that one device reads a step, as they are kept: each pass once forward, once backward, once more where
+    it is repeated.
+    """
+    kept = jax.tree.leaves(step.state.params if step.weights is None else step.weights)
+    whole = sum(x.size * x.dtype.itemsize for x in kept)
+    return _passes(step) * _turns(step) * whole / step.model.mesh.shape["tensor"]
+
+
+def sent(step: AbstractStep) -> float:
+    """Bytes that one device sends a step within its slice.
+
+    Weights are gathered over ``fsdp``, activations summed over ``tensor``, gradients summed over all rows. A ring over n devices
+    sends (n − 1)/n of what is gathered, and twice that of what is summed.
+    """
+    c, mesh, width = step.model.config, step.model.mesh, step.model.dtype.itemsize
+    full = step.weights is None
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    copies = batch_rows(mesh) // fsdp // slices_of(mesh.devices.flat)
+    layers = (c.matmul_parameters() - c.hidden_size * c.vocab_size) * width / tensor
+    head = c.hidden_size * c.vocab_size * width / tensor
+    # A gathered layer is used and dropped; the backward pass gathers it again, once for both of its turns. The head is kept.
+    gathered = (_passes(step) * 2 * layers + head) * (fsdp - 1) / fsdp
+    summed, reduced = 0.0, 0.0
+    for name, passes in _passes_of(step.defence).items():
+        rows, length = step.batches[name].tokens.shape
+        stream = rows / batch_rows(mesh) * length * c.hidden_size * width
+        # Two sums a layer forward (attention and MLP), two backward, and two in a repeated forward pass.
+        summed += passes * 2 * _turns(step) * c.num_layers * stream * 2 * (tensor - 1) / tensor
+        for x in jax.tree.leaves(step.state.params):
+            share = tree_bytes(x) * width / 4  # gradients are summed in the compute dtype
+            parts = copies * fsdp
+            if "fsdp" in x.sharding.spec:
+                # Summed and scattered over fsdp, which is a gather backwards; an adapter's float32 is gathered forward and backward too.
+                gathers = 0 if full else 2 * 4 / width
+                reduced += passes * (1 + gathers) * share * (fsdp - 1)
+                parts = copies
+            reduced += passes * share * 2 * (parts - 1) / parts
+    return gathered + summed + reduced
+
+
+def sent_between(step: AbstractStep) -> float:
+    """Bytes that one device sends a step to other slices: of the gradients, which its slice has summed and shared out before."""
+    mesh = step.model.mesh
+    slices = slices_of(mesh.devices.flat)
+    whole = sum(x.size for x in jax.tree.leaves(step.state.params)) * step.model.dtype.itemsize
+    return _passes(step) * whole / (mesh.size / slices) * 2 * (slices - 1) / slices
+
+
+def temporary(step: AbstractStep) -> dict[str, int]:
+    """Bytes of one device that come and go in a step, by kind.
+
+    ``activations`` and ``logits``, of the pass where they are largest together: the residual stream of each layer, which the backward
+    pass starts from, and what one layer (of all, without remat) keeps of attention and MLP; a chunk of logits and their gradient in
+    float32. ``gathered weights``: a layer's (or, from few bits, brought back) and the head's. ``gradients``.
+    """
+    c, mesh, width = step.model.config, step.model.mesh, step.model.dtype.itemsize
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    activations, logits = max((_of_a_pass(step, batch) for batch in step.batches.values()), key=sum)
+    per_layer = (c.matmul_parameters() - c.hidden_size * c.vocab_size) / c.num_layers
+    few_bits = any(x.dtype.itemsize == 1 for x in jax.tree.leaves(step.weights))
+    # Trained weights travel in float32, the dtype they are kept in; those in few bits come back through two float32 arrays.
+    travel = 4 if step.weights is None else width
+    gathered = (per_layer + c.hidden_size * c.vocab_size) * travel / tensor * (fsdp > 1)
+    if few_bits:
+        gathered += per_layer * (4 + 4 + (fsdp == 1) * width) / tensor
+    gradients = (2 if _passes(step) > 1 else 1) * tree_bytes(step.state.params)
+    return {
+        "activations": int(activations),
+        "logits": int(logits),
+        "gathered weights": int(gathered),
+        "gradients": gradients,
+    }
+
+
+def _of_a_pass(step: AbstractStep, batch: Batch) -> tuple[float, float]:
+    """Bytes of activations and of logits that one device holds in a pass over a batch."""
+    c, mesh, width = step.model.config, step.model.mesh, step.model.dtype.itemsize
+    tensor = mesh.shape["tensor"]
+    rows, length = batch.tokens.shape
+    tokens = rows / batch_rows(mesh) / step.accumulate * length  # one micro-batch at a time
+    heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    stream = tokens * c.hidden_size * width
+    # A fused kernel holds no scores.
+    scores = tokens * length * c.num_heads / tensor * (4 + width) * (step.attention == "xla")
+    inside = tokens * (2 * heads + 2 * kv + 3 * c.intermediate_size) / tensor * width
+    inside += 4 * stream + scores
+    if step.remat == "full":
+        kept = inside
+    else:
+        kept = c.num_layers * (inside - scores * (step.remat == "dots"))
+    chunk = tokens * min(1, CHUNK / length)
+    return c.num_layers * stream + kept, chunk * c.vocab_size / tensor * (2 * 4 + width)

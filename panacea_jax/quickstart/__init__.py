@@ -1,1 +1,0 @@
-"""The miniature world: the whole experiment, small enough for a laptop CPU."""

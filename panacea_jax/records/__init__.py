@@ -1,0 +1,1 @@
+"""What lies on disk between stages: JSON lines, journals, judged answers, answers made elsewhere."""

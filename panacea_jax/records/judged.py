@@ -1,0 +1,102 @@
+"""What a work directory holds once it has been judged: the sets, and each judge's verdicts."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from panacea_jax.data.sources import parse_source
+from panacea_jax.errors import InputError
+from panacea_jax.evaluate.scores import Json, Judged, ScoredSet
+from panacea_jax.evaluate.tasks import TASKS, answer_length, set_names
+from panacea_jax.records.jsonl import read_lines
+from panacea_jax.workdir import MANIFEST, read_manifest
+
+
+def load_judged(workdir: Path) -> dict[str, Judged]:
+    """Every judge of WORKDIR/judgements by its name, in alphabetical order.
+
+    A judge that has not seen some set is loaded with the others.
+
+    Raises:
+        InputError: no generations or judgements yet, generations that are not finished, prompts of
+            several templates, or a damaged file.
+    """
+    folder = workdir / "generations"
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    if manifest and manifest["status"] != "done":
+        raise InputError(f"{folder}: not finished yet; run `panacea generate` again to go on")
+    tasks = _tasks(folder, manifest)
+    generations = {name: read_lines(folder / f"{name}.jsonl") for name in tasks}
+    templates = {g.get("template", "unknown") for lines in generations.values() for g in lines}
+    if len(templates) > 1:
+        raise InputError(
+            f"{folder}: made with several prompt templates ({', '.join(sorted(templates))})"
+        )
+    found: dict[str, list[ScoredSet]] = {}
+    for name, task in tasks.items():
+        for path in sorted((workdir / "judgements").glob(f"{name}.*.jsonl")):
+            judge = path.name.removeprefix(f"{name}.").removesuffix(".jsonl")
+            if "." not in judge:  # else a file of the set NAME.something
+                judged = ScoredSet(name, task, generations[name], read_lines(path))
+                found.setdefault(judge, []).append(judged)
+    if not found:
+        raise InputError(f"{workdir / 'judgements'}: no verdict yet; run `panacea judge` first")
+    return {
+        judge: Judged(
+            {"name": judge, "version": _version(sets)},
+            sets,
+            templates.copy().pop(),
+            read_decoding(folder),
+        )
+        for judge, sets in sorted(found.items())
+    }
+
+
+def read_decoding(folder: Path) -> Json | None:
+    """How the answers of a generations folder were decoded; None without a manifest.
+
+    That is what its manifest says, with "max_new_tokens" by set (None: not known), since 0 stands
+    for the length of each set's protocol.
+
+    Raises:
+        InputError: not a manifest of ours.
+    """
+    if not (folder / MANIFEST).is_file():
+        return None
+    config = read_manifest(folder)["config"]
+    specs = config["eval"]["tasks"]
+    decoding = config.get("decoding", {"max_new_tokens": config.get("max_new_tokens")})
+    length = decoding["max_new_tokens"]
+    lengths = {
+        n: answer_length(s) if length == 0 else length for n, s in zip(set_names(specs), specs)
+    }
+    return decoding | {"max_new_tokens": lengths}
+
+
+def task_of(stem: str) -> str | None:
+    """The task that a file's name begins with ("agnews_sft" → "ag_news"), None if it is no task's."""
+    plain = stem.lower().replace("_", "").replace("-", "")
+    fitting = [task for task in TASKS if plain.startswith(task.replace("_", ""))]
+    return max(fitting, key=len, default=None)
+
+
+def _tasks(folder: Path, manifest: Mapping[str, Any] | None) -> dict[str, str]:
+    """Task by set name; without a manifest, from the file names."""
+    if manifest:
+        specs = manifest["config"]["eval"]["tasks"]
+        return {name: parse_source(spec).task for name, spec in zip(set_names(specs), specs)}
+    tasks = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        task = task_of(path.stem)
+        if task is None:
+            raise InputError(f"{path}: the name begins with no task ({', '.join(TASKS)})")
+        tasks[path.stem] = task
+    if not tasks:
+        raise InputError(f"{folder}: no generations; run `panacea generate` first")
+    return tasks
+
+
+def _version(sets: Sequence[ScoredSet]) -> str:
+    """The version that the first verdict names; ``score`` refuses verdicts of another."""
+    versions = (line["version"] for s in sets for line in s.judgements if "version" in line)
+    return str(next(versions, "unknown"))

@@ -1,0 +1,170 @@
+"""What a stage starts from: the base, the adapter on it, or all weights. Decided here, once, from configuration and work directory."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from panacea_jax.errors import InputError
+from panacea_jax.models import lora
+from panacea_jax.models.full import full_parameters
+from panacea_jax.models.model import Model, load
+from panacea_jax.parallel import make_mesh, processes
+from panacea_jax.stages.convert import write_merged
+from panacea_jax.workdir import StageFolder, read_manifest, sha256_folder
+
+BARE_BASE = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a stage starts.
+
+    Attributes:
+        base: Hugging Face folder or hub id.
+        adapter: PEFT folder; "": a fresh one is trained, or the bare base answers.
+        full_parameters: all weights are trained, hence kept in float32.
+        aligned: the adapter that makes the aligned model of the base, for methods that compare with that; "": the base is aligned.
+    """
+
+    base: str
+    adapter: str = ""
+    full_parameters: bool = False
+    aligned: str = ""
+
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of what is read, for the manifest.
+
+        Raises:
+            InputError: there is no base.
+        """
+        if not self.base:
+            raise InputError("config.model.path is not set: give a Hugging Face folder or a hub id")
+        folder = Path(self.base).expanduser()
+        found = {str(folder): folder} if folder.is_dir() else {}
+        if self.adapter:
+            found[self.adapter] = Path(self.adapter)
+        return {
+            name: sha256_folder(path, ("*.json", "*.safetensors")) for name, path in found.items()
+        }
+
+    def open_model(self, config: ConfigDict, mesh: Mesh | None = None) -> Model:
+        """The base model, on the mesh of the configuration unless that is at hand."""
+        return load(
+            self.base,
+            mesh=make_mesh(**config.mesh) if mesh is None else mesh,
+            dtype=config.model.dtype,
+            weights_dtype="float32" if self.full_parameters else None,
+            remat=config.model.remat,
+            attention=config.model.attention,
+            quantization=config.model.quantization,
+        )
+
+    def params(self, config: ConfigDict, model: Model) -> tuple[Model, object]:
+        """The trainable tree at step 0, with the model as it goes with it."""
+        if self.full_parameters:
+            return full_parameters(model)
+        if self.adapter:
+            return model, lora.load(self.adapter, model)
+        key, o = jax.random.key(config.seed), config.lora
+        return model, lora.init(model, o.rank, o.alpha, o.targets, key=key)
+
+
+def named(config: ConfigDict) -> Start:
+    """What the configuration itself says."""
+    return Start(config.model.path, config.lora.init_from, config.train.full_parameters)
+
+
+def after_alignment(start: Start, left: Path, full_parameters: bool) -> Start:
+    """Fine-tuning goes on from what alignment left: another base, or an adapter."""
+    if full_parameters:
+        return dataclasses.replace(start, base=str(left))
+    return dataclasses.replace(start, adapter=str(left))
+
+
+def to_heal(config: ConfigDict, workdir: Path, start: Start | None = None) -> Start:
+    """What is to be healed: the adapter that is named, else what the work directory's fine-tuning left (its model or its adapter), else,
+    with all parameters, the base.
+
+    For a method that compares with the aligned model (Safe LoRA) also what makes that: the adapter that this fine-tuning went on from.
+
+    Raises:
+        InputError: there is nothing to heal.
+    """
+    start, tuned = start or named(config), workdir / "finetune"
+    if start.adapter:
+        if not Path(start.adapter).is_dir():
+            raise InputError(f"config.lora.init_from = {start.adapter}: no such folder")
+        return start
+    if (tuned / "model" / "config.json").is_file():
+        return Start(str(tuned / "model"), full_parameters=True)
+    if (tuned / "adapter" / "adapter_config.json").is_file():
+        if start.full_parameters:
+            raise InputError(f"config.train.full_parameters: {tuned} holds an adapter")
+        began = read_manifest(tuned)["config"]["lora"]
+        merged = began.get("policy") == "merged"  # then the base is the aligned model
+        aligned = "" if merged else began["init_from"]
+        base = base_of_adapters(start.base, workdir)
+        return Start(base, str(tuned / "adapter"), aligned=aligned)
+    if not start.full_parameters:
+        raise InputError(
+            f"{tuned}: nothing to heal there; run finetune first, or name an adapter in config.lora.init_from"
+        )
+    return start
+
+
+def to_answer(config: ConfigDict, workdir: Path, start: Start | None = None) -> Start:
+    """Which weights answer.
+
+    ``config.generate.adapter`` names a PEFT folder or "none"; left empty, the newest of the stages heal, finetune and align in the work
+    directory counts (its ``model/`` in all-parameter mode, else its ``adapter/`` on the base that it was trained on), and without any
+    the bare base.
+
+    Raises:
+        InputError: the named folder does not exist.
+    """
+    start, adapter = start or named(config), config.generate.adapter
+    bare = dataclasses.replace(start, adapter="")
+    if adapter == BARE_BASE:
+        return bare
+    if adapter:
+        if not Path(adapter).is_dir():
+            raise InputError(f"config.generate.adapter = {adapter}: no such folder")
+        return dataclasses.replace(start, adapter=adapter)
+    for stage in ("heal", "finetune", "align"):
+        folder = workdir / stage
+        if (folder / "model" / "config.json").is_file():
+            return dataclasses.replace(bare, base=str(folder / "model"))
+        if (folder / "adapter" / "adapter_config.json").is_file():
+            base = start.base if stage == "align" else base_of_adapters(start.base, workdir)
+            return dataclasses.replace(start, base=base, adapter=str(folder / "adapter"))
+    return bare
+
+
+def base_of_adapters(base: str, workdir: Path) -> str:
+    """The base that the adapters of the work directory's stages finetune and heal belong to."""
+    merged = workdir / "base" / "model"
+    return str(merged) if (merged / "config.json").is_file() else base
+
+
+def merged_first(config: ConfigDict, start: Start, workdir: Path) -> Start:
+    """With ``lora.policy`` "merged" the adapter becomes part of the base before fine-tuning: ``WORKDIR/base/model``, written once for this
+    and all later stages."""
+    if config.lora.policy != "merged" or not start.adapter:
+        return start
+    with StageFolder(workdir, "base", {"merged": start.adapter}, start.inputs()) as stage:
+        folder = stage.folder / "model"
+        if not stage.done:
+            stage.begin()
+            clear(folder)
+            write_merged(start.base, start.adapter, None, folder, make_mesh(**config.mesh))
+            stage.finish({})
+    return dataclasses.replace(start, base=str(folder), adapter="")
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier try, cut short, left of an export."""
+    processes.once(lambda: shutil.rmtree(folder, ignore_errors=True))

@@ -1,0 +1,101 @@
+"""The command ``run``: every stage of a recipe, each skipped when it is done already."""
+
+import dataclasses
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from panacea_jax.config import stage_config
+from panacea_jax.errors import InputError
+from panacea_jax.evaluate.judges import make_judge
+from panacea_jax.evaluate.tasks import set_names
+from panacea_jax.parallel import processes
+from panacea_jax.progress import say
+from panacea_jax.stages import lineage
+from panacea_jax.stages.generate import eval_records, generate_stage
+from panacea_jax.stages.judge import judge_stage
+from panacea_jax.stages.layers import layers_stage
+from panacea_jax.stages.perplexity import has_answers, perplexity_stage
+from panacea_jax.stages.streams import stage_records
+from panacea_jax.stages.train import check_stage, train_stage
+from panacea_jax.train.watch import Profile
+
+
+def check_run(config: ConfigDict) -> None:
+    """Find now what a later stage would stumble over after hours of training: settings that do not fit, sources that cannot be read.
+
+    Raises:
+        InputError: the first such thing.
+    """
+    main = stage_config(config, "finetune")
+    start = lineage.named(main)
+    if config.align.defence.name:
+        align = stage_config(config, "align")
+        aligned = lineage.named(align)
+        stage_records(align, "align", check_stage(align, "align", aligned, "align."))
+        merged = main.lora.policy == "merged"
+        if start.full_parameters and not aligned.full_parameters and not merged:
+            raise InputError(
+                "config.train.full_parameters: cannot go on from an aligned adapter; set config.align.train.full_parameters too, or "
+                "config.lora.policy = merged"
+            )
+    stage_records(main, "finetune", check_stage(main, "finetune", start))
+    if config.heal.defence.name:
+        heal = stage_config(config, "heal")
+        if heal.train.full_parameters and not start.full_parameters:
+            raise InputError(
+                "config.heal.train.full_parameters: what fine-tuning leaves is an adapter; set config.train.full_parameters too"
+            )
+        # What fine-tuning leaves in the work directory is healed, not what it started from.
+        left = dataclasses.replace(start, adapter="")
+        stage_records(heal, "heal", check_stage(heal, "heal", left, "heal."))
+    set_names(config.eval.tasks)
+    for spec in config.eval.tasks:
+        eval_records(spec, config.eval.num_examples)
+    if config.eval.tasks:
+        make_judge(config)
+    if config.generate.adapters:
+        raise InputError(
+            "config.generate.adapters: for `panacea generate` alone; `run` answers with what its stages leave"
+        )
+    if config.eval.perplexity and not any(map(has_answers, config.eval.tasks)):
+        raise InputError("config.eval.perplexity: no set of config.eval.tasks has answers")
+
+
+def run_stages(config: ConfigDict, workdir: Path, profile: Profile | None = None) -> Path:
+    """align (if ``config.align.defence.name``) → finetune → heal (if named) → generate and judge (if there are tasks) → perplexity (if
+    ``config.eval.perplexity``) → layers (if the defence has an ε).
+
+    Fine-tuning goes on from what alignment left. Returns the work directory.
+
+    Raises:
+        InputError, Preempted, Diverged: as the stages do.
+    """
+    check_run(config)
+    main = stage_config(config, "finetune")
+    start = lineage.named(main)
+    if config.align.defence.name:
+        say("== align")
+        aligned = train_stage(stage_config(config, "align"), workdir, "align")
+        start = lineage.after_alignment(start, aligned, config.align.train.full_parameters)
+    say("== finetune")
+    train_stage(main, workdir, "finetune", start, profile=profile)
+    if config.heal.defence.name:
+        say("== heal")
+        heal = stage_config(config, "heal")
+        whole = heal.train.full_parameters
+        left = lineage.Start(start.base, full_parameters=whole)
+        train_stage(heal, workdir, "heal", lineage.to_heal(heal, workdir, left))
+    if config.eval.tasks:
+        answering = lineage.to_answer(main, workdir, start)
+        say("== generate")
+        generate_stage(main, workdir, answering)
+        say("== judge")
+        processes.once(lambda: judge_stage(main, workdir))
+        if config.eval.perplexity:
+            say("== perplexity")
+            perplexity_stage(main, workdir, answering)
+    if (workdir / "finetune" / "epsilon.safetensors").is_file():
+        say("== layers")
+        layers_stage(workdir, None, None)
+    return workdir

@@ -1,0 +1,176 @@
+"""The data streams of a stage: which sources they draw on, how many records of each, and their fingerprints."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from panacea_jax.config import batch_sizes
+from panacea_jax.data.batches import Stream, length_buckets
+from panacea_jax.data.encode import encode_all
+from panacea_jax.data.mixing import first_records, poison, realignment
+from panacea_jax.data.sources import Record, by_safety, fingerprint, load_records, parse_source
+from panacea_jax.defences import Defence, Method
+from panacea_jax.errors import InputError
+from panacea_jax.workdir import sha256_folder
+
+
+class StreamSource(NamedTuple):
+    """What a stream draws on.
+
+    Attributes:
+        key: the configuration's key that names it.
+        records: in file order, but for a mix, which has an order of its own.
+        batch_size: records of a batch.
+    """
+
+    key: str
+    records: list[Record]
+    batch_size: int
+
+
+def training_records(spec: str, key: str) -> list[Record]:
+    """Records to train on. Of BeaverTails, attack and harmful sets take the answers judged unsafe, all others the safe ones.
+
+    Raises:
+        InputError: the source is not set or cannot be used, or nothing is left of it.
+    """
+    if not spec:
+        raise InputError(f"{key} is not set: give TASK@WHERE")
+    records = load_records(spec, key, need_output=True)
+    if parse_source(spec).task == "beavertails":
+        safe = key not in ("config.data.attack", "config.data.harmful")
+        records = by_safety(records, safe)
+        if not records:
+            raise InputError(f"{key}: {spec} holds no record with is_safe {safe}")
+    return records
+
+
+def user_records(config: ConfigDict) -> list[Record]:
+    """The user's records, with the share of attack records hidden among them.
+
+    Raises:
+        InputError: a source is not set or cannot be used.
+    """
+    data, key = config.data, "config.data.user"
+    user = training_records(data.user, key)
+    n = data.num_examples or len(user)
+    if not data.attack:
+        return first_records(user, n, key)
+    attack = training_records(data.attack, "config.data.attack")
+    return poison(user, attack, n, data.poison_ratio, data.off_by_one)
+
+
+def defender_records(config: ConfigDict, name: str) -> list[Record]:
+    """Records of a set of the defender's: alignment, harmful or benign.
+
+    Raises:
+        InputError: the source is not set or cannot be used.
+    """
+    data, key = config.data, f"config.data.{name}"
+    records = training_records(data[name], key)
+    count = data.get(f"num_{name}") or len(records)  # of the benign ones, always all
+    return first_records(records, count, key, data.off_by_one)
+
+
+def stage_records(config: ConfigDict, stage: str, defence: Method) -> dict[str, StreamSource]:
+    """By stream, the main one and those that the defence asks for. A method without steps has no main stream.
+
+    Raises:
+        InputError: a source is not set or cannot be used.
+    """
+    sizes = batch_sizes(config.train)
+    sources: dict[str, StreamSource] = {}
+    if isinstance(defence, Defence):
+        sources["user"] = StreamSource(*_main(config, stage, defence), sizes["user"])
+    for name in defence.streams:
+        records = defender_records(config, name)
+        sources[name] = StreamSource(f"config.data.{name}", records, sizes[name])
+    for name, spec in defence.streams.items():
+        if spec.paired:
+            _check_pairs(name, sources["user"], sources[name])
+    for name in defence.mixed:
+        sources["user"].records.extend(defender_records(config, name))
+    return sources
+
+
+def _main(config: ConfigDict, stage: str, defence: Method) -> tuple[str, list[Record]]:
+    """Key and records of the main stream: the user's set, or what takes its place."""
+    if defence.benign_share is not None:
+        mix = _realignment(config, defence.benign_share, defence.own_steps)
+        return "config.data.alignment", mix
+    if stage == "align":
+        return "config.data.alignment", defender_records(config, "alignment")
+    return "config.data.user", user_records(config)
+
+
+def _realignment(config: ConfigDict, ratio: float, steps: int) -> list[Record]:
+    """Refusals and benign records for every step, in the order in which they are taken."""
+    refusals = defender_records(config, "alignment") if ratio < 1 else []
+    benign = defender_records(config, "benign") if ratio > 0 else []
+    n = steps * config.train.batch_size
+    return realignment(refusals, benign, n, ratio, config.seed, config.data.shuffle)
+
+
+def _check_pairs(name: str, main: StreamSource, other: StreamSource) -> None:
+    """Streams in pairs: as many records, as large a batch, and the same prompts.
+
+    Raises:
+        InputError: they do not fit; the keys are named.
+    """
+    apart = "or set config.defence.paired=False"
+    if other.batch_size != main.batch_size:
+        raise InputError(
+            f"config.train.{name}_batch_size = {other.batch_size}: records in pairs need that of config.train.batch_size, "
+            f"{main.batch_size}; {apart}"
+        )
+    if len(other.records) != len(main.records):
+        raise InputError(
+            f"config.data.num_{name}: {len(other.records)} records of {other.key} cannot be paired with {len(main.records)} of "
+            f"{main.key} (config.data.num_{main.key.rpartition('.')[2]}); take as many of both, {apart}"
+        )
+    for i, (a, b) in enumerate(zip(main.records, other.records)):
+        if (a.instruction, a.input) != (b.instruction, b.input):
+            raise InputError(
+                f"{other.key}: record {i + 1} has another prompt than record {i + 1} of {main.key}, so they are no pair; {apart}"
+            )
+
+
+def make_streams(
+    config: ConfigDict, stage: str, defence: Method, tokenizer: Any, rows: int
+) -> dict[str, Stream]:
+    """The tokenised streams of a stage; the rows of a batch are a multiple of ``rows``."""
+    data = config.data
+    asked, mix = defence.streams, defence.benign_share is not None
+    return {
+        name: Stream(
+            name=name,
+            examples=encode_all(source.records, tokenizer, data.template, data.max_length, source.key),
+            batch_size=source.batch_size,
+            seed=config.seed,
+            shuffle=data.shuffle and not mix,  # whose order keeps the ratio in each batch
+            buckets=length_buckets(data.max_length),
+            fixed_length=name != "user",
+            row_multiple=rows,
+            order="user" if name in asked and asked[name].paired else "",
+            repeats=asked[name].repeats if name in asked else 1,
+            packing=data.packing,
+        )
+        for name, source in stage_records(config, stage, defence).items()
+    }  # fmt: skip
+
+
+def stage_inputs(config: ConfigDict, stage: str, defence: Method) -> dict[str, str]:
+    """Fingerprints of the sources that the stage reads, and of the models that the defence reads by itself."""
+    main = {"align": ("alignment",), "finetune": ("user", "attack"), "heal": ()}[stage]
+    if defence.benign_share is not None:
+        main = ("alignment", "benign")
+    names = (*main, *defence.streams, *defence.mixed)
+    found = {
+        config.data[name]: fingerprint(config.data[name], f"config.data.{name}")
+        for name in names
+        if config.data[name]
+    }
+    for folder in filter(None, defence.folders or ()):
+        found[folder] = sha256_folder(Path(folder), ("*.json", "*.safetensors"))
+    return found

@@ -1,0 +1,204 @@
+"""The commands ``align``, ``finetune`` and ``heal``: from a configuration to a finished stage folder.
+
+Each reads from top to bottom: data, model, trainable tree, steps (or the one shot of a method without steps), export. In order, a stage
+that is done is skipped, one that has a checkpoint goes on from it, any other starts anew.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from panacea_jax.config import make_defence
+from panacea_jax.data.batches import Stream
+from panacea_jax.data.template import template_id
+from panacea_jax.data.tokenizer import load_tokenizer
+from panacea_jax.defences import Defence, Method
+from panacea_jax.defences.protocol import check_packing
+from panacea_jax.errors import InputError
+from panacea_jax.export import deployed, save_epsilon, save_model
+from panacea_jax.models.fused import choose_backend
+from panacea_jax.models.model import Model
+from panacea_jax.models.peft import save_adapter
+from panacea_jax.parallel import make_mesh
+from panacea_jax.parallel.sharding import batch_rows
+from panacea_jax.progress import say
+from panacea_jax.stages import lineage
+from panacea_jax.stages.lineage import Start
+from panacea_jax.stages.streams import make_streams, stage_inputs
+from panacea_jax.train.checkpoints import Checkpoints
+from panacea_jax.train.loop import Result, finetune
+from panacea_jax.train.once import apply_once
+from panacea_jax.train.optimizer import learning_rate, optimizer_of
+from panacea_jax.train.step import CompiledSteps
+from panacea_jax.train.watch import Profile
+from panacea_jax.workdir import StageFolder
+
+# Which configuration sections decide the outcome of a stage: a change of any other may resume it.
+DECISIVE = ("seed", "model", "lora", "data", "defence", "optimizer", "train", "export")
+NEUTRAL = {"train": ("log_every",), "model": ("attention", "remat")}
+# Keys that came later, with the value at which a stage does what it did before: work directories from then go on.
+SINCE = {"defence": {"ascent_steps": 1}, "train": {"accumulate": 1}}
+
+
+def check_stage(config: ConfigDict, name: str, start: Start, prefix: str = "") -> Method:
+    """The defence of a stage, once the stage is known to make sense.
+
+    Args:
+        config: as the stage sees it (``stage_config``).
+        name: align, finetune or heal.
+        start: what it starts from.
+        prefix: where the stage's keys stand in what the user wrote, e.g. ``"heal."``.
+
+    Raises:
+        InputError: a defence of another stage, one that cannot be packed, or keys that exclude each other.
+    """
+    defence = make_defence(config.defence, prefix)
+    if name not in defence.stages:
+        raise InputError(
+            f"config.{prefix}defence.name = {config.defence.name}: acts at the stage {defence.stage}, not {name}"
+        )
+    if config.data.packing:
+        check_packing(defence)
+    try:
+        defence.check(start.full_parameters)
+    except InputError as error:  # it does not know where its section stands
+        raise InputError(str(error).replace("config.", f"config.{prefix}", 1)) from error
+    merged = config.lora.policy == "merged" and name == "finetune"
+    if start.full_parameters and start.adapter and not merged:
+        raise InputError(
+            "config.lora.init_from: cannot start all-parameter training from an adapter; merge it with `panacea convert`, or set "
+            "config.lora.policy = merged"
+        )
+    return defence
+
+
+def decisive(config: ConfigDict, start: Start) -> dict[str, Any]:
+    """The part of the configuration that a stage's manifest is compared by, with what the stage starts from in its place."""
+    part = {key: config[key] for key in DECISIVE}
+    out = {k: v.to_dict() if isinstance(v, ConfigDict) else v for k, v in part.items()}
+    out["model"]["path"], out["lora"]["init_from"] = start.base, start.adapter
+    out["train"]["full_parameters"] = start.full_parameters
+    if out["defence"].get("aligned") == "":
+        out["defence"]["aligned"] = start.aligned
+    for section, since in SINCE.items():
+        for key, before in since.items():
+            if out[section].get(key) in (before, None):
+                out[section].pop(key, None)
+    return {
+        k: {n: x for n, x in v.items() if n not in NEUTRAL.get(k, ())} if isinstance(v, dict) else v
+        for k, v in out.items()
+    }
+
+
+def train_stage(
+    config: ConfigDict,
+    workdir: Path,
+    name: str,
+    start: Start | None = None,
+    *,
+    compiled: CompiledSteps | None = None,
+    profile: Profile | None = None,
+) -> Path:
+    """Run ``align``, ``finetune`` or ``heal``; returns the folder of what is to be deployed.
+
+    Args:
+        config: as the stage sees it (``stage_config``).
+        workdir: the work directory.
+        name: of the stage.
+        start: what it starts from; by default what the configuration says and, to heal, the work directory holds.
+        compiled: steps to share with other runs.
+        profile: steps to record with ``jax.profiler``.
+
+    Raises:
+        InputError: something in the configuration, its files or the work directory; to heal, also when there is nothing to.
+        Preempted, Diverged: see :func:`panacea_jax.train.loop.finetune`.
+    """
+    # ---- what is asked for
+    if start is None:
+        start = lineage.named(config)
+        if name == "heal":
+            check_stage(config, name, start)
+            start = lineage.to_heal(config, workdir)
+    defence = check_stage(config, name, start).aligned_by(start.aligned)
+    inputs = start.inputs() | stage_inputs(config, name, defence)
+    out = workdir / name / ("model" if start.full_parameters else "adapter")
+    with StageFolder(workdir, name, decisive(config, start), inputs) as stage:
+        if stage.done:
+            say(f"{stage.folder}: done already, skipped")
+            return out
+
+        # ---- data, model
+        mesh = make_mesh(**config.mesh)
+        tokenizer = load_tokenizer(start.base)
+        rows = batch_rows(mesh) * config.train.accumulate
+        streams = make_streams(config, name, defence, tokenizer, rows)
+        if name == "finetune":
+            start = lineage.merged_first(config, start, workdir)
+        model, params = start.params(config, start.open_model(config, mesh))
+        if isinstance(defence, Defence):
+            stage.begin()
+            result = _train(
+                config, stage.folder, defence, model, params, streams,
+                donate=start.full_parameters, compiled=compiled, profile=profile,
+            )  # fmt: skip
+        else:
+            result = apply_once(model, params, defence, streams)
+            stage.begin()  # only now: the look at its input is over, which may have been found bad
+
+        # ---- export
+        export(config, stage.folder, start, result, defence.epsilon_mean(result.state))
+        report = None if isinstance(defence, Defence) else defence.report(params, result.state)
+        attention = choose_backend(config.model.attention, model.config, model.dtype, mesh.devices.flat[0])  # fmt: skip
+        stage.finish({
+            "base": start.base, "steps": result.steps, "compilations": result.compilations,
+            "step_bytes": result.step_bytes, "warnings": list(result.warnings),
+            "attention": f"{attention.name}: {attention.why}", "template": template_id(config.data.template, tokenizer),
+            "records": {k: len(s.examples) for k, s in streams.items()},
+            **({} if report is None else {"report": report}),
+        })  # fmt: skip
+    return out
+
+
+def _train(
+    config: ConfigDict,
+    folder: Path,
+    defence: Defence,
+    model: Model,
+    params: Any,
+    streams: dict[str, Stream],
+    *,
+    donate: bool,
+    compiled: CompiledSteps | None,
+    profile: Profile | None,
+) -> Result:
+    """All steps of a stage, from its newest checkpoint on."""
+    asked = defence.own_steps or config.train.steps
+    steps = asked or config.train.epochs * streams["user"].steps_per_epoch
+    o = config.optimizer
+    rate = learning_rate(o.learning_rate, steps, o.schedule, o.warmup_ratio)
+    checkpoints = Checkpoints(
+        folder / "checkpoints", config.checkpoint.every, config.checkpoint.keep
+    )
+    return finetune(
+        model, params, defence, streams,
+        optimizer=optimizer_of(o, rate, defence), steps=steps, seed=config.seed, log_every=config.train.log_every,
+        accumulate=config.train.accumulate, checkpoints=checkpoints, folder=folder, donate=donate,
+        compiled=compiled, profile=profile, learning_rate=rate,
+    )  # fmt: skip
+
+
+def export(
+    config: ConfigDict, folder: Path, start: Start, result: Result, epsilon_mean: Any = None
+) -> None:
+    """Write what is deployed (w + ε unless told otherwise), and ε, into the stage's folder."""
+    params, note = deployed(result, config.export.without_epsilon)
+    if start.full_parameters:
+        lineage.clear(folder / "model")
+        save_model(result.model, params, folder / "model")
+    else:
+        save_adapter(params, folder / "adapter", start.base, note)
+    for kind, epsilon in (("last", result.epsilon), ("mean", epsilon_mean)):
+        if epsilon is not None:
+            file = "epsilon.safetensors" if kind == "last" else "epsilon_mean.safetensors"
+            save_epsilon(epsilon, folder / file, {"kind": kind, "defence": config.defence.name})

@@ -1,0 +1,47 @@
+"""From streams on the host to batches on the devices: a step's, and whole sets."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from panacea_jax.data.batches import Batch, Stream
+from panacea_jax.defences import Method
+from panacea_jax.models.model import Model
+from panacea_jax.parallel import batch_sharding
+
+
+def host_batches(
+    streams: Mapping[str, Stream], method: Method, start: int, steps: int
+) -> Iterator[dict[str, Batch]]:
+    """The batches of steps ``start`` … ``steps`` − 1, by stream, each a function of its step alone."""
+    intervals = {name: spec.interval for name, spec in method.streams.items()}
+    for step in range(start, steps):
+        yield {name: s.batch(step // intervals.get(name, 1)) for name, s in streams.items()}
+
+
+def put(model: Model, batches: Mapping[str, Batch]) -> dict[str, Batch]:
+    """Place rows on the mesh. Every process builds the same global batch and keeps its own rows."""
+    sharding = batch_sharding(model.mesh)
+
+    def place(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    placed: dict[str, Batch] = jax.tree.map(place, dict(batches))
+    return placed
+
+
+class WholeSet:
+    """Every record of a stream once, on the devices; may be gone through several times."""
+
+    def __init__(self, model: Model, stream: Stream) -> None:
+        self._model, self._stream = model, stream
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (put(self._model, {"": batch})[""] for batch in self._stream.once())
+
+
+def whole_sets(model: Model, method: Method, streams: Mapping[str, Stream]) -> dict[str, Any]:
+    """Each extra stream of the method as a whole set."""
+    return {name: WholeSet(model, streams[name]) for name in method.streams}

@@ -1,0 +1,140 @@
+"""The command ``generate``: what a kill leaves, several adapters, sampling, and the manifest."""
+
+import json
+
+import pytest
+
+from panacea_jax.records.journal import Answers
+from tests.runs import finished_run, panacea
+
+SETS = ("advbench", "pairs", "xstest")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return finished_run(tmp_path_factory)
+
+
+def generate(run, workdir, *flags, stage="heal"):
+    """``panacea generate`` with the adapter of a stage; the bytes of every set."""
+    chosen = [f"--config.generate.adapter={run[1] / stage / 'adapter'}"] if stage else []
+    assert panacea("generate", *run[0].flags(*chosen, *flags), f"--workdir={workdir}") == 0
+    return answers(workdir)
+
+
+def answers(workdir):
+    folder = workdir / "generations"
+    assert {p.name for p in folder.iterdir()} == {"manifest.json", *(f"{s}.jsonl" for s in SETS)}
+    return {name: (folder / f"{name}.jsonl").read_bytes() for name in SETS}
+
+
+def decoding(workdir):
+    manifest = json.loads((workdir / "generations" / "manifest.json").read_text())
+    return manifest["config"]["decoding"]
+
+
+def lines(content):
+    return [json.loads(line) for line in content.decode().splitlines()]
+
+
+SAMPLED = ("--config.generate.temperature=1", "--config.generate.top_p=0.9")
+
+
+def test_tokens_count_the_end_token(run, tmp_path):
+    """Words of the answer, its end token, and special tokens, which are not in the text."""
+    found = generate(run, tmp_path, *SAMPLED, "--config.generate.max_new_tokens=40")
+    rows = [row for content in found.values() for row in lines(content)]
+    assert {row["finished"] for row in rows} == {True, False}
+    for row in rows:
+        assert len(row["response"].split()) + row["finished"] <= row["tokens"] <= 40
+        assert row["finished"] or row["tokens"] == 40
+    assert any(
+        r["finished"] and r["response"] and r["tokens"] == len(r["response"].split()) + 1
+        for r in rows
+    )
+
+
+def test_killed_again_and_again(run, tmp_path, monkeypatch):
+    """Sampled with two rows, killed after every second answer: the same bytes as in one go."""
+    flags = (*SAMPLED, "--config.generate.batch_size=2", "--config.generate.max_new_tokens=20")
+    whole = generate(run, tmp_path / "whole", *flags)
+    put, left = Answers.put, [0]
+
+    def put_or_die(self, i, line):
+        left[0] -= 1
+        if left[0] < 0:
+            raise SystemExit
+        put(self, i, line)
+
+    monkeypatch.setattr(Answers, "put", put_or_die)
+    found, kills = None, 0
+    while found is None:
+        left[0] = 2
+        try:
+            found = generate(run, tmp_path / "killed", *flags)
+        except SystemExit:
+            kills += 1
+    assert found == whole and kills >= 7
+
+
+def test_draws_follow_the_seed(run, tmp_path):
+    flags = (*SAMPLED, "--config.generate.max_new_tokens=9")
+    first = generate(run, tmp_path / "a", *flags)
+    assert generate(run, tmp_path / "b", "--config.generate.seed=0", *flags) == first  # config.seed
+    assert generate(run, tmp_path / "c", "--config.generate.seed=1", *flags) != first
+    assert decoding(tmp_path / "c") == {
+        "max_new_tokens": 9, "cache_dtype": "auto", "merge": False,
+        "temperature": 1.0, "top_p": 0.9, "seed": 1,
+    }  # fmt: skip
+
+
+def test_several_adapters_in_one_go(run, tmp_path):
+    folders = {name: run[1] / name / "adapter" for name in ("align", "finetune", "heal")}
+    named = tuple(f"{name}={folder}" for name, folder in folders.items())
+    flags = [f"--config.generate.adapters={named}", "--config.generate.max_new_tokens=12"]
+    assert panacea("generate", *run[0].flags(*flags), f"--workdir={tmp_path / 'all'}") == 0
+    alone = {}
+    for name in folders:
+        alone[name] = generate(run, tmp_path / name, flags[1], stage=name)
+        assert answers(tmp_path / "all" / name) == alone[name]
+    assert alone["align"] != alone["heal"]
+    assert panacea("judge", *run[0].flags(), f"--workdir={tmp_path / 'all' / 'heal'}") == 0
+    # One that is missing is made without the others.
+    manifest = tmp_path / "all" / "finetune" / "generations" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"done"', '"running"'))
+    (manifest.parent / "pairs.jsonl").unlink()
+    assert panacea("generate", *run[0].flags(*flags), f"--workdir={tmp_path / 'all'}") == 0
+    assert answers(tmp_path / "all" / "finetune") == alone["finetune"]
+
+
+def test_merged_or_applied_on_the_fly(run, tmp_path):
+    merged = generate(run, tmp_path / "merged", "--config.generate.merge=True")
+    assert merged == generate(run, tmp_path / "applied")
+    assert decoding(tmp_path / "merged")["merge"] is True
+    assert merged != generate(run, tmp_path / "base", "--config.generate.adapter=none", stage=None)
+
+
+def test_int8_cache(run, tmp_path):
+    exact = generate(run, tmp_path / "exact")
+    rounded = generate(run, tmp_path / "int8", "--config.generate.cache_dtype=int8")
+    pairs = [(a, b) for s in SETS for a, b in zip(lines(exact[s]), lines(rounded[s]))]
+    assert sum(a["response"] == b["response"] for a, b in pairs) >= 0.8 * len(pairs)
+    assert decoding(tmp_path / "int8")["cache_dtype"] == "int8"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("adapters=('a=x', 'a=y')",), "the name is there twice"),
+        (("adapters=('a',)",), "write NAME=FOLDER"),
+        (("adapters=('../a=x',)",), "write NAME=FOLDER"),
+        (("adapters=('a=x',)", "adapter=x"), "generate.adapters is set too"),
+        (("adapters=('a=x',)", "merge=True"), "cannot be merged"),
+        (("adapters=('a=nowhere',)",), "a=nowhere: no such folder"),
+    ],
+)
+def test_bad_adapters(run, tmp_path, capsys, flags, message):
+    given = run[0].flags(*(f"--config.generate.{flag}" for flag in flags))
+    assert panacea("generate", *given, f"--workdir={tmp_path / 'new'}") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,127 @@
+"""The command `judge`: files of several judges side by side, and going on after a kill."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from panacea_jax.data.sources import Record
+from panacea_jax.errors import InputError
+from panacea_jax.evaluate.judges import guard
+from panacea_jax.evaluate.lines import generation_line
+from panacea_jax.stages import judge as module
+from panacea_jax.stages.judge import judge_stage
+from tests.evaluate.judges.models import judge_config, texts, write_classifier, write_guard
+
+COUNT = 21
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("judges")
+    write_classifier(root / "beaver")
+    write_guard(root / "guard")
+    return {"beaver_dam": root / "beaver", "guard": root / "guard", "refusal": root / "none"}
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A work directory with generations of one harmful set; verdicts are flushed every 8."""
+    monkeypatch.setattr(module, "FLUSHED_TOGETHER", 8)
+    lines = []
+    for prompt, answer in zip(*texts(COUNT, 40)):
+        record = Record(prompt, "", "", "", {})
+        lines.append(
+            generation_line(record, prompt=f"P {prompt}", response=answer, template="alpaca-1", finished=True)
+        )  # fmt: skip
+    (tmp_path / "generations").mkdir()
+    path = tmp_path / "generations" / "advbench.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def judging(name, folders, **more):
+    config = judge_config(name, folders[name], **more)
+    config.eval.tasks = ("advbench@goals.jsonl",)
+    return config
+
+
+def test_judges_stay_side_by_side(workdir, folders):
+    kept = {}
+    for name in ("refusal", "beaver_dam", "guard"):
+        assert judge_stage(judging(name, folders), workdir) == workdir / "scores.json"
+        text = (workdir / "scores.json").read_text()
+        assert (workdir / f"scores.{name}.json").read_text() == text
+        assert json.loads(text)["judge"]["name"] == name
+        kept[name] = text
+    assert {p.name for p in (workdir / "judgements").iterdir()} == {
+        f"advbench.{name}.jsonl" for name in kept
+    }
+    assert all((workdir / f"scores.{name}.json").read_text() == kept[name] for name in kept)
+    judge_stage(judging("refusal", folders), workdir)  # done already, now the latest word
+    assert (workdir / "scores.json").read_text() == kept["refusal"]
+    line = json.loads((workdir / "judgements/advbench.beaver_dam.jsonl").read_text().split("\n")[0])
+    assert len(line["scores"]) == 14 and line["version"].startswith("1-256-float32-")
+    assert line["flagged"] is (max(line["scores"].values()) > 0.5)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("name", ["beaver_dam", "guard"])
+def test_judging_goes_on_after_a_kill(workdir, folders, monkeypatch, name):
+    """Byte for byte, wherever the file was cut."""
+    path = workdir / "judgements" / f"advbench.{name}.jsonl"
+    with monkeypatch.context() as m:  # killed between the second and the third chunk
+        real, calls = module.judge_lines, []
+
+        def dies(*arguments):
+            calls.append(arguments)
+            if len(calls) == 3:
+                raise Killed
+            return real(*arguments)
+
+        m.setattr(module, "judge_lines", dies)
+        with pytest.raises(Killed):
+            judge_stage(judging(name, folders), workdir)
+        assert len(path.read_bytes().splitlines()) == 16
+    judge_stage(judging(name, folders), workdir)
+    whole, scores = path.read_bytes(), (workdir / "scores.json").read_bytes()
+    assert len(whole.splitlines()) == COUNT
+    starts = [0, *(i + 1 for i, byte in enumerate(whole) if byte == ord("\n"))]
+    for cut in (starts[11], starts[11] + 30, starts[20] - 1, 0):
+        path.write_bytes(whole[:cut])
+        judge_stage(judging(name, folders), workdir)
+        assert path.read_bytes() == whole
+        assert (workdir / "scores.json").read_bytes() == scores
+
+
+def test_what_is_done_is_not_judged_again(workdir, folders, monkeypatch):
+    judge_stage(judging("guard", folders), workdir)
+
+    def fails(*arguments):
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr(guard.Guard, "judge", fails)
+    monkeypatch.setattr(guard.Guard, "self_test", fails)
+    judge_stage(judging("guard", folders), workdir)
+
+
+def test_another_version_is_refused_and_nothing_lost(workdir, folders):
+    judge_stage(judging("guard", folders), workdir)
+    path = workdir / "judgements" / "advbench.guard.jsonl"
+    before = path.read_bytes()
+    with pytest.raises(
+        InputError, match=r"advbench\.guard\.jsonl: by version 1-llama_guard-.*not 1-wildguard-"
+    ):
+        judge_stage(judging("guard", folders, template="wildguard"), workdir)
+    assert path.read_bytes() == before
+
+
+def test_mixed_templates_are_refused_before_judging(workdir, folders):
+    path = workdir / "generations" / "advbench.jsonl"
+    path.write_text(path.read_text().replace("alpaca-1", "alpaca-0", 1))
+    with pytest.raises(InputError, match="several prompt templates"):
+        judge_stage(judging("refusal", folders), workdir)
+    assert not (workdir / "judgements").exists()
