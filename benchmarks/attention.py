@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from panacea_jax.models.attention import attend
 from panacea_jax.models.config import ModelConfig
+from panacea_jax.models.families import config_from_dict
 from panacea_jax.models.fused import choose_backend, fused_attention
 from panacea_jax.parallel import make_mesh
 
@@ -42,7 +43,7 @@ def model_of(name: str) -> ModelConfig:
         "vocab_size": 8, "hidden_size": 128 * shape["num_attention_heads"], "intermediate_size": 8, "num_hidden_layers": 1,
         "max_position_embeddings": 8192, "rms_norm_eps": 1e-6,
     }  # fmt: skip
-    return ModelConfig.from_dict(small | shape)
+    return config_from_dict(small | shape)
 
 
 def operands(model: ModelConfig, rows: int, length: int) -> tuple[Any, ...]:

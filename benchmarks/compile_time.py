@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from panacea_jax.data.batches import Batch
 from panacea_jax.defences import Panacea
 from panacea_jax.models import lora
-from panacea_jax.models.config import ModelConfig
+from panacea_jax.models.families import config_from_dict
 from panacea_jax.models.model import random_model
 from panacea_jax.train.optimizer import make_optimizer
 from panacea_jax.train.step import init_state, make_step
@@ -24,7 +24,7 @@ from panacea_jax.worlds.base import LLAMA
 
 def seconds(layers: int) -> float:
     """Seconds from nothing to a compiled step, the persistent cache unused."""
-    config = ModelConfig.from_dict(LLAMA | {"vocab_size": 256, "num_hidden_layers": layers})
+    config = config_from_dict(LLAMA | {"vocab_size": 256, "num_hidden_layers": layers})
     model = random_model(config, jax.random.key(0))
     params = lora.init(model, 8, 4, key=jax.random.key(1))
     defence, optimizer = Panacea(rho=1.0, lam=1e-3), make_optimizer(1e-4)

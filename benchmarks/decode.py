@@ -23,7 +23,7 @@ from panacea_jax.data.encode import encode_prompt
 from panacea_jax.data.sources import load_records
 from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.generate import decode
-from panacea_jax.models.config import ModelConfig
+from panacea_jax.models.families import config_from_dict
 from panacea_jax.models.model import Model, random_model
 from panacea_jax.parallel import make_mesh
 from panacea_jax.planning.topology import CHIPS, GPUS
@@ -156,7 +156,7 @@ def main() -> None:
         **SHAPES[args.shape],
     }
     model = random_model(
-        ModelConfig.from_dict(config),
+        config_from_dict(config),
         jax.random.key(0),
         mesh=make_mesh(tensor=args.tensor),
         dtype=args.dtype,

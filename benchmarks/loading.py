@@ -36,7 +36,8 @@ import ml_dtypes
 import numpy as np
 
 from panacea_jax.models import lora, tensorfile
-from panacea_jax.models.config import ModelConfig, read_config
+from panacea_jax.models.config import read_config
+from panacea_jax.models.families import config_from_dict
 from panacea_jax.models.model import abstract_model, load
 from panacea_jax.models.weights import hf_shapes, save_weights
 from panacea_jax.parallel import make_mesh, processes
@@ -68,7 +69,7 @@ def make_folder(folder: Path, config: dict[str, Any], dtype: str, files: int) ->
     """Write a model of random numbers in so many safetensors files; returns the bytes of its tensors."""
     kept = DTYPES[dtype]
     numbers = np.random.default_rng(0).standard_normal(2**20, np.float32).astype(kept)
-    shapes = hf_shapes(abstract_model(ModelConfig.from_dict(config))[1])
+    shapes = hf_shapes(abstract_model(config_from_dict(config))[1])
     entries = [
         tensorfile.Entry(name, shape, kept, partial(np.resize, numbers, shape))
         for name, shape in shapes.items()

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from panacea_jax.config import get_config
 from panacea_jax.models.adapter import BLOCK_OF
 from panacea_jax.models.config import ModelConfig
+from panacea_jax.models.families import config_from_dict
 from panacea_jax.parallel import make_mesh
 from panacea_jax.planning.abstract_step import abstract_step
 from panacea_jax.planning.topology import topology
@@ -70,7 +71,7 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    config = ModelConfig.from_dict(LLAMA_2_7B | {"num_hidden_layers": args.layers})
+    config = config_from_dict(LLAMA_2_7B | {"num_hidden_layers": args.layers})
     devices = jax.devices()[:1]
     if args.tpu:
         devices = list(topology(args.tpu).devices or ())[:1]

@@ -19,7 +19,7 @@ from panacea_jax.data.sources import load_records
 from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.defences import Sft
 from panacea_jax.models import lora
-from panacea_jax.models.config import ModelConfig
+from panacea_jax.models.families import config_from_dict
 from panacea_jax.models.model import random_model
 from panacea_jax.train.optimizer import make_optimizer
 from panacea_jax.train.step import init_state, make_step
@@ -72,7 +72,7 @@ def time_steps(
     args: argparse.Namespace, streams: dict[bool, Stream], vocabulary: int
 ) -> dict[bool, float]:
     """Mean over steps of the median of three, SFT with an adapter; each step packed and unpacked in turns."""
-    config = ModelConfig.from_dict({
+    config = config_from_dict({
         "model_type": "llama", "vocab_size": vocabulary, "hidden_size": args.width, "intermediate_size": 4 * args.width,
         "num_hidden_layers": args.layers, "num_attention_heads": 6, "num_key_value_heads": 6,
         "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,

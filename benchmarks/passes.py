@@ -23,7 +23,7 @@ from panacea_jax.data.batches import Batch
 from panacea_jax.defences import DEFENCES
 from panacea_jax.defences.protocol import Defence, passes_of
 from panacea_jax.models import lora
-from panacea_jax.models.config import ModelConfig
+from panacea_jax.models.families import config_from_dict
 from panacea_jax.models.model import Model, random_model
 from panacea_jax.parallel import make_mesh
 from panacea_jax.train.optimizer import make_optimizer
@@ -69,7 +69,7 @@ def unrolled() -> Iterator[None]:
 
 def make_model() -> Model:
     """A random model of the shape."""
-    return random_model(ModelConfig.from_dict(SHAPE), jax.random.key(0), mesh=make_mesh(devices=jax.devices()[:1]))  # fmt: skip
+    return random_model(config_from_dict(SHAPE), jax.random.key(0), mesh=make_mesh(devices=jax.devices()[:1]))  # fmt: skip
 
 
 def defence_of(name: str) -> Any:

@@ -23,6 +23,7 @@ from panacea_jax.defences import Panacea, Sft
 from panacea_jax.generate.decode import generate
 from panacea_jax.models import lora
 from panacea_jax.models.config import ModelConfig
+from panacea_jax.models.families import config_from_dict
 from panacea_jax.models.model import Model, random_model
 from panacea_jax.train import throughput
 from panacea_jax.train.optimizer import make_optimizer
@@ -124,7 +125,7 @@ def main() -> None:
     parser.add_argument("--torch", action="store_true")
     args = parser.parse_args()
     hf_config = json.loads(args.config_json.read_text())
-    config = ModelConfig.from_dict(hf_config)
+    config = config_from_dict(hf_config)
     model = random_model(config, jax.random.key(0), dtype=args.dtype, remat=args.remat)
     device = jax.devices()[0]
     print(f"jax {jax.__version__}, {device.device_kind} x{jax.device_count()}, {args}")

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from panacea_jax import cli
-from panacea_jax.models.config import ModelConfig
+from panacea_jax.models.families import config_from_dict
 from panacea_jax.models.model import random_model
 from panacea_jax.models.weights import save_weights
 from panacea_jax.worlds.base import LLAMA
@@ -36,7 +36,7 @@ def base(tmp_path_factory):
              "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 1024,
              "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
     config = {k: v for k, v in (LLAMA | shape).items() if k != "pad_token_id"}
-    model = random_model(ModelConfig.from_dict(config), jax.random.key(0))
+    model = random_model(config_from_dict(config), jax.random.key(0))
     assert model.config.num_parameters() >= 50e6
     save_weights(model.weights, folder, config)
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -69,17 +69,29 @@ def norm(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.sqrt(sum((t**2).sum() for t in tensors))
 
 
-def panacea_gradient(model, user, harmful, rho: float, lam: float, clamp: bool):
-    """g − λ(h' − h) and ε."""
+def panacea_gradient(
+    model, user, harmful, rho: float, lam: float, clamp: bool, ascent_steps: int = 1
+):
+    """g − λ(h' − h) and ε, with further ascent steps each brought back onto the ball."""
     params = list(trainable(model).values())
     g = gradients(model, loss(model, user))
     h = gradients(model, loss(model, harmful))
     scale = rho / (norm(h) + 1e-7)
     epsilon = [scale * x for x in h]
-    with torch.no_grad():
-        kept = [p.clone() for p in params]
-        for p, e in zip(params, epsilon):
-            p += e
+    kept = [p.detach().clone() for p in params]
+
+    def stand_at(epsilon):
+        with torch.no_grad():
+            for p, k, e in zip(params, kept, epsilon):
+                p.copy_(k + e)
+
+    for _ in range(ascent_steps - 1):
+        stand_at(epsilon)
+        up = gradients(model, loss(model, harmful))
+        epsilon = [e + rho * u / (norm(up) + 1e-7) for e, u in zip(epsilon, up)]
+        shrink = min(1.0, rho / float(norm(epsilon)))
+        epsilon = [shrink * e for e in epsilon]
+    stand_at(epsilon)
     perturbed = loss(model, harmful)
     h2 = gradients(model, torch.clamp(perturbed, max=5.0) if clamp else perturbed)
     with torch.no_grad():
@@ -88,7 +100,7 @@ def panacea_gradient(model, user, harmful, rho: float, lam: float, clamp: bool):
     return [a - lam * (c - b) for a, b, c in zip(g, h, h2)], epsilon
 
 
-def train(model, batches, *, lr: float, weight_decay: float, rho=None, lam=None, clamp=True):
+def train(model, batches, *, lr: float, weight_decay: float, rho=None, lam=None, clamp=True, ascent_steps=1):
     """Ten or so steps; ``batches`` yields (user, harmful). Returns the last ε by name (None for SFT)."""
     params = trainable(model)
     optimizer = torch.optim.AdamW(
@@ -99,7 +111,7 @@ def train(model, batches, *, lr: float, weight_decay: float, rho=None, lam=None,
         if rho is None:
             grads = gradients(model, loss(model, user))
         else:
-            grads, epsilon = panacea_gradient(model, user, harmful, rho, lam, clamp)
+            grads, epsilon = panacea_gradient(model, user, harmful, rho, lam, clamp, ascent_steps)
         for p, g in zip(params.values(), grads):
             p.grad = g
         torch.nn.utils.clip_grad_norm_(params.values(), 1.0)

@@ -32,7 +32,11 @@ class _Lookup(NamedTuple):
     """An operation of a ``FieldReference``: ``fn(value, *args)``, with references among ``args`` resolved."""
 
     fn: Callable[..., Any]
-    args: tuple[FieldReference, ...]
+    args: tuple[FieldReference | str, ...]
+
+
+def _own_default(_: Any, name: str, key: str) -> Any:
+    return method_defaults(name).get(key)
 
 
 def defence_defaults(name: str) -> ConfigDict:
@@ -40,12 +44,8 @@ def defence_defaults(name: str) -> ConfigDict:
     chosen = FieldReference(name)
     section = ConfigDict({"name": chosen})
     for key, kind in all_hyper_parameters().items():
-
-        def default(_: Any, name: str, key: str = key) -> Any:
-            return method_defaults(name).get(key)
-
         # The value only gives the type: what is read is what the lookup returns, until the key is set.
-        section[key] = FieldReference(kind(), op=_Lookup(default, (chosen,)))
+        section[key] = FieldReference(kind(), op=_Lookup(_own_default, (chosen, key)))
     return section
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -91,30 +90,6 @@ class ModelConfig:
     attention_softcap: float | None = None
     final_softcap: float | None = None
     num_labels: int = 0
-
-    @classmethod
-    def from_dict(
-        cls, d: Mapping[str, Any], where: str = "config.json", *, classifier: bool = False
-    ) -> "ModelConfig":
-        """Read a parsed ``config.json``: of a language model, or of a sequence classifier.
-
-        Raises:
-            InputError: unknown architecture, unsupported rope kind, or a missing, mistyped or
-                impossible value; names the key.
-        """
-        from panacea_jax.models import families  # which builds on this module
-
-        return families.read_family(d, where, classifier)
-
-    @classmethod
-    def from_folder(cls, folder: str | PurePath, *, classifier: bool = False) -> "ModelConfig":
-        """Read ``folder/config.json``.
-
-        Raises:
-            InputError: as :meth:`from_dict`, or the file is missing or not a JSON object.
-        """
-        where = str(Path(folder) / "config.json")
-        return cls.from_dict(read_config(folder), where, classifier=classifier)
 
     def matmul_parameters(self) -> int:
         """Weights that take part in a matrix product for every token (kernels and the output head,

@@ -7,10 +7,11 @@ what the model computes and are not understood here are refused rather than igno
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
 from panacea_jax.errors import InputError
-from panacea_jax.models.config import ModelConfig, RopeScaling
+from panacea_jax.models.config import ModelConfig, RopeScaling, read_config
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -21,8 +22,15 @@ ACTIVATIONS = {
 }
 
 
-def read_family(d: Mapping[str, Any], where: str, classifier: bool = False) -> ModelConfig:
-    """The configuration in a parsed ``config.json``; see :meth:`ModelConfig.from_dict`."""
+def config_from_dict(
+    d: Mapping[str, Any], where: str = "config.json", *, classifier: bool = False
+) -> ModelConfig:
+    """Read a parsed ``config.json``: of a language model, or of a sequence classifier.
+
+    Raises:
+        InputError: unknown architecture, unsupported rope kind, or a missing, mistyped or
+            impossible value; names the key.
+    """
     if not classifier:
         return FAMILIES[_architecture(d, where)](_Reader(d, where))
     named = (d.get("architectures") or [f"model_type {d.get('model_type')}"])[0]
@@ -33,6 +41,16 @@ def read_family(d: Mapping[str, Any], where: str, classifier: bool = False) -> M
     return dataclasses.replace(
         FAMILIES[family](_Reader(d, where)), num_labels=_num_labels(d, where)
     )
+
+
+def config_from_folder(folder: str | PurePath, *, classifier: bool = False) -> ModelConfig:
+    """Read ``folder/config.json``.
+
+    Raises:
+        InputError: as :func:`config_from_dict`, or the file is missing or not a JSON object.
+    """
+    where = str(Path(folder) / "config.json")
+    return config_from_dict(read_config(folder), where, classifier=classifier)
 
 
 def _num_labels(d: Mapping[str, Any], where: str) -> int:

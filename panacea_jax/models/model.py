@@ -24,6 +24,7 @@ from panacea_jax.models.bound import BoundDecoder, Inputs
 from panacea_jax.models.cache import KVCache
 from panacea_jax.models.config import ModelConfig
 from panacea_jax.models.decoder import Decoder
+from panacea_jax.models.families import config_from_folder
 from panacea_jax.models.fused import choose_backend
 from panacea_jax.models.hub import local_folder
 from panacea_jax.models.quantise import is_quantised, quantiser
@@ -164,7 +165,7 @@ def load(
         InputError: the folder, its config or a tensor is not usable; names it.
     """
     path = local_folder(folder)
-    config = ModelConfig.from_folder(path, classifier=classifier)
+    config = config_from_folder(path, classifier=classifier)
     graphdef, shapes = abstract_model(config, dtype, remat, attention)
     mesh = make_mesh() if mesh is None else mesh
     backend = choose_backend(attention, config, dtype, mesh.devices.flat[0])

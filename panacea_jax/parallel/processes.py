@@ -1,7 +1,7 @@
 """Several processes that run one program: joining, agreeing, one of them writing, and noticing who is missing.
 
 The engine is ``jax.distributed``. Its coordination service, in process 0, also keeps a small store of keys; through it the processes
-compare what they were started with, and give signs of life (``guard``). What a process knows of the others is an object that the context
+compare what they were started with, and give signs of life (``lifeline``). What a process knows of the others is an object that the context
 holds from ``joined`` on: alone, there is nobody to wait for.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from panacea_jax.errors import InputError
-from panacea_jax.parallel.guard import HEARTBEAT, LAST_WORDS, SILENCE, Guard, client
+from panacea_jax.parallel.lifeline import HEARTBEAT, LAST_WORDS, SILENCE, Lifeline, client
 
 # Seconds that processes wait for each other where all must pass, which is as long as it takes: the first may be judging with a model of
 # its own in between, for hours, and when one of them is gone the guard ends the run.
@@ -110,17 +110,17 @@ class _Alone:
         """End this process at once."""
 
     def wait_for_verdict(self) -> None:
-        """Wait for the guard."""
+        """Wait for the lifeline."""
 
 
 class _Together(_Alone):
     """One of several processes, once all have joined."""
 
     def __init__(self) -> None:
-        self.guard = Guard()
+        self.lifeline = Lifeline()
         self._barriers = self._agreements = self._asked = 0
         self._stopping = False
-        self.guard.start()
+        self.lifeline.start()
 
     def barrier(self) -> None:
         self._barriers += 1
@@ -148,10 +148,10 @@ class _Together(_Alone):
         return self._stopping
 
     def arrived(self, at: str) -> None:
-        self.guard.at = at
+        self.lifeline.at = at
 
     def leave(self, message: str, code: int) -> None:
-        self.guard.leave(message, code)
+        self.lifeline.leave(message, code)
 
     def abandon(self, code: int) -> None:
         sys.stdout.flush()
@@ -281,5 +281,5 @@ def abandon(code: int) -> None:
 
 
 def wait_for_verdict() -> None:
-    """After a collective has failed: wait for the guard, which ends this process if somebody is gone."""
+    """After a collective has failed: wait for the lifeline, which ends this process if somebody is gone."""
     _group.get().wait_for_verdict()

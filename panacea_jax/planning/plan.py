@@ -21,6 +21,7 @@ from panacea_jax.defences.loss import num_chunks
 from panacea_jax.errors import InputError
 from panacea_jax.models.config import ModelConfig
 from panacea_jax.models.decoder import REMAT
+from panacea_jax.models.families import config_from_folder
 from panacea_jax.models.hub import local_folder
 from panacea_jax.models.model import abstract_model
 from panacea_jax.parallel.chips import Chip
@@ -119,7 +120,7 @@ def plans_for(config: ConfigDict, machine: Topology, search: bool = False) -> li
     Raises:
         InputError: the model, or a mesh that does not divide the devices.
     """
-    model = ModelConfig.from_folder(local_folder(config.model.path, ["config.json"]))
+    model = config_from_folder(local_folder(config.model.path, ["config.json"]))
     return _search(config, model, machine) if search else [_plan(config, model, machine)]
 
 

@@ -30,6 +30,7 @@ from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges import make_judge
 from panacea_jax.models import lora
 from panacea_jax.models.config import ModelConfig, read_config
+from panacea_jax.models.families import config_from_folder
 from panacea_jax.models.fused import choose_backend
 from panacea_jax.models.model import Model, abstract_model
 from panacea_jax.models.weights import find_tensors
@@ -200,7 +201,7 @@ def _model(report: _Report, config: ConfigDict) -> ModelConfig | None:
         if folder is None:
             report.table("model", ("", ""), [("config.model.path", f"{path}: {NOT_LOOKED_AT}")])
             return None
-        model = ModelConfig.from_folder(folder)
+        model = config_from_folder(folder)
         named = read_config(folder).get("architectures") or [model.model_type]
         rows = [
             ("folder", str(folder)),

@@ -8,7 +8,7 @@ import jax
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from panacea_jax.models.config import ModelConfig
+from panacea_jax.models.families import config_from_dict
 from panacea_jax.models.model import random_model
 from panacea_jax.models.weights import save_weights
 from panacea_jax.parallel import make_mesh
@@ -51,7 +51,7 @@ def write_base(folder: Path, words: Sequence[str], seed: int, **shape: int) -> N
     vocabulary = [*SPECIAL, *sorted({*words, *ROLES})]
     config = LLAMA | shape | {"vocab_size": len(vocabulary)}
     mesh = make_mesh(devices=jax.devices()[:1])
-    model = random_model(ModelConfig.from_dict(config), jax.random.key(seed), mesh=mesh, stddev=STDDEV)
+    model = random_model(config_from_dict(config), jax.random.key(seed), mesh=mesh, stddev=STDDEV)
     save_weights(model.weights, folder, config)
     _tokenizer(vocabulary).save_pretrained(str(folder))
     (folder / "generation_config.json").write_text(

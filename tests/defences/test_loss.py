@@ -12,7 +12,7 @@ from panacea_jax.data.batches import Batch
 from panacea_jax.defences import loss as loss_module
 from panacea_jax.defences.loss import Loss
 from panacea_jax.models import lora
-from panacea_jax.models.config import ModelConfig
+from panacea_jax.models.families import config_from_dict
 from panacea_jax.models.model import Model, abstract_model, random_model
 from panacea_jax.parallel import make_mesh
 
@@ -32,7 +32,7 @@ def batch(rows, length):
 @pytest.mark.parametrize("length", [33, 34, 65, 100])
 def test_chunks_change_nothing(length, monkeypatch):
     """At one position beyond a chunk, at whole chunks and between; by adapters and by all weights."""
-    model = random_model(ModelConfig.from_dict(SMALL), jax.random.key(0), dtype="float32")
+    model = random_model(config_from_dict(SMALL), jax.random.key(0), dtype="float32")
     adapter = lora.init(model, 2, 4, ("q", "down"), key=jax.random.key(1))
     full = Loss(dataclasses.replace(model, weights=None), None)
     for loss, params in ((Loss.of(model), adapter), (full, model.weights)):
@@ -53,7 +53,7 @@ def test_chunks_change_nothing(length, monkeypatch):
 
 def test_memory_at_a_vocabulary_of_256k(monkeypatch):
     """Compiled, not run: temporaries of a gradient at [4, 256] tokens are at least four times lower."""
-    config = ModelConfig.from_dict(SMALL | {"vocab_size": 256_000})
+    config = config_from_dict(SMALL | {"vocab_size": 256_000})
     graphdef, shapes = abstract_model(config, "float32")
     weights = unflatten_dict(
         {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}, sep="/"

@@ -11,7 +11,7 @@ from panacea_jax.defences import Loss, RepNoise, Sft
 from panacea_jax.defences.repnoise import differing, layerwise_loss, mmd
 from panacea_jax.errors import InputError
 from panacea_jax.models import model as models
-from panacea_jax.models.config import ModelConfig
+from panacea_jax.models.families import config_from_dict
 from tests import torch_oracle
 from tests.defences.five_steps import (
     assert_equal_tensors,
@@ -126,7 +126,7 @@ def test_layerwise_losses_hold_the_logits_of_one_layer_at_a_time():
     vocab, rows, length = 4096, 4, 32
 
     def temporaries(layers):
-        config = ModelConfig.from_dict({
+        config = config_from_dict({
             "model_type": "llama", "vocab_size": vocab, "hidden_size": 16, "intermediate_size": 16,
             "num_hidden_layers": layers, "num_attention_heads": 2, "num_key_value_heads": 2,
             "rms_norm_eps": 1e-6, "max_position_embeddings": 64,

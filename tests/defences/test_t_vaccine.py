@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from panacea_jax.defences.t_vaccine import draw_layers
-from panacea_jax.models.config import ModelConfig
+from panacea_jax.models.families import config_from_dict
 from panacea_jax.parallel import make_mesh
 from panacea_jax.worlds.base import LLAMA
 
@@ -55,7 +55,7 @@ def temporaries():
         "intermediate_size": 256,
         "num_hidden_layers": LAYERS,
     }
-    config = ModelConfig.from_dict(LLAMA | shape)
+    config = config_from_dict(LLAMA | shape)
     return lambda defence, remat="full", **active: measure(
         config, defence, remat, make_mesh(1, 1, 1, devices=jax.devices()[:1]),
         rows=ROWS, length=LENGTH, dtype="float32", rank=2, **active,

@@ -9,7 +9,7 @@ import transformers as tf
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from panacea_jax.errors import InputError
-from panacea_jax.models.config import ModelConfig
+from panacea_jax.models.families import config_from_dict, config_from_folder
 
 # The published config files, where the shared data stand beside the repository.
 HF_CONFIGS = Path(__file__).parents[3] / "shared" / "data" / "hf_configs"
@@ -81,24 +81,24 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", list(PUBLISHED))
 def test_published_sizes(name):
     given, parameters = PUBLISHED[name]
-    assert ModelConfig.from_dict(given).num_parameters() == parameters
+    assert config_from_dict(given).num_parameters() == parameters
 
 
 def test_gemma_quirks():
-    gemma = ModelConfig.from_dict(PUBLISHED["gemma-7b"][0])
+    gemma = config_from_dict(PUBLISHED["gemma-7b"][0])
     assert gemma.activation == "gelu_tanh"  # "gelu" in the file
     assert gemma.tie_embeddings and gemma.scale_embeddings and gemma.unit_offset_norm
-    gemma2 = ModelConfig.from_dict(PUBLISHED["gemma-2-9b"][0])
+    gemma2 = config_from_dict(PUBLISHED["gemma-2-9b"][0])
     assert gemma2.query_scale == 224**-0.5
     assert gemma2.windows == (4096, 0) * 21
     assert (gemma2.attention_softcap, gemma2.final_softcap) == (50.0, 30.0)
     off = {**PUBLISHED["gemma-2-9b"][0], "attn_logit_softcapping": None}
-    assert ModelConfig.from_dict(off).attention_softcap is None
+    assert config_from_dict(off).attention_softcap is None
 
 
 def _mistral(**changes):
     d = {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral", **changes}
-    return ModelConfig.from_dict(d)
+    return config_from_dict(d)
 
 
 def test_mistral_window():
@@ -127,7 +127,7 @@ def test_mistral_window():
 )
 def test_qwen2_windows(changes, windows):
     d = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **changes}
-    assert ModelConfig.from_dict(d).windows == windows
+    assert config_from_dict(d).windows == windows
     theirs = tf.Qwen2Config(**{k: v for k, v in d.items() if k not in ("architectures",)})
     sliding = [kind == "sliding_attention" for kind in theirs.layer_types]
     assert (windows is not None) == any(sliding)
@@ -152,7 +152,7 @@ SCALED = {
     ],
 )
 def test_rope_frequencies_equal_transformers(given):
-    ours = ModelConfig.from_dict({**LLAMA, "head_dim": 32, **json.loads(json.dumps(given))})
+    ours = config_from_dict({**LLAMA, "head_dim": 32, **json.loads(json.dumps(given))})
     theirs = tf.LlamaConfig(**{**LLAMA, "head_dim": 32, **given})
     kind = theirs.rope_parameters["rope_type"]
     if kind == "default":
@@ -168,19 +168,19 @@ def test_rope_frequencies_equal_transformers(given):
 
 
 def test_rope_parameters_win_over_nothing_and_default_theta():
-    assert ModelConfig.from_dict(LLAMA).rope_theta == 10000.0
+    assert config_from_dict(LLAMA).rope_theta == 10000.0
 
 
 def test_defaults_and_nulls():
-    config = ModelConfig.from_dict({**LLAMA, "head_dim": None, "num_key_value_heads": None})
+    config = config_from_dict({**LLAMA, "head_dim": None, "num_key_value_heads": None})
     assert (config.head_dim, config.num_kv_heads) == (16, 4)
-    assert hash(config) == hash(ModelConfig.from_dict(LLAMA))
+    assert hash(config) == hash(config_from_dict(LLAMA))
     assert config.query_scale == 0.25
 
 
 def test_model_type_stands_in_for_missing_architectures():
     d = {k: v for k, v in LLAMA.items() if k != "architectures"}
-    assert ModelConfig.from_dict(d) == ModelConfig.from_dict(LLAMA)
+    assert config_from_dict(d) == config_from_dict(LLAMA)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_model_type_stands_in_for_missing_architectures():
 )
 def test_bad_values_are_named(changes, message):
     with pytest.raises(InputError, match=message) as error:
-        ModelConfig.from_dict({**LLAMA, **changes}, where="some/config.json")
+        config_from_dict({**LLAMA, **changes}, where="some/config.json")
     assert str(error.value).startswith("some/config.json: ")
     assert "\n" not in str(error.value)
 
@@ -227,14 +227,14 @@ def test_bad_layer_types():
     d = {**LLAMA, "architectures": ["Gemma2ForCausalLM"]}
     for types in (["full_attention"], ["full_attention", "chunked_attention"], "full"):
         with pytest.raises(InputError, match="layer_types"):
-            ModelConfig.from_dict({**d, "layer_types": types})
+            config_from_dict({**d, "layer_types": types})
 
 
 def test_bad_files(tmp_path):
     with pytest.raises(InputError, match="nowhere: no such model folder"):
-        ModelConfig.from_folder(tmp_path / "nowhere")
+        config_from_folder(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"config.json: no such file"):
-        ModelConfig.from_folder(tmp_path)
+        config_from_folder(tmp_path)
     path = tmp_path / "config.json"
     for text, message in (
         (b'{"a": 1', "not readable as JSON"),
@@ -243,12 +243,12 @@ def test_bad_files(tmp_path):
     ):
         path.write_bytes(text)
         with pytest.raises(InputError, match=message) as error:
-            ModelConfig.from_folder(tmp_path)
+            config_from_folder(tmp_path)
         assert str(path) in str(error.value)
 
 
 @pytest.mark.skipif(not HF_CONFIGS.is_dir(), reason="published config files not here")
 def test_published_files_are_read():
     for path in sorted(HF_CONFIGS.glob("*.json")):
-        config = ModelConfig.from_dict(json.loads(path.read_text()), str(path))
+        config = config_from_dict(json.loads(path.read_text()), str(path))
         assert config.num_parameters() > 6e9

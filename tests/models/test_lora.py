@@ -9,7 +9,7 @@ import pytest
 from panacea_jax.errors import InputError
 from panacea_jax.models import lora
 from panacea_jax.models.adapter import Adapter, merge, target_names
-from panacea_jax.models.config import ModelConfig
+from panacea_jax.models.families import config_from_dict
 from panacea_jax.models.model import random_model
 from panacea_jax.worlds.base import LLAMA
 
@@ -25,7 +25,7 @@ SHAPE = {
 
 @pytest.fixture(scope="module")
 def model():
-    return random_model(ModelConfig.from_dict(LLAMA | SHAPE | {"vocab_size": 20}), jax.random.key(0))
+    return random_model(config_from_dict(LLAMA | SHAPE | {"vocab_size": 20}), jax.random.key(0))
 
 
 @pytest.fixture(scope="module")

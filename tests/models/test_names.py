@@ -6,7 +6,7 @@ import transformers as tf
 from panacea_jax.errors import InputError
 from panacea_jax.models import model as models
 from panacea_jax.models import names
-from panacea_jax.models.config import ModelConfig
+from panacea_jax.models.families import config_from_dict
 from tests.families import FAMILIES, build
 
 SMALL = {
@@ -21,7 +21,7 @@ def test_names_and_shapes_equal_transformers(family):
     if theirs.config.tie_word_embeddings:
         del state["lm_head.weight"]
     d = {**theirs.config.to_dict(), "architectures": [type(theirs).__name__]}
-    _, shapes = models.abstract_model(ModelConfig.from_dict(d))
+    _, shapes = models.abstract_model(config_from_dict(d))
     seen = set()
     for name, tensor in state.items():
         path, layer, how = names.to_ours(name)
@@ -45,12 +45,12 @@ def test_a_classifier_has_its_head_in_place_of_the_vocabulary():
     config = tf.LlamaConfig(**SMALL, id2label=dict(enumerate("abc")), tie_word_embeddings=True)
     theirs = tf.LlamaForSequenceClassification(config)
     d = {**config.to_dict(), "architectures": [type(theirs).__name__]}
-    ours = ModelConfig.from_dict(d, classifier=True)
+    ours = config_from_dict(d, classifier=True)
     _, shapes = models.abstract_model(ours)
     assert shapes["score/kernel"] == (48, 3) and "lm_head/kernel" not in shapes
     assert {names.to_ours(name)[0] for name in theirs.state_dict()} == set(shapes)
     assert ours.num_parameters() == sum(p.numel() for p in theirs.parameters())
     two = {k: v for k, v in d.items() if k != "id2label"}  # transformers' default is not written
-    assert ModelConfig.from_dict(two, classifier=True).num_labels == 2
+    assert config_from_dict(two, classifier=True).num_labels == 2
     with pytest.raises(InputError, match="id2label must be an object"):
-        ModelConfig.from_dict({**d, "id2label": ["a"]}, classifier=True)
+        config_from_dict({**d, "id2label": ["a"]}, classifier=True)

@@ -8,7 +8,7 @@ import pytest
 
 from panacea_jax import cli
 from panacea_jax.evaluate.judges.reading import model_fingerprint
-from panacea_jax.models.config import ModelConfig
+from panacea_jax.models.families import config_from_dict
 from panacea_jax.models.model import abstract_model
 from panacea_jax.models.weights import find_tensors, hf_shapes
 from tests.data.conftest import write_tokenizer
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("large") / "70b"
     place.mkdir()
     (place / "config.json").write_text(json.dumps(CONFIG))
-    shapes = list(hf_shapes(abstract_model(ModelConfig.from_dict(CONFIG))[1]).items())
+    shapes = list(hf_shapes(abstract_model(config_from_dict(CONFIG))[1]).items())
     names = [f"model-{i + 1:05d}-of-{FILES:05d}.safetensors" for i in range(FILES)]
     file_of = {}
     for i, name in enumerate(names):

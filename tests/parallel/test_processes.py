@@ -15,8 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from panacea_jax.errors import InputError
-from panacea_jax.parallel import guard as guards
-from panacea_jax.parallel import processes
+from panacea_jax.parallel import lifeline, processes
 from tests.runs import make_place
 
 ROOT = Path(__file__).parents[2]
@@ -345,7 +344,7 @@ def test_one_process_a_machine_takes_all_its_devices(env, monkeypatch, name, val
     env(name, value)
     given = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **_: given.append(a))
-    monkeypatch.setattr(guards.Guard, "start", lambda self: None)
+    monkeypatch.setattr(lifeline.Lifeline, "start", lambda self: None)
     with processes.joined(processes.Place("h:1", 2, 0)):
         pass
     assert given == [("h:1", 2, 0, [] if all_of_them else None)]
@@ -358,10 +357,10 @@ def guard(monkeypatch):
     def end(code):
         raise SystemExit(code)
 
-    monkeypatch.setattr(guards.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(guards.os, "_exit", end)
-    monkeypatch.setattr(guards.Guard, "leave", lambda *_: None)
-    return guards.Guard()
+    monkeypatch.setattr(lifeline.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(lifeline.os, "_exit", end)
+    monkeypatch.setattr(lifeline.Lifeline, "leave", lambda *_: None)
+    return lifeline.Lifeline()
 
 
 def _sign(at, end="", code=1):
@@ -371,8 +370,8 @@ def _sign(at, end="", code=1):
 def test_a_hang_says_where_everybody_is(guard, monkeypatch, caplog):
     """Also before the first step and at a meeting; more rarely each time; and again once something has moved."""
     now = [1000.0]
-    monkeypatch.setattr(guards.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(guards, "SILENCE", 1e9)
+    monkeypatch.setattr(lifeline.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(lifeline, "SILENCE", 1e9)
     guard.at = "meeting 3"
 
     def warnings_at(second):

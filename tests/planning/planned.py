@@ -7,7 +7,7 @@ import jax
 
 from panacea_jax.config import get_config
 from panacea_jax.defences.loss import num_chunks
-from panacea_jax.models.config import ModelConfig
+from panacea_jax.models.families import config_from_dict
 from panacea_jax.parallel import make_mesh, sharding
 from panacea_jax.planning import cost_model
 from panacea_jax.planning.abstract_step import abstract_step, resident
@@ -24,7 +24,7 @@ LENGTH = 65  # the loss goes over two chunks of positions
 
 
 def main(meshes, remat):
-    model = ModelConfig.from_dict(SHAPE)
+    model = config_from_dict(SHAPE)
     found = []
     for data, fsdp, tensor, batch, *cut in meshes:
         sharding.ADAPTER_SPLIT_FROM = 0 if cut else 2**30

@@ -10,7 +10,7 @@ from panacea_jax import cli
 from panacea_jax.config import get_config
 from panacea_jax.defences import DEFENCES, Defence
 from panacea_jax.defences.loss import CHUNK
-from panacea_jax.models.config import ModelConfig
+from panacea_jax.models.families import config_from_dict
 from panacea_jax.parallel import make_mesh
 from panacea_jax.parallel.chips import CHIPS
 from panacea_jax.parallel.mesh import stand_ins
@@ -91,7 +91,7 @@ def test_bytes_between_slices(monkeypatch):
     monkeypatch.setattr(cost_model, "slices_of", lambda devices: 2)
     config = get_config()
     mesh = make_mesh(1, 2, 2, stand_ins(8), replica=2)
-    step = abstract_step(config, ModelConfig.from_dict(CONFIG), mesh)
+    step = abstract_step(config, config_from_dict(CONFIG), mesh)
     gradients = 3 * 32 * (4096 + 4096) * 32 * 2  # q, k, v; 32 layers, rank 32, bfloat16
     assert cost_model.sent_between(step) == 3 * gradients / 4 * 2 * 1 / 2
 
@@ -110,7 +110,7 @@ def test_the_step_of_every_method_can_be_planned(name):
         config.defence.layers = 1
     if name == "tar":
         config.defence.inner_steps = 4
-    step = abstract_step(config, ModelConfig.from_dict(TINY), make_mesh(devices=jax.devices()[:1]))
+    step = abstract_step(config, config_from_dict(TINY), make_mesh(devices=jax.devices()[:1]))
     program = make_step(step.model, step.defence, step.optimizer, step.shardings)
     program.trace(step.state, step.weights, step.batches, step.key)
     assert cost_model.flops(step) > 0
@@ -122,7 +122,7 @@ def test_temporary_bytes_by_kind(remat):
     config = get_config()
     config.train.batch_size = config.train.harmful_batch_size = 10
     config.data.max_length, config.model.remat, config.model.attention = 256, remat, "xla"
-    step = abstract_step(config, ModelConfig.from_dict(CONFIG), make_mesh(1, 1, 1, stand_ins(1)))
+    step = abstract_step(config, config_from_dict(CONFIG), make_mesh(1, 1, 1, stand_ins(1)))
     tokens, layers, heads, wide = 2560, 32, 32, 11008
     stream, scores = tokens * 4096 * 2, tokens * 256 * heads * (4 + 2)
     a_layer = tokens * (4 * 4096 + 3 * wide) * 2 + 4 * stream + scores
@@ -238,7 +238,7 @@ def test_only_gradients_cross_slices():
              "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip
     devices = topology("2*v5e:2x2").devices
     mesh = make_mesh(**config.mesh, devices=devices)
-    step = abstract_step(config, ModelConfig.from_dict(CONFIG | small), mesh)
+    step = abstract_step(config, config_from_dict(CONFIG | small), mesh)
     program = make_step(step.model, step.defence, step.optimizer, step.shardings)
     text = program.lower(step.state, step.weights, step.batches, step.key).compile().as_text()
     assert {c.group for c in collectives(text, 3, 8) if c.kind == "all-gather"} == {4}

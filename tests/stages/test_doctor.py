@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from panacea_jax.config import get_config
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges import make_judge
-from panacea_jax.models.config import ModelConfig
+from panacea_jax.models.families import config_from_dict, config_from_folder
 from panacea_jax.models.model import random_model
 from panacea_jax.models.weights import save_weights
 from panacea_jax.stages.doctor import doctor
@@ -37,7 +37,7 @@ ADAPTER = 4 * L * 3 * 2 * D * RANK  # bytes: float32 A and B of q, k and v
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with weights and tokenizer."""
     path = tmp_path_factory.mktemp("doctor") / "tiny"
-    model = random_model(ModelConfig.from_dict(HF_CONFIG), jax.random.key(0))
+    model = random_model(config_from_dict(HF_CONFIG), jax.random.key(0))
     save_weights(model.weights, path, HF_CONFIG, dtype="float32")
     return write_tokenizer(path)
 
@@ -105,7 +105,7 @@ def test_bytes_by_kind(config: ConfigDict, folder: Path):
     from panacea_jax.stages.doctor import resident_bytes
 
     mesh = make_mesh(1, 1, 1, jax.devices()[:1])
-    model_config = ModelConfig.from_folder(folder)
+    model_config = config_from_folder(folder)
     graphdef, shapes = abstract_model(model_config)
     model = Model(model_config, graphdef, None, jax.numpy.dtype("float32"), mesh)
 

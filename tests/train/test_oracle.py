@@ -100,6 +100,13 @@ def test_panacea(setting, lam):
     assert_close(adapter_tensors(ours.deployed), oracle.by_peft_name(deployed), tolerance)
 
 
+def test_panacea_with_three_ascent_steps(setting):
+    kwargs = {"rho": 0.5, "lam": 0.3, "ascent_steps": 3}
+    ours, _, epsilon, tolerance = run_both(setting, Panacea(**kwargs), **kwargs)
+    assert_close(epsilon_tensors(ours.epsilon), oracle.by_peft_name(epsilon), 10 * tolerance)
+    assert_close(epsilon_tensors(ours.epsilon), oracle.by_peft_name(epsilon), 1e-8 if tolerance < 1e-6 else 1)  # fmt: skip
+
+
 @pytest.mark.parametrize("clamp", ["reference", "none"])
 def test_panacea_beyond_the_clamp(setting, clamp):
     """ρ so large that the loss at w + ε is above 5 on every step: the reference rule becomes g + λh."""

@@ -16,7 +16,8 @@ from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges.protocol import Judge
 from panacea_jax.models.bound import Inputs
-from panacea_jax.models.config import ModelConfig, read_config
+from panacea_jax.models.config import read_config
+from panacea_jax.models.families import config_from_folder
 from panacea_jax.models.hub import local_folder
 from panacea_jax.models.model import Model, load
 from panacea_jax.models.weights import find_tensors
@@ -70,7 +71,7 @@ class JudgeModel:
             )
         self.tokenizer = load_tokenizer(path, "config.judge.path")
         self.folder = local_folder(path)
-        ModelConfig.from_folder(self.folder, classifier=classifier)
+        config_from_folder(self.folder, classifier=classifier)
         positions = max_positions(self.folder)
         self.limit = positions if limit is None else min(limit, positions)
         self.id = f"{self.limit}-{config.model.dtype}-{model_fingerprint(self.folder)}"

@@ -29,11 +29,11 @@ def client() -> Any:
     return distributed.global_state.client
 
 
-class Guard(threading.Thread):
+class Lifeline(threading.Thread):
     """Gives signs of life and looks for those of the others; ends the process when one is gone."""
 
     def __init__(self) -> None:
-        super().__init__(name="guard", daemon=True)
+        super().__init__(name="lifeline", daemon=True)
         self.at = STARTING
         self._index, self._beat, self._left = jax.process_index(), 0, False
         self._seen: dict[int, tuple[dict[str, Any], float]] = {}
