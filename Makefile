@@ -7,28 +7,41 @@ RUN := $(VENV)/.installed
 TEST := $(VENV)/.installed-test
 DEV := $(VENV)/.installed-dev
 
-.PHONY: quickstart test test-fast lint clean
+.PHONY: quickstart test test-all lint docs lock clean
 
 # The whole experiment in a miniature world: no download, results in quickstart_results/.
 # Another world: make quickstart ARGS=--world=1
 quickstart: $(RUN)
 	$(VENV)/bin/panacea quickstart --workdir=quickstart_results $(ARGS)
 
-# Every test. One file: make test ARGS=tests/test_cli.py
-test: $(TEST)
-	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -q -n auto --dist loadfile $(ARGS)
+# What tests compile is kept for the next call.
+PYTEST = JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -q -n auto --dist loadgroup
 
-# Without the tests that take more than 20 s.
-test-fast: $(TEST)
-	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -q -n auto --dist loadfile -m "not slow" $(ARGS)
+# What every change has to pass. One file: make test ARGS=tests/test_cli.py
+test: $(TEST)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+# Every test; tests/slow.txt says what test leaves out.
+test-all: $(TEST)
+	$(PYTEST) $(ARGS)
 
 lint: $(DEV)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
+# The site, in build/site; a warning is an error.
+docs: $(DEV)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
+
+# Exact versions of what a fresh environment gets, with hashes.
+lock: $(DEV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check pip-tools
+	$(VENV)/bin/pip-compile --quiet --generate-hashes --no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
+	    --strip-extras --no-header --extra=test --output-file=requirements.txt pyproject.toml
+
 # What make and the tools left behind; results stay.
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .cache .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:

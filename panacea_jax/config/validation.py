@@ -52,10 +52,6 @@ def validate(config: ConfigDict) -> None:
     one_of(judge.name, "judge.name", tuple(JUDGES))
     one_of(judge.template, "judge.template", GUARD_TEMPLATES)
     _at_least(judge.batch_size, "judge.batch_size", 1)
-    named = judge.name == "refusal" or bool(judge.path)
-    require(
-        named, "judge.path", judge.path, f"judge {judge.name} needs its model's folder or hub id"
-    )
     require(0 <= config.seed < 2**31, "seed", config.seed, "a whole number from 0 to 2147483647")
     target_names(config.lora.targets)
     _at_least(config.lora.rank, "lora.rank", 1)
