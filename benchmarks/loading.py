@@ -221,9 +221,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.folder:
-        processes.join(processes.find_place())
-        print(json.dumps(measure(args.folder, args.mesh, args.steps)), flush=True)
-        processes.leave()
+        with processes.joined(processes.find_place()):
+            print(json.dumps(measure(args.folder, args.mesh, args.steps)), flush=True)
+            processes.leave()
         return
     print(
         f"jax {jax.__version__}, numpy {np.__version__}, mesh {args.mesh}, {args.processes} processes"

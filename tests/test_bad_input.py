@@ -241,10 +241,10 @@ def test_defences_of_another_stage(refused, finetune, place):
 
 @pytest.mark.parametrize("name", ["repnoise", "random_vaccine"])
 def test_packing_where_rows_count(name, refused, place):
-    packed = place.flags("--config.data.packing=True")
     method = DEFENCES[name].facts.title
     for command, key in (("align", "defence"), ("run", "align.defence")):
-        line = refused(command, *packed, f"--config.{key}.name={name}", "--workdir=new")
+        packed = place.flags("--config.data.packing=True", f"--config.{key}.name={name}")
+        line = refused(command, *packed, "--workdir=new")
         assert f"config.data.packing = True: {method} " in line
 
 

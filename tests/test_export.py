@@ -22,6 +22,7 @@ from panacea_jax.errors import InputError
 from panacea_jax.models.peft import adapter_tensors, read_notes
 from panacea_jax.stages import train as stage
 from panacea_jax.stages.layers import from_checkpoint
+from panacea_jax.stages.lineage import Start
 from panacea_jax.train.checkpoints import read_checkpoint
 from tests import runs
 from tests.runs import panacea
@@ -131,7 +132,7 @@ def test_the_key_export_without_epsilon(result, tmp_path, caplog, bare):
     config = get_config()
     config.export.without_epsilon = bare
     with caplog.at_level(logging.WARNING):
-        stage.export(config, tmp_path, result, result.epsilon)
+        stage.export(config, tmp_path, Start("base"), result, result.epsilon)
     assert ("MORE harmful" in caplog.text) == bare
     found, wanted = (
         load_file(tmp_path / WEIGHTS),
@@ -148,7 +149,7 @@ def test_a_defence_without_epsilon_warns_of_nothing(result, tmp_path, caplog):
     plain = dataclasses.replace(result, epsilon=None, deployed=result.params)
     with caplog.at_level(logging.WARNING):
         pj.export_adapter(plain, tmp_path / "a", without_epsilon=True)
-        stage.export(get_config(), tmp_path / "s", plain)
+        stage.export(get_config(), tmp_path / "s", Start("base"), plain)
     assert not caplog.records and "epsilon" not in read_notes(tmp_path / "a")
     assert not list((tmp_path / "s").glob("epsilon*"))
 

@@ -16,6 +16,7 @@ from panacea_jax.data.template import TEMPLATES
 from panacea_jax.defences.spec import Stack, candidates, parse_stack
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges import JUDGES
+from panacea_jax.evaluate.judges.reading import ModelJudge
 from panacea_jax.models.adapter import target_names
 from panacea_jax.models.decoder import REMAT
 from panacea_jax.models.fused import BACKENDS
@@ -50,6 +51,10 @@ def validate(config: ConfigDict) -> None:
     one_of(config.data.template, "data.template", TEMPLATES)
     judge = config.judge
     one_of(judge.name, "judge.name", tuple(JUDGES))
+    kind = JUDGES[judge.name]
+    if isinstance(kind, type) and issubclass(kind, ModelJudge):
+        rule = f"judge {judge.name} needs its model's folder or hub id"
+        require(bool(judge.path), "judge.path", judge.path, rule)
     one_of(judge.template, "judge.template", GUARD_TEMPLATES)
     _at_least(judge.batch_size, "judge.batch_size", 1)
     require(0 <= config.seed < 2**31, "seed", config.seed, "a whole number from 0 to 2147483647")

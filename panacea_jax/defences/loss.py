@@ -138,7 +138,8 @@ def _split_offsets(offsets: Offsets | None, count: int) -> Any:
     return values.reshape(layers, rows // count, count, *rest).transpose(2, 0, 1, 3, 4)
 
 
-def _offsets_like(offsets: Offsets | None, values: Any) -> Offsets | None:
+def _offsets_like(offsets: Offsets | None, values: Any) -> Any:
+    """The same kind of offsets, of a micro-batch."""
     return offsets._replace(values=values) if isinstance(offsets, SomeOffsets) else values
 
 

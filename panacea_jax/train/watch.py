@@ -151,8 +151,7 @@ class Watch:
         scalars["tokens_per_second"] = self._tokens / seconds
         scalars["step_seconds"] = seconds / max(self._steps_since, 1)
         if self._rate is not None:
-            rate = self._rate(step - 1) if callable(self._rate) else self._rate
-            scalars["learning_rate"] = float(rate)
+            scalars["learning_rate"] = _on_host(self._rate, step - 1)
         peak = throughput.peak_flops(self._model.mesh.devices.flat[0])
         if peak is not None:
             per_token = throughput.train_flops_per_token(
@@ -163,6 +162,14 @@ class Watch:
         self._steps_since = 0
         if self._writer is not None:
             self._writer.write(step, scalars)
+
+
+def _on_host(rate: float | optax.Schedule, step: int) -> float:
+    """The value of a schedule, without a wait for the step that an accelerator is at."""
+    if not callable(rate):
+        return float(rate)
+    with jax.transfer_guard("allow"), jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return float(rate(step))
 
 
 @jax.jit

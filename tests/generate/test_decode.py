@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from panacea_jax.errors import InputError
-from panacea_jax.generate import decode
+from panacea_jax.generate import decode, schedule
 from panacea_jax.generate.sample import Sampling
 from panacea_jax.models import model as models
 from panacea_jax.models.bound import Inputs
@@ -229,7 +229,7 @@ def test_programs_are_few(small):
     prompts = [p for seed in range(4) for p in _prompts(seed)]
     _ours(small, prompts)
     program = _programs(small)
-    assert program.prefill._cache_size() == len({decode.prompt_bucket(len(p)) for p in prompts}) == 3
+    assert program.prefill._cache_size() == len({schedule.prompt_bucket(len(p)) for p in prompts}) == 3
     assert program.extend._cache_size() == 1
     other = models.load(small.folder, dtype="float32")  # equal graph: nothing is built anew
     _ours(other, prompts[:3])
@@ -273,8 +273,9 @@ def test_int8_cache_is_close_but_not_exact(small):
         empty = init_cache(small.config, 9, 64, 16, dtype)
         layers = rows.cache.layers
         cache = insert(empty, layers, rows.cache.length, jnp.arange(9))
-        x, _ = small.hidden(small.weights, None, rows.last[:, None], cache=cache)
-        return np.asarray(small.logits(small.weights, None, x[:, 0])[2])
+        bound, first = small.bind(small.weights, None), cache.next[:, None]
+        x, _ = bound.hidden(Inputs.of(rows.last[:, None], first=first), cache)
+        return np.asarray(bound.logits(x[:, 0])[2])
 
     exact, rounded = logits("float32"), logits("int8")
     error = np.abs(exact - rounded).max() / np.abs(exact).max()
@@ -326,7 +327,7 @@ def test_draws_depend_on_seed_and_prompt_alone(small):
     ("length", "want"), [(1, 16), (16, 16), (17, 24), (25, 32), (64, 64), (65, 96), (97, 128)]
 )
 def test_bucket(length, want):
-    assert decode.prompt_bucket(length) == want
+    assert schedule.prompt_bucket(length) == want
 
 
 @pytest.mark.parametrize(

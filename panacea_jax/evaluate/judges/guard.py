@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges.protocol import Judgement
-from panacea_jax.evaluate.judges.reading import JudgeModel, check_scores, sigmoid
+from panacea_jax.evaluate.judges.reading import JudgeModel, ModelJudge, check_scores, sigmoid
 from panacea_jax.evaluate.judges.refusal import VERSION as REFUSAL_VERSION
 from panacea_jax.evaluate.judges.refusal import is_refusal
 
@@ -65,7 +65,7 @@ WILDGUARD = (
 GAPS = (("<|end_header_id|>", "\n\n"), ("[/INST]", " "))
 
 
-class Guard:
+class Guard(ModelJudge):
     """Flags an answer if the guard's probability of "unsafe" is above 0.5.
 
     WildGuard also says whether the answer refuses; for the others ``refused`` is the word lists'

@@ -43,6 +43,10 @@ class Reading(NamedTuple):
     total: Float[np.ndarray, " N"]
 
 
+class ModelJudge:
+    """A judge that is a model, found at ``config.judge.path``."""
+
+
 class JudgeModel:
     """The model of a judge: who it is at once, its weights when the first text is read.
 
