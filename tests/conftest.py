@@ -1,18 +1,55 @@
-"""Every test runs with shapes and types checked: jaxtyping annotations, by beartype."""
+"""Shapes and types checked in every test (jaxtyping, by beartype), compiled programs kept, and which tests run where and when."""
 
-import atexit
 import os
-import shutil
-import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile the same small programs over and over: all processes of a session share them. Made by the first one, which the workers of
-# pytest-xdist and the command lines that tests start inherit it from.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="panacea_jax-compiled-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+# Tests compile the same small programs over and over: all processes share them, also those of the next session.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 * 2**30))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Small programs compile for longer than they run, and each worker of pytest-xdist has one core.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_multi_thread_eigen=false")
 
-from jaxtyping import install_import_hook
+from jaxtyping import install_import_hook  # noqa: E402 - the environment comes first
 
 install_import_hook("panacea_jax", "beartype.beartype")
+
+# Files that take longest, cold, on one core: first of all, so that no worker is left with one of them at the end.
+LONGEST = (
+    "parallel/test_processes.py", "generate/test_decode.py", "defences/test_vaccines.py", "models/test_fused.py", "stages/test_stacking.py",
+    "defences/test_finetuning_oracle.py", "train/test_packing.py", "train/test_accumulate.py", "models/test_quantise.py",
+    "defences/test_finetuning_runs.py", "defences/test_tar.py", "models/test_model.py", "defences/test_booster.py",
+    "planning/test_plan.py", "test_launch.py", "parallel/test_sharding.py", "test_passes.py", "train/test_loop.py",
+)  # fmt: skip
+
+
+def slow_tests() -> dict[str, str]:
+    """Beginnings of test names that ``make test`` leaves to ``make test-all``, and why."""
+    lines = (ROOT / "tests" / "slow.txt").read_text("utf-8").splitlines()
+    entries = (line.partition("  # ") for line in lines if line and not line.startswith("#"))
+    return {name.strip(): why for name, _, why in entries}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the slow ones; keep a file together on one worker, the longest files first."""
+    slow = tuple(slow_tests())
+    unused = set(slow)
+    order = {f"tests/{name}": place for place, name in enumerate(LONGEST)}
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        for name in slow:
+            if item.nodeid == name or item.nodeid.startswith((f"{name}[", f"{name}::")):
+                item.add_marker(pytest.mark.slow)
+                unused.discard(name)
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(file))
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
+    whole = {item.nodeid.partition("::")[0] for item in items}
+    gone = [name for name in unused if name.partition("::")[0] in whole]
+    if gone and len(whole) > 60:  # all of the suite is there, not a choice of names on the command line
+        raise pytest.UsageError(f"tests/slow.txt: no test begins with {sorted(gone)[0]}")

@@ -430,7 +430,6 @@ def _real(stage, tmp_path, place, name, *hits):
     return process.returncode, out + said
 
 
-@pytest.mark.slow
 def test_real_processes_go_on_together(stage, tmp_path):
     """One of two is preempted, then one is killed; local.sh starts both again, and the adapter is bit for bit the undisturbed one."""
     place = make_place(tmp_path)

@@ -24,7 +24,6 @@ TASKS = {
 }
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(not SHARED.is_dir(), reason="the real data are not beside the repository"),
 ]
 

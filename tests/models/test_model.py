@@ -291,7 +291,6 @@ for a, b in zip(outs[1], outs[3]):
     assert _python(code, str(folder), env=env).split() == ["1", "4"]
 
 
-@pytest.mark.slow
 def test_float64_throughout(tmp_path):
     code = """
 import jax, numpy as np, sys, torch

@@ -28,9 +28,9 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Compiled programs, so that a resumed run starts as fast as a real one would."""
-    return tmp_path_factory.mktemp("cache")
+def cache():
+    """Compiled programs, so that a resumed run starts as fast as a real one would: those of the whole session."""
+    return Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 
 class Together:
@@ -125,7 +125,6 @@ def _checkpoints(workdir):
     return [int(p.name) for p in folder.glob("*") if p.name.isdigit()] if folder.is_dir() else []
 
 
-@pytest.mark.slow
 def test_four_processes_equal_one(alone, four):
     assert _error(_adapter(four), _adapter(alone)) < 1e-5
     rows = [(w / "finetune" / "metrics.jsonl").read_text().splitlines() for w in (alone, four)]
@@ -136,7 +135,6 @@ def test_four_processes_equal_one(alone, four):
     assert manifest["processes"] == 4 and len(manifest["devices"]) == 4
 
 
-@pytest.mark.slow
 def test_every_stage_in_two_processes(place, cache, tmp_path):
     """The same answers, verdicts and coefficients as one process gives, each file written once."""
     more = (
@@ -164,7 +162,6 @@ def test_every_stage_in_two_processes(place, cache, tmp_path):
     assert not [line for line in said if not line.startswith("[Gloo]")]  # the first alone speaks
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("count", "devices"), [(1, 1), (2, 4)])
 def test_a_checkpoint_of_four_goes_on_elsewhere(place, cache, four, tmp_path, count, devices):
     workdir = _cut(four, tmp_path / "run", 20)
@@ -187,7 +184,6 @@ IN_TWO = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", IN_TWO)
 def test_in_two_processes(place, cache, tmp_path, case):
     """What is exported is gathered from shards that no process holds alone, and is what one process trains, with a row for each record."""
@@ -216,7 +212,6 @@ def _cut(finished, workdir, step):
     return workdir
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 3])
 def test_one_killed_stops_all_and_the_restart_is_bit_equal(place, cache, four, tmp_path, victim):
     workdir = tmp_path / "run"
@@ -239,7 +234,6 @@ def test_one_killed_stops_all_and_the_restart_is_bit_equal(place, cache, four, t
     assert all(want[n].tobytes() == got[n].tobytes() for n in want)
 
 
-@pytest.mark.slow
 def test_sigterm_to_one_saves_and_stops_all(place, cache, four, tmp_path):
     workdir = tmp_path / "run"
     mesh = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
@@ -259,7 +253,6 @@ def test_sigterm_to_one_saves_and_stops_all(place, cache, four, tmp_path):
     assert all(want[n].tobytes() == got[n].tobytes() for n in want)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("key", ["optimizer.learning_rate=0.5", "mesh.tensor=2"])
 def test_processes_that_disagree_stop(place, cache, tmp_path, key):
     """Also about what changes the program and not the outcome: they would wait for each other for ever."""

@@ -6,7 +6,7 @@ from tests.on_devices import on_devices
 from tests.tiny import write_model
 
 
-@pytest.mark.slow
+@pytest.mark.xdist_group("eight devices")
 def test_eight_devices_train_what_one_does(tmp_path):
     folder = write_model(tmp_path / "base")
     found = on_devices("tests.parallel.sharded_alignment", folder)

@@ -54,11 +54,9 @@ def _kill_at(files: Sequence[Path], count: int) -> None:
 
 
 class Commands:
-    """Command lines in processes of their own, with a compilation cache that outlives them."""
+    """Command lines in processes of their own; what they compile outlives them, as all that tests do."""
 
     def __init__(self, folder: Path) -> None:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "cache")
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOAD)
         self._log = folder / "log"

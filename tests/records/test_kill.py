@@ -12,7 +12,6 @@ from tests import runs
 from tests.records.killed import Commands, contents, lines, records, tear
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(
         "forkserver" not in multiprocessing.get_all_start_methods(), reason="needs Unix"
     ),
