@@ -36,8 +36,8 @@ docs: $(DEV)
 # Exact versions of what a fresh environment gets, with hashes.
 lock: $(DEV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check pip-tools
-	$(VENV)/bin/pip-compile --quiet --generate-hashes --no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
-	    --strip-extras --no-header --extra=test --output-file=requirements.txt pyproject.toml
+	$(VENV)/bin/pip-compile --quiet --generate-hashes --no-emit-options --strip-extras --no-header \
+	    --output-file=requirements.txt pyproject.toml
 
 # What make and the tools left behind; results stay.
 clean:
@@ -49,18 +49,26 @@ $(VENV)/bin/python:
 	  echo "make: $(PYTHON) is older than Python 3.11; name another: make PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
+# What the package needs to run, in the versions of requirements.txt, which are of Python 3.11; later ones take what pyproject.toml allows.
+PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
+LOCKED := if $(VENV)/bin/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; \
+	  then $(PIP) install --require-hashes -r requirements.txt; fi
+
 # Editable, so that a change of the code needs no new installation; a change of pyproject.toml does.
-$(RUN): pyproject.toml | $(VENV)/bin/python
+$(RUN): pyproject.toml requirements.txt | $(VENV)/bin/python
 	@echo "installing into $(VENV), once; this takes minutes"
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e .
+	@$(LOCKED)
+	$(PIP) install -e .
 	touch $@
 
-$(TEST): pyproject.toml | $(VENV)/bin/python
+$(TEST): pyproject.toml requirements.txt | $(VENV)/bin/python
 	@echo "installing into $(VENV), once; this takes minutes"
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@$(LOCKED)
+	$(PIP) install -e '.[test]'
 	touch $@ $(RUN)
 
-$(DEV): pyproject.toml | $(VENV)/bin/python
+$(DEV): pyproject.toml requirements.txt | $(VENV)/bin/python
 	@echo "installing into $(VENV), once; this takes minutes"
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@$(LOCKED)
+	$(PIP) install -e '.[dev]'
 	touch $@ $(TEST) $(RUN)

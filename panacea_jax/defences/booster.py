@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from panacea_jax.defences.loss import Loss
 from panacea_jax.defences.protocol import (
     Batches,
     Defence,
@@ -87,20 +88,13 @@ class Booster(Defence):
     ) -> Gradient:
         """``f + λ (h − h')``."""
         gain, measured = harmful_gain(loss_fn, params, batches["harmful"], self.alpha)
-        f, task = self._alignment_gradient(loss_fn, params, batches["user"])
+        loss, f = jax.value_and_grad(loss_fn)(params, batches["user"])
         grads = jax.tree.map(lambda f, d: f + self.lam * d, f, gain)
-        return grads, state, {**task, **measured}
-
-    def _alignment_gradient(
-        self, loss_fn: Any, params: Params, batch: Any
-    ) -> tuple[Params, Metrics]:
-        """f, and what to log."""
-        loss, f = jax.value_and_grad(loss_fn)(params, batch)
-        return f, {"loss": loss}
+        return grads, state, {"loss": loss, **measured}
 
 
 @dataclasses.dataclass(frozen=True)
-class BoosterVaccine(Booster):
+class BoosterVaccine(Defence):
     """Booster with Vaccine's gradient in the place of f.
 
     Attributes:
@@ -109,8 +103,11 @@ class BoosterVaccine(Booster):
         rho: ρ, as Vaccine's; 5 in the repository's script for the pair.
     """
 
+    lam: float | int = 5.0
+    alpha: float | int = 0.1
     rho: float | int = 5.0
 
+    stage: ClassVar[Stage] = "align"
     facts: ClassVar[Facts] = Facts(
         title="Booster + Vaccine",
         paper="arXiv 2409.01586",
@@ -119,16 +116,23 @@ class BoosterVaccine(Booster):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_not_negative(rho=self.rho)
+        check_not_negative(lam=self.lam, alpha=self.alpha, rho=self.rho)
 
     @property
     def passes(self) -> int:
         """Two on the same batch, as Vaccine."""
         return 2
 
-    def _alignment_gradient(
-        self, loss_fn: Any, params: Params, batch: Any
-    ) -> tuple[Params, Metrics]:
-        """f at perturbed activations."""
-        return perturbed_gradient(loss_fn, params, batch, self.rho)
+    @property
+    def streams(self) -> dict[str, StreamSpec]:
+        """Harmful records, as Booster's."""
+        return {"harmful": StreamSpec(passes=2)}
+
+    def gradient(
+        self, loss_fn: Loss, params: Params, batches: Batches, state: State, key: RandomKey
+    ) -> Gradient:
+        """``f + λ (h − h')``, f at perturbed activations."""
+        gain, measured = harmful_gain(loss_fn, params, batches["harmful"], self.alpha)
+        f, vaccine = perturbed_gradient(loss_fn, params, batches["user"], self.rho)
+        grads = jax.tree.map(lambda f, d: f + self.lam * d, f, gain)
+        return grads, state, {**vaccine, **measured}

@@ -10,13 +10,23 @@ batch with about ``benign_ratio`` benign records, mixed by ``data.mixing.realign
 import dataclasses
 from typing import ClassVar
 
-from panacea_jax.defences.protocol import Facts, Stage
+from panacea_jax.defences.protocol import (
+    Batches,
+    Defence,
+    Facts,
+    Gradient,
+    LossFn,
+    Params,
+    RandomKey,
+    Stage,
+    State,
+)
 from panacea_jax.defences.sft import Sft
 from panacea_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class Realign(Sft):
+class Realign(Defence):
     """Minimise the loss on refusals and benign answers.
 
     Attributes:
@@ -31,11 +41,6 @@ class Realign(Sft):
     facts: ClassVar[Facts] = Facts(
         "realignment", "none", "none", "refusals and benign records in place of the user's"
     )
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        """After fine-tuning only."""
-        return ("heal",)
 
     @property
     def benign_share(self) -> float | int:
@@ -54,3 +59,9 @@ class Realign(Sft):
             raise InputError(
                 f"config.defence.benign_ratio = {self.benign_ratio}: a share between 0 and 1"
             )
+
+    def gradient(
+        self, loss_fn: LossFn, params: Params, batches: Batches, state: State, key: RandomKey
+    ) -> Gradient:
+        """``g = ∇ L_mix(w)``."""
+        return Sft().gradient(loss_fn, params, batches, state, key)

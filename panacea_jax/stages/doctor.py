@@ -287,7 +287,7 @@ def _memory(
     kinds = resident_bytes(model, config, shapes, adapter)
     total = sum(n for _, n in kinds)
     limit = _capacity(model.mesh.local_devices[0])
-    rows = [(kind, _mib(n)) for kind, n in (*kinds, ("together", total))]
+    rows = [(kind, _mib(n)) for kind, n in (*kinds, ("total", total))]
     report.table("memory of one device", ("kept all through training", "#per device"), rows)
     report.line("(besides: gradients, activations, logits, compiled programs)")
     if limit is not None and total > limit:

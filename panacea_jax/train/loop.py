@@ -147,6 +147,9 @@ def finetune(
             stack.callback(writer.close)
         if checkpoints is not None:
             stack.callback(checkpoints.close)
+        record: Callable[[int], None] = lambda step: None  # noqa: E731
+        if profile is not None and folder is not None:
+            record = stack.enter_context(profile.during(folder / "profile"))
         stop = stack.enter_context(sigterm())
         bar = stack.enter_context(Progress("train", total=steps, start=start))
         batches = stack.enter_context(
@@ -157,7 +160,8 @@ def finetune(
         # What goes between host and device here is asked for: a batch ahead, and the metrics of the step before.
         stack.enter_context(jax.transfer_guard("disallow"))
         for host, device in batches:
-            with _traced(profile, done + 1, folder):
+            record(done + 1)
+            with jax.profiler.StepTraceAnnotation("train", step_num=done + 1):
                 state, metrics = step_fn(state, model.weights, device, key)
             done += 1
             processes.arrived(f"step {done} of {steps}")
@@ -193,16 +197,6 @@ def finetune(
         model, state.params, defence.epsilon(state.defence_state), deployed, state.defence_state, done,
         tuple(watch.warnings), sizes - before, step_bytes,
     )  # fmt: skip
-
-
-@contextlib.contextmanager
-def _traced(profile: Profile | None, step: int, folder: Path | None) -> Any:
-    """A step under its number in a profile, and the profile itself where one is asked for."""
-    with contextlib.ExitStack() as stack:
-        if profile is not None and folder is not None:
-            stack.enter_context(profile.around(step, folder / "profile"))
-        stack.enter_context(jax.profiler.StepTraceAnnotation("train", step_num=step))
-        yield
 
 
 def _memory(step_fn: Any, *arguments: Any) -> int:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,24 @@ class Profile:
         return cls(int(first), int(count))
 
     @contextlib.contextmanager
-    def around(self, step: int, folder: Path) -> Iterator[None]:
-        """Begin before the first step, end after the last; ``folder`` is for TensorBoard or Perfetto."""
-        if step == self.first:
-            jax.profiler.start_trace(str(folder))
-        yield
-        if step == self.first + self.count - 1:
-            jax.profiler.stop_trace()
+    def during(self, folder: Path) -> Iterator[Callable[[int], None]]:
+        """Of a run: what is given is called before each step with its number. ``folder`` is for TensorBoard or Perfetto."""
+        recording = False
+
+        def before(step: int) -> None:
+            nonlocal recording
+            if recording and step == self.first + self.count:
+                jax.profiler.stop_trace()
+                recording = False
+            if step == self.first:
+                jax.profiler.start_trace(str(folder))
+                recording = True
+
+        try:
+            yield before
+        finally:
+            if recording:  # the run ended within
+                jax.profiler.stop_trace()
 
 
 class Watch:

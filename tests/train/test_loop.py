@@ -19,8 +19,9 @@ from panacea_jax.models.model import load
 from panacea_jax.perturbation import to_sphere
 from panacea_jax.train.checkpoints import Checkpoints
 from panacea_jax.train.loop import finetune
-from panacea_jax.train.optimizer import make_optimizer
+from panacea_jax.train.optimizer import learning_rate, make_optimizer
 from panacea_jax.train.signals import Diverged, Preempted
+from panacea_jax.train.watch import Profile, Watch
 from tests.tiny import write_model
 
 LADDER = (8, 16)
@@ -98,6 +99,43 @@ def test_the_mean_epsilon_is_the_gradient_of_the_whole_set(model):
     expected, _ = to_sphere(0.5).update(h, optax.EmptyState())
     for a, b in zip(jax.tree.leaves(result.epsilon), jax.tree.leaves(expected)):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_metrics_say_the_learning_rate_of_each_step(model, tmp_path):
+    """Of the update that was made: the first one is that of step 0."""
+    rate = learning_rate(1e-2, 8, "linear", 0.25)
+    bare, params = start(model, False)
+    finetune(bare, params, Sft(), streams(), optimizer=make_optimizer(rate), steps=8, folder=tmp_path,
+             log_every=1, learning_rate=rate)  # fmt: skip
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = [line["learning_rate"] for line in lines]
+    np.testing.assert_allclose(found, [0, 5e-3, *(1e-2 * k / 6 for k in range(6, 0, -1))], rtol=1e-6)
+
+
+def test_a_profile_of_some_steps(model, tmp_path):
+    """Two steps from the third on; a run that ends within them has its profile all the same."""
+    run(model, steps=4, folder=tmp_path / "a", profile=Profile(3, 2))
+    run(model, steps=4, folder=tmp_path / "b", profile=Profile(3, 9))
+    for name in ("a", "b"):
+        assert list((tmp_path / name / "profile").rglob("*.xplane.pb"))
+    assert Profile.parse("20:5") == Profile(20, 5) and Profile.parse("") is None
+    for text in ("20", "0:5", "a:b", "3:0", "1:2:3"):
+        with pytest.raises(InputError, match="--profile="):
+            Profile.parse(text)
+
+
+def test_nothing_is_sent_to_the_devices_unasked(model, monkeypatch):
+    """Within the loop only batches, which are put there on purpose, and what is read of metrics."""
+    from panacea_jax.train import loop
+
+    class Careless(Watch):
+        def step(self, step, host, metrics, params):
+            jnp.asarray(host["user"].tokens) + 1  # an implicit transfer
+            super().step(step, host, metrics, params)
+
+    monkeypatch.setattr(loop, "Watch", Careless)
+    with pytest.raises(Exception, match=r"[Dd]isallowed"):
+        run(model, steps=2)
 
 
 def test_at_most_one_compilation_a_bucket(model):
