@@ -40,7 +40,7 @@ def examples(seed):
     return [Example(rng.integers(0, 40, k).astype(np.int32), 2) for k in rng.integers(5, 15, 12)]
 
 
-def train(folder, mesh):
+def train(folder, mesh, ascent_steps=1):
     """A few Panacea steps on a mesh: the model, w + ε and ε by PEFT name."""
     model = load(folder, mesh=mesh, dtype="float32")
     adapter = lora.init(model, 2, 4, TARGETS, key=jax.random.key(0))
@@ -57,7 +57,7 @@ def train(folder, mesh):
         )
         for seed, name in enumerate(("user", "harmful"))
     }
-    defence = Panacea(rho=0.5, lam=0.3)
+    defence = Panacea(rho=0.5, lam=0.3, ascent_steps=ascent_steps)
     result = finetune(model, adapter, defence, streams, optimizer=make_optimizer(1e-2), steps=STEPS)
     return model, result
 
@@ -81,6 +81,9 @@ def main(folder):
             "compilations": sharded.compilations,
             "parts": [x.size // x.addressable_shards[0].data.size for x in factors],
         }  # fmt: skip
+    sharding.ADAPTER_SPLIT_FROM = 2**30
+    (_, eight), (_, one) = (train(folder, m, 3) for m in (make_mesh(1, 4, 2), make_mesh(1, 1, 1, devices=devices[:1])))  # fmt: skip
+    ascent = [error(adapter_tensors(a), adapter_tensors(b)) for a, b in ((eight.params, one.params), (eight.epsilon, one.epsilon))]
     start = lora.init(single_model, 2, 4, TARGETS, key=jax.random.key(0))
     q = model.weights["layers"]["self_attn"]["q_proj"]["kernel"]
     prompts = [[3 + (7 * i + j) % 35 for j in range(1 + 3 * i)] for i in range(9)]
@@ -104,6 +107,7 @@ def main(folder):
     ]
     print(json.dumps({
         "devices": len(devices),
+        "ascent": ascent,
         "meshes": found,
         "moved": error(adapter_tensors(single.deployed), adapter_tensors(single.params)),
         "trained": float(np.linalg.norm(np.asarray(single.params.layers["mlp"]["up_proj"]["b"] - start.layers["mlp"]["up_proj"]["b"]))),

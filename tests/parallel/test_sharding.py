@@ -146,6 +146,7 @@ def test_eight_devices_train_what_one_does(tmp_path):
     for mesh, run in found["meshes"].items():
         assert run["error"] < 1e-5 and run["error_epsilon"] < 1e-4, (mesh, run)
         assert run["compilations"] == 1, mesh
+    assert max(found["ascent"]) < 1e-5, found["ascent"]  # with three ascent steps: the adapter, and ε
     [whole, shard] = found["cache"]
     assert shard == [
         whole[0] // 4,
