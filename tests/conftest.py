@@ -1,5 +1,6 @@
 """Shapes and types checked in every test (jaxtyping, by beartype), compiled programs kept, and which tests run where and when."""
 
+import fnmatch
 import os
 from pathlib import Path
 
@@ -28,28 +29,26 @@ LONGEST = (
 )  # fmt: skip
 
 
-def slow_tests() -> dict[str, str]:
-    """Beginnings of test names that ``make test`` leaves to ``make test-all``, and why."""
+def slow_tests() -> list[tuple[str, bool]]:
+    """Patterns of test names that ``make test`` leaves to ``make test-all``; False: that it does not, after all."""
     lines = (ROOT / "tests" / "slow.txt").read_text("utf-8").splitlines()
-    entries = (line.partition("  # ") for line in lines if line and not line.startswith("#"))
-    return {name.strip(): why for name, _, why in entries}
+    patterns = (line.partition("  #")[0].strip() for line in lines if line and line[0] != "#")
+    return [(name.removeprefix("!"), not name.startswith("!")) for name in patterns]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the slow ones; keep a file together on one worker, the longest files first."""
-    slow = tuple(slow_tests())
-    unused = set(slow)
+    patterns, used = slow_tests(), set()
     order = {f"tests/{name}": place for place, name in enumerate(LONGEST)}
+    files = {item.nodeid.partition("::")[0] for item in items}
     for item in items:
-        file = item.nodeid.partition("::")[0]
-        for name in slow:
-            if item.nodeid == name or item.nodeid.startswith((f"{name}[", f"{name}::")):
-                item.add_marker(pytest.mark.slow)
-                unused.discard(name)
+        found = [(name, slow) for name, slow in patterns if fnmatch.fnmatchcase(item.nodeid, name)]
+        used.update(name for name, _ in found)
+        if found and found[-1][1]:
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(file))
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
     items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
-    whole = {item.nodeid.partition("::")[0] for item in items}
-    gone = [name for name in unused if name.partition("::")[0] in whole]
-    if gone and len(whole) > 60:  # all of the suite is there, not a choice of names on the command line
-        raise pytest.UsageError(f"tests/slow.txt: no test begins with {sorted(gone)[0]}")
+    gone = [name for name, _ in patterns if name not in used]
+    if gone and len(files) > 80:  # the whole suite is there, not a choice on the command line
+        raise pytest.UsageError(f"tests/slow.txt: {gone[0]} is the name of no test")
