@@ -12,6 +12,7 @@ import optax
 from panacea_jax.data.batches import Stream, prefetch
 from panacea_jax.defences import Defence, Loss
 from panacea_jax.defences.protocol import check_packing, passes_of
+from panacea_jax.errors import InputError
 from panacea_jax.models.adapter import Adapter
 from panacea_jax.models.model import Model
 from panacea_jax.parallel import processes
@@ -93,7 +94,7 @@ def finetune(
 
     Raises:
         KeyError: a stream that the defence needs is missing.
-        InputError: a packed stream, of which the defence would compute something else.
+        InputError: a packed stream, of which the defence would compute something else; rows that ``accumulate`` does not divide.
         Diverged: the loss is NaN or infinite; the step is named, the last good checkpoint stays.
         Preempted: SIGTERM; the state was saved.
     """
@@ -105,6 +106,12 @@ def finetune(
     if any(stream.packing for stream in streams.values()):
         check_packing(defence)
     needed = {name: streams[name] for name in names}
+    for name, stream in needed.items():
+        if stream.rows % accumulate:
+            raise InputError(
+                f"config.train.accumulate = {accumulate}: does not divide the {stream.rows} rows of stream {name!r}; "
+                "make its row_multiple a multiple of it"
+            )
 
     # ---- state, resume
     full = not isinstance(params, Adapter)
@@ -147,7 +154,7 @@ def finetune(
             stack.callback(writer.close)
         if checkpoints is not None:
             stack.callback(checkpoints.close)
-        record: Callable[[int], None] = lambda step: None  # noqa: E731
+        record = None
         if profile is not None and folder is not None:
             record = stack.enter_context(profile.during(folder / "profile"))
         stop = stack.enter_context(sigterm())
@@ -160,7 +167,8 @@ def finetune(
         # What goes between host and device here is asked for: a batch ahead, and the metrics of the step before.
         stack.enter_context(jax.transfer_guard("disallow"))
         for host, device in batches:
-            record(done + 1)
+            if record is not None:
+                record(done + 1)
             with jax.profiler.StepTraceAnnotation("train", step_num=done + 1):
                 state, metrics = step_fn(state, model.weights, device, key)
             done += 1

@@ -9,6 +9,7 @@ from panacea_jax.config import get_config
 from panacea_jax.data.batches import Stream
 from panacea_jax.data.encode import Example
 from panacea_jax.defences import DEFENCES, Defence, Loss, Panacea, RandomVaccine, RepNoise, Sft
+from panacea_jax.errors import InputError
 from panacea_jax.models import lora
 from panacea_jax.models.families import config_from_dict
 from panacea_jax.models.full import full_parameters
@@ -132,6 +133,11 @@ def test_from_the_command_line(tmp_path):
         found.append(load_file(out / "finetune" / "adapter" / "adapter_model.safetensors"))
     assert difference(found[1], found[0]) < 1e-4
     assert panacea("finetune", *place.flags("--config.train.accumulate=0"), f"--workdir={tmp_path / 'x'}") == 2
+
+
+def test_rows_that_cannot_be_cut(folder):
+    with pytest.raises(InputError, match=r"accumulate = 3: does not divide the 8 rows of stream 'user'"):
+        run(folder, Sft(), 3, "float32")
 
 
 def test_one_part_is_the_step_that_it_was(folder):
