@@ -21,9 +21,9 @@ PYTEST = JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -q -n auto --dist loadgr
 test: $(TEST)
 	$(PYTEST) -m "not slow" $(ARGS)
 
-# Every test; tests/slow.txt says what test leaves out.
+# Every test, compiled as for use; tests/slow.txt says what test leaves out.
 test-all: $(TEST)
-	$(PYTEST) $(ARGS)
+	XLA_FLAGS=--xla_cpu_multi_thread_eigen=false $(PYTEST) $(ARGS)
 
 lint: $(DEV)
 	$(VENV)/bin/ruff check .

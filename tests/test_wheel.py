@@ -1,5 +1,6 @@
 """The wheel, in an environment where there is no clone: recipes by name, scripts, types and licence."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+# Without what would show the clone to pip as an installation.
+CLEAN = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +20,7 @@ def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", f"--wheel-dir={out}", str(ROOT)],
-        check=True, capture_output=True,
+        check=True, capture_output=True, env=CLEAN,
     )  # fmt: skip
     [found] = out.glob("panacea_jax-*.whl")
     return found
@@ -33,7 +36,7 @@ def installed(wheel, tmp_path_factory):
     # Behind the environment's own packages; files in it that name further folders, as of editable installations, are not read.
     (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     subprocess.run(
-        [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel], check=True,
+        [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel], check=True, env=CLEAN,
     )  # fmt: skip
     work = root / "elsewhere"
     work.mkdir()

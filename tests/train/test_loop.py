@@ -13,6 +13,7 @@ import pytest
 from panacea_jax.data.batches import Stream
 from panacea_jax.data.encode import Example
 from panacea_jax.defences import Loss, Panacea, Sft, panacea
+from panacea_jax.errors import InputError
 from panacea_jax.models import lora
 from panacea_jax.models.full import full_parameters
 from panacea_jax.models.model import load
