@@ -2,6 +2,7 @@
 
 import fnmatch
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ LONGEST = (
 def slow_tests() -> list[tuple[str, bool]]:
     """Patterns of test names that ``make test`` leaves to ``make test-all``; False: that it does not, after all."""
     lines = (ROOT / "tests" / "slow.txt").read_text("utf-8").splitlines()
-    patterns = (line.partition("  #")[0].strip() for line in lines if line and line[0] != "#")
+    patterns = (re.split(r"\s+# ", line)[0].strip() for line in lines if line and line[0] != "#")
     return [(name.removeprefix("!"), not name.startswith("!")) for name in patterns]
 
 
