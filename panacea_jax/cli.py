@@ -362,7 +362,7 @@ def _run_command(name: str, arguments: Sequence[str], together: contextlib.ExitS
         if isinstance(error, jax.errors.JaxRuntimeError):
             processes.wait_for_verdict()
         processes.leave(f"{type(error).__name__}: {error}")
-        if processes.count() > 1:
+        if processes.together():
             traceback.print_exc()
             processes.abandon(EXIT_FAILED)
         raise

@@ -114,7 +114,7 @@ def test_no_two_public_things_have_one_name():
 
 
 def test_no_state_of_a_module_decides_what_a_call_does():
-    """No ``global`` statement, and no mutable table at module level that a function of the module fills."""
+    """No function rebinds a name of its module."""
     changed = [
         f"{name}: global {', '.join(node.names)}"
         for name, file in modules().items()

@@ -161,12 +161,15 @@ def _accumulated(
         total = one._sum(params, hidden, part)[0]
         return total / tokens.astype(total.dtype)
 
+    split = _split_offsets(offsets, count)
+    one_part = jax.tree.map(lambda x: x[0], (split, parts))
+    zero = jnp.zeros((), jax.eval_shape(of_part, params, *one_part).dtype)
+
     @jax.custom_vjp
     def mean(params: Any, values: Any) -> Float[Array, ""]:
         def add(total: Any, xs: Any) -> tuple[Any, None]:
             return total + of_part(params, *xs), None
 
-        zero = jnp.zeros((), jax.eval_shape(of_part, params, *_first((values, parts))).dtype)
         return jax.lax.scan(add, zero, (values, parts))[0]
 
     def forward(params: Any, values: Any) -> tuple[Float[Array, ""], Any]:
@@ -175,7 +178,6 @@ def _accumulated(
             value, (by_params, by_values) = jax.value_and_grad(of_part, (0, 1))(params, *xs)
             return (total + value, jax.tree.map(jnp.add, sums, by_params)), by_values
 
-        zero = jnp.zeros((), jax.eval_shape(of_part, params, *_first((values, parts))).dtype)
         start = (zero, jax.tree.map(jnp.zeros_like, params))
         (total, sums), by_values = jax.lax.scan(add, start, (values, parts))
         return total, (sums, by_values)
@@ -184,7 +186,7 @@ def _accumulated(
         return jax.tree.map(lambda g: g * scale.astype(g.dtype), found)
 
     mean.defvjp(forward, backward)
-    return mean(params, _split_offsets(offsets, count))
+    return mean(params, split)
 
 
 def _forward_in_parts(
@@ -206,10 +208,6 @@ def _forward_in_parts(
         for name, x in found.readings.items()
     }  # fmt: skip
     return Forward(interleave(found.hidden), joined)
-
-
-def _first(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x[0], tree)
 
 
 # ---- chunks of positions

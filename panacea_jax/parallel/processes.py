@@ -205,6 +205,11 @@ def _local_devices() -> list[int] | None:
     return []
 
 
+def together() -> bool:
+    """Whether this process has joined others; asks no device."""
+    return _group.get() is not _ALONE
+
+
 def count() -> int:
     """Processes of this run."""
     return jax.process_count()

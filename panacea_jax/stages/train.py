@@ -148,7 +148,7 @@ def train_stage(
 
         # ---- export
         export(config, stage.folder, start, result, defence.epsilon_mean(result.state))
-        report = None if isinstance(defence, Defence) else defence.report(params, result.state)
+        report = defence.report(params, result.state)
         attention = choose_backend(config.model.attention, model.config, model.dtype, mesh.devices.flat[0])  # fmt: skip
         stage.finish({
             "base": start.base, "steps": result.steps, "compilations": result.compilations,

@@ -22,7 +22,6 @@ from panacea_jax.train.step import make_step
 from tests.planning.test_plan import TINY
 from tests.runs import make_place, panacea
 from tests.tiny import write_model
-from tests.train.test_loop import assert_equal
 from tests.train.test_packing import METHODS, difference
 
 EVERY = [*METHODS, RepNoise(alpha=0.5, beta=0.5), RandomVaccine(rho=0.01)]
@@ -138,7 +137,3 @@ def test_from_the_command_line(tmp_path):
 def test_rows_that_cannot_be_cut(folder):
     with pytest.raises(InputError, match=r"accumulate = 3: does not divide the 8 rows of stream 'user'"):
         run(folder, Sft(), 3, "float32")
-
-
-def test_one_part_is_the_step_that_it_was(folder):
-    assert_equal(run(folder, Sft(), 1, "float32").params, run(folder, Sft(), 1, "float32").params)
