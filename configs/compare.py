@@ -92,7 +92,7 @@ def get_config(variant: str = "miniature") -> ConfigDict:
 
 
 def _miniature() -> ConfigDict:
-    """The quickstart's numbers, see panacea_jax/quickstart/run.py."""
+    """The quickstart's numbers, see panacea_jax/stages/quickstart.py."""
     config = defaults()
     config.compare.world = "miniature"
     config.compare.grid, config.compare.development = GRID, DEVELOPMENT

@@ -169,20 +169,41 @@ PROCESS_FLAGS = {
     "process_id": "which one this is, 0 …",
 }
 
-FLAG_HELP = {
-    "workdir": "folder for the results; a run in it goes on where it stopped",
-    "generations": "answers made elsewhere: [TASK@]FILE, several with commas, or a folder",
-    "template": "id of the template that --generations were made with, like alpaca-1",
-    "against": "work directories to compare with, with commas between them",
-    "undefended": "work directory of the model attacked without a defence",
-    "aligned": "work directory of the model before the attack",
-    "epsilon": "exported ε (epsilon.safetensors)",
-    "checkpoint": "checkpoint folder (…/checkpoints/<step>)",
-    "topology": "machine to plan for: v5e:4x4, 2*v5p:2x2x1 (two slices), tpu7x:2x2x1, gpu:h100x8 …",
-    "out": "Hugging Face folder to write",
-    "profile": "record steps with jax.profiler, STEP:COUNT, into WORKDIR/<stage>/profile",
-    "print": "name of the script; without it all names are listed",
+
+
+class Flag(NamedTuple):
+    """A flag of some commands: what ``--help`` says, and the default, whose type is the flag's."""
+
+    help: str
+    default: str | int | bool = ""
+
+
+FLAGS = {
+    "workdir": Flag("folder for the results; a run in it goes on where it stopped"),
+    "world": Flag("seed of the miniature world", 0),
+    "generations": Flag("answers made elsewhere: [TASK@]FILE, several with commas, or a folder"),
+    "template": Flag("id of the template that --generations were made with, like alpaca-1"),
+    "against": Flag("work directories to compare with, with commas between them"),
+    "undefended": Flag("work directory of the model attacked without a defence"),
+    "aligned": Flag("work directory of the model before the attack"),
+    "epsilon": Flag("exported ε (epsilon.safetensors)"),
+    "checkpoint": Flag("checkpoint folder (…/checkpoints/<step>)"),
+    "topology": Flag("machine to plan for: v5e:4x4, 2*v5p:2x2x1 (two slices), tpu7x:2x2x1, gpu:h100x8 …"),
+    "search": Flag("try meshes, batch sizes and remat policies; the cheapest that fits comes first", False),
+    "out": Flag("Hugging Face folder to write"),
+    "profile": Flag("record steps with jax.profiler, STEP:COUNT, into WORKDIR/<stage>/profile"),
+    "print": Flag("name of the script; without it all names are listed"),
 }
+
+
+def _define(values: flags.FlagValues, name: str) -> None:
+    text, default = FLAGS[name]
+    if isinstance(default, bool):
+        flags.DEFINE_boolean(name, default, text, flag_values=values)
+    elif isinstance(default, int):
+        flags.DEFINE_integer(name, default, text, 0, flag_values=values)
+    else:
+        flags.DEFINE_string(name, default, text, flag_values=values)
 
 
 def _usage() -> str:
@@ -211,13 +232,9 @@ def _command_help(name: str) -> str:
         "flags:",
         "  --config=RECIPE[:variant]  a file, or the name of one that comes with the package; without it the defaults below",
     ]
-    lines += [f"  --{f}=…  {FLAG_HELP[f]}" for f in command.flags if f in FLAG_HELP]
-    if "world" in command.flags:
-        lines.append("  --world=0  seed of the miniature world")
-    if "search" in command.flags:
-        lines.append(
-            "  --search=false  try meshes, batch sizes and remat policies; the cheapest that fits comes first"
-        )
+    for flag in command.flags:
+        text, default = FLAGS[flag]
+        lines.append(f"  --{flag}={'…' if default == '' else str(default).lower()}  {text}")
     if command.several:
         lines += ["", "as one of several processes (docs/processes.md):"]
         lines += [f"  --{flag}=…  {text}" for flag, text in PROCESS_FLAGS.items()]
@@ -243,12 +260,7 @@ def parse_command(
 
     values = flags.FlagValues()
     for name in COMMANDS[command].flags:
-        if name == "world":
-            flags.DEFINE_integer("world", 0, "seed of the miniature world", 0, flag_values=values)
-        elif name == "search":
-            flags.DEFINE_boolean("search", False, "try alternatives", flag_values=values)
-        else:
-            flags.DEFINE_string(name, "", FLAG_HELP[name], flag_values=values)
+        _define(values, name)
     if COMMANDS[command].several:
         flags.DEFINE_string("coordinator", "", PROCESS_FLAGS["coordinator"], flag_values=values)
         for name in ("num_processes", "process_id"):

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import (
@@ -24,6 +23,12 @@ def say(text: str) -> None:
     """One line for the person who watches, on stderr (stdout is for results); only the first process speaks."""
     if processes.first():
         print(text, file=sys.stderr, flush=True)
+
+
+def table_console(width: int) -> Console:
+    """Where tables go, stdout: as wide as the terminal; in a file, where lines have no end, as wide as the table needs."""
+    console = Console()
+    return console if console.is_terminal else Console(width=width)
 
 
 class Progress:
@@ -49,12 +54,7 @@ class Progress:
             )
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 

@@ -232,11 +232,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(data)
     temporary.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Likewise, in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Likewise, for people to read too."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def versions() -> dict[str, str]:
@@ -278,6 +288,11 @@ def sha256_folder(folder: Path, patterns: tuple[str, ...]) -> str:
                 file.seek(start)
                 digest.update(file.read(2**16))
     return digest.hexdigest()
+
+
+def sha256_model(folder: Path) -> str:
+    """Hash of a model or an adapter: its configuration and its weights."""
+    return sha256_folder(folder, ("*.json", "*.safetensors"))
 
 
 def plain(value: Any) -> Any:

@@ -24,7 +24,7 @@ from panacea_jax.stages.miniature import Experiment
 from panacea_jax.stages.run import check_run
 from panacea_jax.stages.train import decisive, train_stage
 from panacea_jax.train.step import CompiledSteps
-from panacea_jax.workdir import sha256_json, write_text
+from panacea_jax.workdir import sha256_json, write_json, write_text
 from panacea_jax.worlds.miniature import eval_tasks, make_world, settings, sources
 
 _SFT = Part("sft")
@@ -144,8 +144,9 @@ class Cells:
         generate_stage(main, folder, left)
         judge_stage(main, folder)
         found = {stage: str(path.relative_to(self.root)) for stage, path in stages.items()}
-        write_text(note, json.dumps({"method": str(cell.method), "seed": cell.seed, "ratio": cell.ratio, "stages": found,
-                                     "config_sha256": made}, indent=1) + "\n")  # fmt: skip
+        write_json(note, {
+            "method": str(cell.method), "seed": cell.seed, "ratio": cell.ratio, "stages": found, "config_sha256": made,
+        })  # fmt: skip
         return folder
 
     def _start_folder(self, cell: Cell) -> Path:

@@ -3,7 +3,6 @@
 A comparison that was stopped goes on: cells and stages that are done are skipped, also when methods, seeds or ratios were added since.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
 from panacea_jax.train.step import CompiledSteps
-from panacea_jax.workdir import write_text
+from panacea_jax.workdir import write_json, write_text
 from panacea_jax.worlds.miniature import guard
 
 SFT = Stack()
@@ -88,7 +87,7 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
         "development": list(compare.development) if grid else [], "rule": choice.RULE if grid else "", "grid": choices,
         "guard": {str(seed): guard(f["hs"], f["benign"]) for seed, f in guarded.items()}, "rows": rows,
     }  # fmt: skip
-    write_text(workdir / "compare.json", json.dumps(result, indent=1) + "\n")
+    write_json(workdir / "compare.json", result)
     write_text(workdir / "compare.csv", table.as_csv(result))
     write_text(workdir / "compare.md", table.markdown(result))
     table.show(result)

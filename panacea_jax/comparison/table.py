@@ -5,13 +5,14 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from panacea_jax.defences.protocol import STAGES
+from panacea_jax.progress import table_console
+
 _Json = dict[str, Any]
 _TITLES = {"hs": "HS", "hs_plus": "HS+", "fa": "FA", "benign": "benign answered"}
-_STAGES = ("align", "finetune", "heal")
 HEADS = ("method", "p", *_TITLES.values(), "HS to SFT", "passes (align, finetune, heal)", "passes / SFT", "time / SFT",
          "step MiB (align, finetune, heal)", "extra data")  # fmt: skip
 
@@ -19,8 +20,8 @@ HEADS = ("method", "p", *_TITLES.values(), "HS to SFT", "passes (align, finetune
 def cells_of(row: _Json) -> list[str]:
     """One line of the table as text."""
     figures = [_figure(row["figures"].get(name)) for name in _TITLES]
-    passes = ", ".join(_passes(row, stage) for stage in _STAGES)
-    memory = ", ".join(f"{n / 2**20:.0f}" if (n := row["step_bytes"].get(s)) else "–" for s in _STAGES)  # fmt: skip
+    passes = ", ".join(_passes(row, stage) for stage in STAGES)
+    memory = ", ".join(f"{n / 2**20:.0f}" if (n := row["step_bytes"].get(s)) else "–" for s in STAGES)  # fmt: skip
     return [
         row["method"], "–" if row["ratio"] is None else f"{row['ratio']:g}", *figures, _test(row["against_sft"]), passes,
         _number(row["passes_to_sft"]), _number(row["time_to_sft"]), memory,
@@ -91,9 +92,7 @@ def _list(values: Sequence[object]) -> str:
 
 def show(result: _Json) -> None:
     """Print the table and its notes."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=260)
+    console = table_console(260)
     table = Table(title="comparison", title_justify="left")
     for head in HEADS:
         table.add_column(head, overflow="fold", justify="left" if head in ("method", "extra data") else "right")  # fmt: skip
@@ -118,7 +117,7 @@ def as_csv(result: _Json) -> str:
     parts = ("mean", "low", "high", "worst")
     heads = [f"{name}_{part}" for name in _TITLES for part in parts]
     tests = [f"{name}_{part}" for name in _TITLES for part in ("to_sft", "p")]
-    by_stage = [(what, stage) for what in ("steps", "passes", "whole_passes", "step_bytes") for stage in _STAGES]  # fmt: skip
+    by_stage = [(what, stage) for what in ("steps", "passes", "whole_passes", "step_bytes") for stage in STAGES]  # fmt: skip
     stages = [f"{what}_{stage}" for what, stage in by_stage]
     last = ["passes_to_sft", "time_to_sft", "extra_data"]
     writer.writerow(["method", "ratio", "seeds", *heads, *tests, *stages, *last])

@@ -4,7 +4,6 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
 from typing import Any
 
 # How long a full queue is waited on before the worker looks again whether it shall stop, seconds.
@@ -57,12 +56,7 @@ class Prefetch(Iterator[Any]):
     def __enter__(self) -> "Prefetch":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

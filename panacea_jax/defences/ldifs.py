@@ -33,7 +33,7 @@ from panacea_jax.defences.protocol import (
     check_not_negative,
 )
 from panacea_jax.errors import InputError
-from panacea_jax.models.layers import wide
+from panacea_jax.models.precision import wide
 
 FEATURES = "mlp_out"
 

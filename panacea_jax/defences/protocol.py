@@ -7,7 +7,7 @@ a method's file holds what makes it that method; a public member that the base d
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ RandomKey = Key[Array, ""]
 Gradient = tuple[Params, State, Metrics]
 Sets = Mapping[str, Iterable[Any]]  # by stream, each record once, in batches
 Stage = Literal["align", "finetune", "heal"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 class Facts(NamedTuple):
@@ -226,6 +227,12 @@ def passes_of(method: Method) -> dict[str, float | int]:
     if not isinstance(method, Defence):
         return {}
     return {"user": method.passes} | {name: s.passes for name, s in method.streams.items()}
+
+
+def passes_as_received(method: Method) -> dict[str, float]:
+    """Likewise, in batches as a step receives them, with ``repeats`` interleaved into one."""
+    repeats = {name: spec.repeats for name, spec in method.streams.items()}
+    return {name: n / repeats.get(name, 1) for name, n in passes_of(method).items()}
 
 
 def whole_passes_of(method: Method) -> dict[str, float]:

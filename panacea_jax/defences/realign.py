@@ -20,6 +20,7 @@ from panacea_jax.defences.protocol import (
     RandomKey,
     Stage,
     State,
+    check_counts,
 )
 from panacea_jax.defences.sft import Sft
 from panacea_jax.errors import InputError
@@ -53,8 +54,7 @@ class Realign(Defence):
         return self.steps
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InputError(f"config.defence.steps = {self.steps}: 1 or more")
+        check_counts(steps=self.steps)
         if not 0 <= self.benign_ratio <= 1:
             raise InputError(
                 f"config.defence.benign_ratio = {self.benign_ratio}: a share between 0 and 1"

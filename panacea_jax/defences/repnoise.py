@@ -43,6 +43,7 @@ from panacea_jax.defences.protocol import (
     StreamSpec,
     check_not_negative,
 )
+from panacea_jax.models.precision import wide
 
 KERNELS = 5
 
@@ -93,18 +94,18 @@ def noise_loss(
     mlp_out: Float[Array, "L B T D"], mask: Bool[Array, "B T"], key: Key[Array, ""]
 ) -> Float[Array, ""]:
     """Mean over layers of the MMD between the masked activations and masked N(0, 1) noise, drawn for one layer at a time."""
-    wide = jnp.promote_types(mlp_out.dtype, jnp.float32)
+    dtype = wide(mlp_out.dtype)
     rows = mask.any(axis=1)
 
     def layer(total: Array, xs: tuple[Array, Array]) -> tuple[Array, None]:
         x, key = xs
-        noise = jax.random.normal(key, x.shape, wide)
-        x, y = (jnp.where(mask[..., None], z.astype(wide), 0) for z in (x, noise))
+        noise = jax.random.normal(key, x.shape, dtype)
+        x, y = (jnp.where(mask[..., None], z.astype(dtype), 0) for z in (x, noise))
         return total + mmd(x, y, rows), None
 
     keys = jax.random.split(key, len(mlp_out))
     body = jax.checkpoint(layer, prevent_cse=False)
-    total, _ = jax.lax.scan(body, jnp.zeros((), wide), (mlp_out, keys))
+    total, _ = jax.lax.scan(body, jnp.zeros((), dtype), (mlp_out, keys))
     return total / len(mlp_out)
 
 
@@ -116,7 +117,7 @@ def layerwise_loss(
     def layer(total: Array, hidden: Array) -> tuple[Array, None]:
         return total + loss.mean(params, loss.bind(params).norm(hidden), batch), None
 
-    zero = jnp.zeros((), jnp.promote_types(states.dtype, jnp.float32))
+    zero = jnp.zeros((), wide(states.dtype))
     total, _ = jax.lax.scan(jax.checkpoint(layer, prevent_cse=False), zero, states)
     return total
 

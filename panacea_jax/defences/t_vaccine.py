@@ -40,6 +40,7 @@ from panacea_jax.defences.protocol import (
 from panacea_jax.defences.vaccine import no_offsets, perturbed_gradient
 from panacea_jax.errors import InputError
 from panacea_jax.models.adapter import Adapter
+from panacea_jax.models.precision import wide
 
 
 class TVaccineState(NamedTuple):
@@ -59,8 +60,8 @@ class TVaccineState(NamedTuple):
 def importance(loss: Loss, params: Params, batch: Any) -> Float[Array, "L"]:
     """p: the share of each layer in the sum of ``‖∂L/∂o_l‖``; all alike where that is 0."""
     at_outputs = jax.grad(loss, argnums=2)(params, batch, no_offsets(loss, batch))
-    wide = at_outputs.astype(jnp.promote_types(at_outputs.dtype, jnp.float32))
-    norms = jnp.sqrt(jnp.sum(wide**2, axis=(1, 2, 3)))
+    squares = at_outputs.astype(wide(at_outputs.dtype)) ** 2
+    norms = jnp.sqrt(jnp.sum(squares, axis=(1, 2, 3)))
     total = norms.sum()
     return jnp.where(total > 0, norms / jnp.where(total > 0, total, 1), 1 / norms.size)
 
@@ -138,7 +139,7 @@ class TVaccine(Defence):
         count = _num_layers(params)
         if self.layers > count:
             raise InputError(f"config.defence.layers = {self.layers}: the model has {count}")
-        dtype = jnp.promote_types(jax.tree.leaves(params)[0].dtype, jnp.float32)
+        dtype = wide(jax.tree.leaves(params)[0].dtype)
         active = jnp.arange(self.layers, dtype=jnp.int32)
         return TVaccineState(jnp.full(count, 1 / count, dtype), active, jnp.zeros((), jnp.int32))
 

@@ -40,8 +40,10 @@ from panacea_jax.defences.protocol import (
     Stage,
     StreamSpec,
     check_counts,
+    check_not_negative,
 )
 from panacea_jax.errors import InputError
+from panacea_jax.models.precision import wide
 
 RATE = 1 / 16
 ADVERSARY_WEIGHT_DECAY = 0.01  # PyTorch's default, which the official code leaves alone
@@ -59,8 +61,8 @@ def mean_distance(
     a: Float[Array, "layers B T D"], b: Float[Array, "layers B T D"], batch: Batch
 ) -> Float[Array, ""]:
     """L2 distance of two sets of hidden states, mean over real tokens and over the set; its gradient where they meet is 0."""
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    squares = jnp.sum(jnp.square(a.astype(wide) - b.astype(wide)), axis=-1)
+    dtype = wide(a.dtype)
+    squares = jnp.sum(jnp.square(a.astype(dtype) - b.astype(dtype)), axis=-1)
     apart = (squares > 0) & batch.valid
     distances = jnp.where(apart, jnp.sqrt(jnp.where(apart, squares, 1)), 0)
     return distances.sum() / (len(a) * jnp.maximum(batch.valid.sum(), 1))
@@ -98,12 +100,10 @@ class Tar(Anchored):
             raise InputError(
                 f"config.defence.inner_every = {self.inner_every}: must divide inner_steps = {self.inner_steps}"
             )
-        numbers = [(n, getattr(self, n)) for n in ("tamper_weight", "retain_weight")]
-        numbers += [("inner_learning_rate", rate) for rate in self._rates]
-        if not self._rates or not all(0 <= value < float("inf") for _, value in numbers):
-            bad = next((n for n, v in numbers if not 0 <= v < float("inf")), "inner_learning_rate")
+        check_not_negative(tamper_weight=self.tamper_weight, retain_weight=self.retain_weight)
+        if not self._rates or not all(0 <= rate < float("inf") for rate in self._rates):
             raise InputError(
-                f"config.defence.{bad} = {getattr(self, bad)}: a finite number, 0 or more"
+                f"config.defence.inner_learning_rate = {self.inner_learning_rate}: a finite number, 0 or more"
             )
 
     @property

@@ -31,6 +31,7 @@ from panacea_jax.defences.protocol import (
     check_not_negative,
 )
 from panacea_jax.models.bound import SomeOffsets
+from panacea_jax.models.precision import wide
 from panacea_jax.perturbation import to_sphere
 
 
@@ -57,11 +58,11 @@ def perturbed_gradient(
 
     value, at_outputs = jax.value_and_grad(at)(no_offsets(loss, batch, layers), params)
     # Norms in float32: a sum over B·T·D·L squares is more than bfloat16 can count.
-    wide = at_outputs.astype(jnp.promote_types(at_outputs.dtype, jnp.float32))
+    up = at_outputs.astype(wide(at_outputs.dtype))
     sphere = to_sphere(rho)
-    offsets, _ = sphere.update(wide, sphere.init(wide))
+    offsets, _ = sphere.update(up, sphere.init(up))
     moved, grads = jax.value_and_grad(at, argnums=1)(offsets.astype(at_outputs.dtype), params)
-    metrics = {"loss": value, "loss_perturbed": moved, "norm_outputs": optax.tree.norm(wide)}
+    metrics = {"loss": value, "loss_perturbed": moved, "norm_outputs": optax.tree.norm(up)}
     return grads, metrics
 
 

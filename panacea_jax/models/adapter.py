@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from panacea_jax.errors import InputError
+from panacea_jax.models.precision import wide
 from panacea_jax.models.quantise import whole
 
 BLOCK_OF = {
@@ -123,9 +124,9 @@ def target_names(targets: Sequence[object]) -> tuple[str, ...]:
 
 def merged(kernel: jax.Array, pair: Mapping[str, jax.Array], scale: float | jax.Array) -> jax.Array:
     """``W + (α/r) A B`` of one layer or of all, summed in float32 and cast back to W's dtype."""
-    wide = jnp.promote_types(kernel.dtype, jnp.float32)
-    delta = jnp.matmul(pair["a"].astype(wide), pair["b"].astype(wide), precision="highest")
-    return (kernel.astype(wide) + scale * delta).astype(kernel.dtype)
+    dtype = wide(kernel.dtype)
+    delta = jnp.matmul(pair["a"].astype(dtype), pair["b"].astype(dtype), precision="highest")
+    return (kernel.astype(dtype) + scale * delta).astype(kernel.dtype)
 
 
 def merge(weights: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from panacea_jax.models.cache import Slots
+from panacea_jax.models.precision import wide
 
 
 def attend(
@@ -33,7 +34,7 @@ def attend(
         softcap: c; scores become c·tanh(scores/c) before masking (Gemma 2, arXiv 2408.00118, §2).
     """
     rows = _rows(q, k.shape[1])
-    scores = jnp.einsum("bknd,bksd->bkns", rows, k, preferred_element_type=_wide(q))
+    scores = jnp.einsum("bknd,bksd->bkns", rows, k, preferred_element_type=wide(q.dtype))
     scores = _seen(scores[:, :, None], mask, scale, softcap)[:, :, 0]
     weights = jax.nn.softmax(scores, axis=-1)
     return _heads(jnp.einsum("bkns,bksd->bknd", weights.astype(q.dtype), v), q)
@@ -116,9 +117,9 @@ def _blocks(x: Array) -> Array:
 def _scores(rows: Float[Array, "B KV n hd"], k: Slots) -> Float[Array, "B KV C n s"]:
     x = _blocks(k.x.astype(rows.dtype))
     if x.shape[0] == len(rows):
-        scores = jnp.einsum("bknd,bkcsd->bkcns", rows, x, preferred_element_type=_wide(rows))
+        scores = jnp.einsum("bknd,bkcsd->bkcns", rows, x, preferred_element_type=wide(rows.dtype))
     else:
-        scores = jnp.einsum("bknd,kcsd->bkcns", rows, x[0], preferred_element_type=_wide(rows))
+        scores = jnp.einsum("bknd,kcsd->bkcns", rows, x[0], preferred_element_type=wide(rows.dtype))
     return scores if k.scale is None else scores * _blocks(k.scale)[:, :, :, None]
 
 
@@ -126,16 +127,12 @@ def _weighted(weights: Float[Array, "B KV C n s"], v: Slots, dtype: Any) -> Arra
     """Sums of values within each block, ``[B, KV, C, n, hd]``."""
     if v.scale is not None:
         weights = weights * _blocks(v.scale)[:, :, :, None]
-    x, w, wide = _blocks(v.x.astype(dtype)), weights.astype(dtype), weights.dtype
+    x, w, out = _blocks(v.x.astype(dtype)), weights.astype(dtype), weights.dtype
     if x.shape[0] == len(w):
-        return jnp.einsum("bkcns,bkcsd->bkcnd", w, x, preferred_element_type=wide)
-    return jnp.einsum("bkcns,kcsd->bkcnd", w, x[0], preferred_element_type=wide)
+        return jnp.einsum("bkcns,bkcsd->bkcnd", w, x, preferred_element_type=out)
+    return jnp.einsum("bkcns,kcsd->bkcnd", w, x[0], preferred_element_type=out)
 
 
 def _in_order(x: Float[Array, "B KV C *rest"]) -> Float[Array, "B KV *rest"]:
     """The sum over blocks, the first one first."""
     return functools.reduce(jnp.add, (x[:, :, i] for i in range(x.shape[2])))
-
-
-def _wide(x: Array) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)

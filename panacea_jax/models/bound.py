@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 from panacea_jax.models.cache import KVCache, Layers, num_slots
 from panacea_jax.models.decoder import Decoder
 from panacea_jax.models.fused import choose_backend, fused_attention
-from panacea_jax.models.layers import Context, LayerCache, wide
+from panacea_jax.models.layers import Context, LayerCache
+from panacea_jax.models.precision import wide
 from panacea_jax.parallel.sharding import batch_rows, batch_sharding
 
 # Activations that a defence may ask for, [L, B, T, D]: outputs of the attention module (before the residual), of the MLP, of the layer.

@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 from panacea_jax.errors import InputError
 from panacea_jax.models.config import ModelConfig
 from panacea_jax.models.fused import BACKENDS
-from panacea_jax.models.layers import DecoderLayer, Linear, RMSNorm, wide
+from panacea_jax.models.layers import DecoderLayer, Linear, RMSNorm
+from panacea_jax.models.precision import wide
 
 REMAT = ("none", "dots", "full")
 

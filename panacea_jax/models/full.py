@@ -4,9 +4,9 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from panacea_jax.models.model import Model
+from panacea_jax.models.precision import wide
 
 
 def full_parameters(model: Model) -> tuple[Model, Any]:
@@ -16,7 +16,7 @@ def full_parameters(model: Model) -> tuple[Model, Any]:
     """
 
     def widen(x: jax.Array) -> jax.Array:
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return x.astype(wide(x.dtype))
 
     params = jax.tree.map(widen, model.weights)
     return dataclasses.replace(model, weights=None), params

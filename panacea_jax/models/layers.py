@@ -16,6 +16,7 @@ from panacea_jax.models.attention import attend, attend_in_parts
 from panacea_jax.models.cache import KeysValues, Slots, write_slots
 from panacea_jax.models.config import ModelConfig
 from panacea_jax.models.fused import Fused
+from panacea_jax.models.precision import wide
 from panacea_jax.models.quantise import Quantised
 
 
@@ -61,11 +62,6 @@ def hand_out_squares(module: nnx.Module, context: Context, name: str, x: Float[A
         squares = jnp.square(x.astype(wide(x.dtype)))
         squares = jnp.where(context.valid[..., None], squares, 0)
         hand_out(module, context, name, jnp.sum(squares, axis=(0, 1)))
-
-
-def wide(dtype: Any) -> Any:
-    """The dtype of norms, angles, softmax and logits: float32, or float64 in a float64 run."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def rotate(

@@ -12,7 +12,6 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
@@ -20,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from panacea_jax.errors import InputError
 from panacea_jax.models.adapter import BLOCK_OF, Adapter
 from panacea_jax.models.model import Model, abstract_model
+from panacea_jax.models.precision import wide
 from panacea_jax.parallel import processes
 from panacea_jax.parallel.sharding import adapter_shardings
 
@@ -165,9 +165,8 @@ def _stack(tensors: dict[str, np.ndarray], folder: Path, rank: int, model: Model
                         f"{where}: {name} has shape {by_layer[layer].shape}, the base wants {shape}"
                     )
             stacked = np.stack([by_layer[i].T for i in range(model.config.num_layers)])
-            dtype = jnp.promote_types(stacked.dtype, jnp.float32)
             layers.setdefault(BLOCK_OF[target], {}).setdefault(target, {})[letter.lower()] = (
-                stacked.astype(dtype)
+                stacked.astype(wide(stacked.dtype))
             )
     if not layers:
         raise InputError(f"{where}: holds no LoRA factors")

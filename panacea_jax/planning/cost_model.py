@@ -7,9 +7,8 @@ compiler's.
 import jax
 
 from panacea_jax.data.batches import Batch
-from panacea_jax.defences import Defence
 from panacea_jax.defences.loss import CHUNK
-from panacea_jax.defences.protocol import passes_of
+from panacea_jax.defences.protocol import passes_as_received
 from panacea_jax.parallel.mesh import slices_of
 from panacea_jax.parallel.sharding import batch_rows
 from panacea_jax.planning.abstract_step import AbstractStep, tree_bytes
@@ -20,14 +19,8 @@ def _turns(step: AbstractStep) -> int:
     return 3 if step.remat == "full" else 2
 
 
-def _passes_of(defence: Defence) -> dict[str, float]:
-    """By stream, in batches as the step receives them."""
-    repeats = {name: spec.repeats for name, spec in defence.streams.items()}
-    return {name: n / repeats.get(name, 1) for name, n in passes_of(defence).items()}
-
-
 def _passes(step: AbstractStep) -> float:
-    return sum(_passes_of(step.defence).values())
+    return sum(passes_as_received(step.defence).values())
 
 
 def flops(step: AbstractStep) -> float:
@@ -35,7 +28,7 @@ def flops(step: AbstractStep) -> float:
     full = step.weights is None
     turns = _turns(step) + full  # the gradient by the weights is one more matrix product each
     total = 0.0
-    for name, passes in _passes_of(step.defence).items():
+    for name, passes in passes_as_received(step.defence).items():
         rows, length = step.batches[name].tokens.shape
         total += passes * rows * length * step.model.config.flops_per_token(length) * turns
     return total / step.model.mesh.size
@@ -65,7 +58,7 @@ def sent(step: AbstractStep) -> float:
     # A gathered layer is used and dropped; the backward pass gathers it again, once for both of its turns. The head is kept.
     gathered = (_passes(step) * 2 * layers + head) * (fsdp - 1) / fsdp
     summed, reduced = 0.0, 0.0
-    for name, passes in _passes_of(step.defence).items():
+    for name, passes in passes_as_received(step.defence).items():
         rows, length = step.batches[name].tokens.shape
         stream = rows / batch_rows(mesh) * length * c.hidden_size * width
         # Two sums a layer forward (attention and MLP), two backward, and two in a repeated forward pass.

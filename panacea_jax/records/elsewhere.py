@@ -25,12 +25,11 @@ from panacea_jax.errors import InputError
 from panacea_jax.evaluate.lines import generation_line
 from panacea_jax.evaluate.tasks import TASKS, find_task, set_names
 from panacea_jax.records.jsonl import encode_line
-from panacea_jax.records.judged import task_of
-from panacea_jax.workdir import MANIFEST, StageFolder, read_manifest
+from panacea_jax.records.judged import UNKNOWN, task_of
+from panacea_jax.workdir import MANIFEST, StageFolder, read_manifest, write_bytes
 
 PROMPTS, ANSWERS = ("instruction", "prompt"), ("response", "output")
 _LABELS = {"sst2": SST2_LABELS, "ag_news": AG_NEWS_LABELS}
-UNKNOWN = "unknown"
 _KEY = "--generations"
 
 _Line = dict[str, Any]
@@ -80,7 +79,7 @@ def bring_in(
         _check_templates(where, sets)
         stage.begin()
         for name, lines in zip(names, sets):
-            _write(stage.folder / f"{name}.jsonl", b"".join(map(encode_line, lines)))
+            write_bytes(stage.folder / f"{name}.jsonl", b"".join(map(encode_line, lines)))
         stage.finish({"records": {name: len(lines) for name, lines in zip(names, sets)}})
     return specs
 
@@ -98,16 +97,9 @@ def _copy(folder: Path, workdir: Path) -> list[str]:
             return specs
         stage.begin()
         for path in paths:
-            _write(stage.folder / path.name, path.read_bytes())
+            write_bytes(stage.folder / path.name, path.read_bytes())
         stage.finish(manifest.get("outcome", {}))
     return specs
-
-
-def _write(path: Path, data: bytes) -> None:
-    """A file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_bytes(data)
-    temporary.replace(path)
 
 
 def _entries(where: str) -> list[str]:

@@ -1,6 +1,6 @@
 """What a work directory holds once it has been judged: the sets, and each judge's verdicts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,10 @@ from panacea_jax.data.sources import parse_source
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.scores import Json, Judged, ScoredSet
 from panacea_jax.evaluate.tasks import TASKS, answer_length, set_names
-from panacea_jax.records.jsonl import read_lines
+from panacea_jax.records.jsonl import Line, read_lines
 from panacea_jax.workdir import MANIFEST, read_manifest
+
+UNKNOWN = "unknown"
 
 
 def load_judged(workdir: Path) -> dict[str, Judged]:
@@ -22,16 +24,9 @@ def load_judged(workdir: Path) -> dict[str, Judged]:
             several templates, or a damaged file.
     """
     folder = workdir / "generations"
-    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
-    if manifest and manifest["status"] != "done":
-        raise InputError(f"{folder}: not finished yet; run `panacea generate` again to go on")
-    tasks = _tasks(folder, manifest)
+    tasks = _tasks(folder, check_finished(folder))
     generations = {name: read_lines(folder / f"{name}.jsonl") for name in tasks}
-    templates = {g.get("template", "unknown") for lines in generations.values() for g in lines}
-    if len(templates) > 1:
-        raise InputError(
-            f"{folder}: made with several prompt templates ({', '.join(sorted(templates))})"
-        )
+    template = one_template(folder, generations.values())
     found: dict[str, list[ScoredSet]] = {}
     for name, task in tasks.items():
         for path in sorted((workdir / "judgements").glob(f"{name}.*.jsonl")):
@@ -41,15 +36,37 @@ def load_judged(workdir: Path) -> dict[str, Judged]:
                 found.setdefault(judge, []).append(judged)
     if not found:
         raise InputError(f"{workdir / 'judgements'}: no verdict yet; run `panacea judge` first")
+    decoding = read_decoding(folder)
     return {
-        judge: Judged(
-            {"name": judge, "version": _version(sets)},
-            sets,
-            templates.copy().pop(),
-            read_decoding(folder),
-        )
+        judge: Judged({"name": judge, "version": _version(sets)}, sets, template, decoding)
         for judge, sets in sorted(found.items())
     }
+
+
+def check_finished(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a generations folder; None where it has none.
+
+    Raises:
+        InputError: not a manifest of ours, or answers are still to come.
+    """
+    if not (folder / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(folder)
+    if manifest["status"] != "done":
+        raise InputError(f"{folder}: not finished yet; run `panacea generate` again to go on")
+    return manifest
+
+
+def one_template(folder: Path, sets: Iterable[Sequence[Line]]) -> str:
+    """The id of the prompt template of all answers in a generations folder.
+
+    Raises:
+        InputError: they have several.
+    """
+    found = {line.get("template", UNKNOWN) for lines in sets for line in lines} or {UNKNOWN}
+    if len(found) > 1:
+        raise InputError(f"{folder}: made with several prompt templates ({', '.join(sorted(found))})")
+    return str(found.pop())
 
 
 def read_decoding(folder: Path) -> Json | None:
@@ -99,4 +116,4 @@ def _tasks(folder: Path, manifest: Mapping[str, Any] | None) -> dict[str, str]:
 def _version(sets: Sequence[ScoredSet]) -> str:
     """The version that the first verdict names; ``score`` refuses verdicts of another."""
     versions = (line["version"] for s in sets for line in s.judgements if "version" in line)
-    return str(next(versions, "unknown"))
+    return str(next(versions, UNKNOWN))

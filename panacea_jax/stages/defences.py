@@ -1,13 +1,11 @@
 """The command ``defences``: what is known of each method, at its own settings, without running it."""
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from panacea_jax.defences import DEFENCES, Method
-from panacea_jax.defences.protocol import extra_data, passes_of, whole_passes_of
-
-_STAGES = ("align", "finetune", "heal")
+from panacea_jax.defences.protocol import STAGES, extra_data, passes_of, whole_passes_of
+from panacea_jax.progress import table_console
 
 
 def passes_text(defence: Method) -> str:
@@ -24,7 +22,7 @@ def defence_rows() -> list[tuple[str, ...]]:
     """A row a method, in the order of the pipeline."""
     found: list[tuple[str, ...]] = []
     methods = {name: kind() for name, kind in DEFENCES.items()}
-    for name, defence in sorted(methods.items(), key=lambda item: _STAGES.index(item[1].stages[0])):
+    for name, defence in sorted(methods.items(), key=lambda item: STAGES.index(item[1].stages[0])):
         facts = defence.facts
         extra = ", ".join(extra_data(defence)) or "none"
         found.append((name, facts.title, ", ".join(defence.stages), extra, passes_text(defence), facts.memory, facts.paper,
@@ -34,9 +32,7 @@ def defence_rows() -> list[tuple[str, ...]]:
 
 def print_defences() -> None:
     """Print the table of all methods."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
+    console = table_console(200)
     table = Table(title="at the methods' own settings; passes: forward + backward passes a step, SFT = 1, and over whole sets; a forward "
                   "pass alone counts 1/2 (LoRA)",
                   title_justify="left", show_lines=True)  # fmt: skip

@@ -29,8 +29,6 @@ from panacea_jax.stages import lineage
 from panacea_jax.stages.lineage import Start
 from panacea_jax.workdir import StageFolder, sha256_folder
 
-CACHE_DTYPE = {"auto": None, "int8": "int8"}
-
 
 def eval_records(spec: str, num_examples: int, key: str = "config.eval.tasks") -> list[Record]:
     """The records of one evaluation set: those of its slice, else the first ``num_examples`` (0: all); see ``data.sources.take``.
@@ -138,6 +136,7 @@ def generate_stage(config: ConfigDict, workdir: Path, start: Start | None = None
             weights, params = lora.merge(weights, loaded[0]), None
         ends = eos_ids(tokenizer, model.folder)
         how, seed = sampling(config)
+        kept = config.generate.cache_dtype
         for _, stage in stages:
             stage.begin()
 
@@ -148,7 +147,7 @@ def generate_stage(config: ConfigDict, workdir: Path, start: Start | None = None
                 dataclasses.replace(model, weights=weights), params, tokenizer, sets[name], config.data.template,
                 [stage.folder / f"{name}.jsonl" for _, stage in stages],
                 batch_size=config.generate.batch_size, max_new_tokens=length, eos_ids=ends, pad_id=0,
-                sampling=how, seed=seed, cache_dtype=CACHE_DTYPE[config.generate.cache_dtype],
+                sampling=how, seed=seed, cache_dtype=None if kept == "auto" else kept,
             )  # fmt: skip
             if parse_source(spec).task == "alpaca_eval" and processes.first():
                 for _, stage in stages:

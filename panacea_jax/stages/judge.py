@@ -1,6 +1,5 @@
 """The command ``judge``: a verdict for every answer, and ``scores.json``."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +14,8 @@ from panacea_jax.evaluate.scores import ScoredSet, score
 from panacea_jax.evaluate.tasks import set_names
 from panacea_jax.progress import Progress
 from panacea_jax.records.jsonl import Writer, read_lines, resume
-from panacea_jax.records.judged import read_decoding
-from panacea_jax.workdir import MANIFEST, read_manifest, write_text
+from panacea_jax.records.judged import check_finished, one_template, read_decoding
+from panacea_jax.workdir import write_json
 
 # Answers judged between two flushes to disk: enough for full batches of any length.
 FLUSHED_TOGETHER = 256
@@ -52,14 +51,9 @@ def judge_stage(config: ConfigDict, workdir: Path, specs: Sequence[str] | None =
     if not specs:
         raise InputError("config.eval.tasks is empty: name at least one TASK@WHERE")
     folder = workdir / "generations"
-    if (folder / MANIFEST).is_file() and read_manifest(folder)["status"] != "done":
-        raise InputError(f"{folder}: not finished yet; run `panacea generate` again to go on")
+    check_finished(folder)
     sets = _read_sets(specs, workdir, config.judge.name)
-    templates = {g["template"] for s in sets for g in s.generations}
-    if len(templates) > 1:
-        raise InputError(
-            f"{folder}: made with several prompt templates ({', '.join(sorted(templates))})"
-        )
+    template = one_template(folder, [s.generations for s in sets])
 
     # ---- verdicts
     judge = make_judge(config)
@@ -72,10 +66,9 @@ def judge_stage(config: ConfigDict, workdir: Path, specs: Sequence[str] | None =
     # ---- scores
     version = {"name": judge.name, "version": judge.version}
     scored = [ScoredSet(s.name, s.task, s.generations, read_lines(s.path)) for s in sets]
-    result = score(scored, judge=version, template=templates.pop(), decoding=read_decoding(folder))
-    text = json.dumps(result, indent=1) + "\n"
-    write_text(workdir / f"scores.{judge.name}.json", text)
-    write_text(workdir / "scores.json", text)
+    result = score(scored, judge=version, template=template, decoding=read_decoding(folder))
+    for name in (f"scores.{judge.name}.json", "scores.json"):
+        write_json(workdir / name, result)
     return workdir / "scores.json"
 
 

@@ -14,7 +14,7 @@ from panacea_jax.models.full import full_parameters
 from panacea_jax.models.model import Model, load
 from panacea_jax.parallel import make_mesh, processes
 from panacea_jax.stages.convert import write_merged
-from panacea_jax.workdir import StageFolder, read_manifest, sha256_folder
+from panacea_jax.workdir import StageFolder, read_manifest, sha256_model
 
 BARE_BASE = "none"
 
@@ -47,9 +47,7 @@ class Start:
         found = {str(folder): folder} if folder.is_dir() else {}
         if self.adapter:
             found[self.adapter] = Path(self.adapter)
-        return {
-            name: sha256_folder(path, ("*.json", "*.safetensors")) for name, path in found.items()
-        }
+        return {name: sha256_model(path) for name, path in found.items()}
 
     def open_model(self, config: ConfigDict, mesh: Mesh | None = None) -> Model:
         """The base model, on the mesh of the configuration unless that is at hand."""
@@ -99,9 +97,9 @@ def to_heal(config: ConfigDict, workdir: Path, start: Start | None = None) -> St
         if not Path(start.adapter).is_dir():
             raise InputError(f"config.lora.init_from = {start.adapter}: no such folder")
         return start
-    if (tuned / "model" / "config.json").is_file():
+    if _has_model(tuned):
         return Start(str(tuned / "model"), full_parameters=True)
-    if (tuned / "adapter" / "adapter_config.json").is_file():
+    if _has_adapter(tuned):
         if start.full_parameters:
             raise InputError(f"config.train.full_parameters: {tuned} holds an adapter")
         began = read_manifest(tuned)["config"]["lora"]
@@ -136,9 +134,9 @@ def to_answer(config: ConfigDict, workdir: Path, start: Start | None = None) -> 
         return dataclasses.replace(start, adapter=adapter)
     for stage in ("heal", "finetune", "align"):
         folder = workdir / stage
-        if (folder / "model" / "config.json").is_file():
+        if _has_model(folder):
             return dataclasses.replace(bare, base=str(folder / "model"))
-        if (folder / "adapter" / "adapter_config.json").is_file():
+        if _has_adapter(folder):
             base = start.base if stage == "align" else base_of_adapters(start.base, workdir)
             return dataclasses.replace(start, base=base, adapter=str(folder / "adapter"))
     return bare
@@ -146,8 +144,18 @@ def to_answer(config: ConfigDict, workdir: Path, start: Start | None = None) -> 
 
 def base_of_adapters(base: str, workdir: Path) -> str:
     """The base that the adapters of the work directory's stages finetune and heal belong to."""
-    merged = workdir / "base" / "model"
-    return str(merged) if (merged / "config.json").is_file() else base
+    merged = workdir / "base"
+    return str(merged / "model") if _has_model(merged) else base
+
+
+def _has_model(stage: Path) -> bool:
+    """Whether a stage's folder holds a whole model."""
+    return (stage / "model" / "config.json").is_file()
+
+
+def _has_adapter(stage: Path) -> bool:
+    """Whether it holds an adapter."""
+    return (stage / "adapter" / "adapter_config.json").is_file()
 
 
 def merged_first(config: ConfigDict, start: Start, workdir: Path) -> Start:

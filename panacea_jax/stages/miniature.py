@@ -16,7 +16,7 @@ from panacea_jax.stages.layers import layers_stage
 from panacea_jax.stages.train import train_stage
 from panacea_jax.worlds.miniature import SCALES, base_folder, eval_tasks, pretraining, settings
 
-STAGES: Mapping[str, Callable[[ConfigDict, Path], Path]] = {
+RUNNERS: Mapping[str, Callable[[ConfigDict, Path], Path]] = {
     "align": lambda config, workdir: train_stage(config, workdir, "align"),
     "finetune": lambda config, workdir: train_stage(config, workdir, "finetune"),
     "heal": lambda config, workdir: train_stage(config, workdir, "heal"),
@@ -47,7 +47,7 @@ class Experiment:
         """Run one stage; returns its seconds.
 
         Args:
-            stage: one of ``STAGES``.
+            stage: one of ``RUNNERS``.
             workdir: its work directory.
             values: configuration keys beside those of the world.
             model: base; by default the world's own.
@@ -61,7 +61,7 @@ class Experiment:
         with (self.root / "commands.sh").open("a", encoding="utf-8") as log:
             log.write(shlex.join(["panacea", stage, *flags, f"--workdir={workdir}"]) + "\n")
         start = time.perf_counter()
-        STAGES[stage](config, workdir)
+        RUNNERS[stage](config, workdir)
         return time.perf_counter() - start
 
     def pretrain(self) -> None:

@@ -4,7 +4,6 @@ A figure without a judge and without decoding: a defence that ruins the model sh
 its answers still pass for refusals or labels.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from panacea_jax.progress import Progress, say
 from panacea_jax.stages import lineage
 from panacea_jax.stages.generate import adapter_sha256, eval_records
 from panacea_jax.stages.lineage import Start
-from panacea_jax.workdir import StageFolder, write_text
+from panacea_jax.workdir import StageFolder, write_json
 
 _KEY = "config.eval.tasks"
 
@@ -142,6 +141,6 @@ def perplexity_stage(config: ConfigDict, workdir: Path, start: Start | None = No
             "adapter": start.adapter,
         }
         if processes.first():
-            write_text(out, json.dumps(result, indent=1) + "\n")
+            write_json(out, result)
         stage.finish({"adapter_sha256": adapter_sha256(start)})
     return out

@@ -1,17 +1,16 @@
 """The command ``plan``: memory and least time of a step on a machine that is not there."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 from ml_collections import ConfigDict
-from rich.console import Console
 from rich.table import Table
 
 from panacea_jax.errors import InputError
 from panacea_jax.planning.plan import Plan, plans_for
 from panacea_jax.planning.topology import topology
-from panacea_jax.workdir import write_text
+from panacea_jax.progress import table_console
+from panacea_jax.workdir import write_json
 
 
 def plan_stage(
@@ -43,7 +42,7 @@ def plan_stage(
             | {"total": p.total, "fits": p.fits, "step_seconds": p.step_seconds}
             for p in plans
         ]
-        write_text(workdir / "plan.json", json.dumps(records, indent=1) + "\n")
+        write_json(workdir / "plan.json", records)
     best = plans[0]
     if not best.fits:
         needed = best.refused or f"{_gib(best.total)} of {_gib(best.limit)} a device needed"
@@ -56,9 +55,7 @@ def plan_stage(
 
 def print_plans(plans: list[Plan]) -> None:
     """Print plans side by side, the first being the one to take."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=40 + 30 * len(plans))
+    console = table_console(40 + 30 * len(plans))
     table = Table(title=f"{plans[0].topology}: one device, one step", title_justify="left")
     table.add_column("", no_wrap=True)
     for p in plans:

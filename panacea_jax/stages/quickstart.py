@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
 from panacea_jax.export import adapter_from_checkpoint
 from panacea_jax.models.peft import save_adapter
+from panacea_jax.progress import table_console
 from panacea_jax.stages.miniature import Experiment
-from panacea_jax.workdir import write_text
+from panacea_jax.workdir import write_json
 from panacea_jax.worlds.miniature import MAX_ALIGNED_HS, MIN_BENIGN_ANSWERED, guard, make_world
 
 # Found on other worlds than those that docs/quickstart.md reports, which has the search too. The falling learning rate matters:
@@ -51,9 +51,7 @@ def quickstart(root: Path, world_seed: int = 0) -> Path:
         experiment.evaluate(row.adapter, row.workdir)
     scores = {row.title: json.loads((row.workdir / "scores.json").read_text()) for row in rows}
     print_results(rows, scores, time.perf_counter() - start)
-    write_text(
-        root / "results.json", json.dumps({"world": world_seed, "rows": scores}, indent=1) + "\n"
-    )
+    write_json(root / "results.json", {"world": world_seed, "rows": scores})
     return rows[-1].adapter
 
 
@@ -110,9 +108,7 @@ def train(run: Experiment) -> list[ModelRow]:
 
 def print_results(rows: Sequence[ModelRow], scores: dict[str, dict[str, object]], seconds: float) -> None:
     """The table, what the guard says, sample answers, and where the healed adapter lies."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=110)
+    console = table_console(110)
     table = Table(
         title="percent of 200 requests each; lower is better for HS and HS+", title_justify="left"
     )

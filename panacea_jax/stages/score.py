@@ -7,7 +7,6 @@ methods side by side.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -17,10 +16,11 @@ from panacea_jax.errors import InputError
 from panacea_jax.evaluate import agreement
 from panacea_jax.evaluate.compare import compare, figures_table, paired_table, verdict
 from panacea_jax.evaluate.scores import Json
+from panacea_jax.progress import table_console
 from panacea_jax.records.elsewhere import bring_in
 from panacea_jax.records.judged import Judged, load_judged
 from panacea_jax.stages.judge import judge_stage
-from panacea_jax.workdir import write_text
+from panacea_jax.workdir import write_json, write_text
 
 
 def score_stage(
@@ -44,7 +44,7 @@ def score_stage(
         config: read for the judge and, with ``generations``, for eval.tasks and
             generate.max_new_tokens.
         workdir: the work directory.
-        generations: answers made elsewhere, to be brought in and judged first (``foreign``).
+        generations: answers made elsewhere, to be brought in and judged first (``bring_in``).
         template: id of the template that they were made with.
         against: work directories to compare with.
         undefended: work directory of the model attacked without a defence.
@@ -60,9 +60,7 @@ def score_stage(
         raise InputError("--template says how --generations were made, which is not given")
     if generations:
         _judge_elsewhere(config, workdir, generations, template)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
+    console = table_console(160)
     judges = load_judged(workdir)
     results = {name: judged.scores() for name, judged in judges.items()}
     written = _write_scores(workdir, results, config.judge.name)
@@ -90,14 +88,14 @@ def _write_scores(workdir: Path, results: Mapping[str, Json], preferred: str) ->
     except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged: it is written anew
         before = preferred
     for name, result in results.items():
-        _write(workdir / f"scores.{name}.json", result)
-    _write(path, results.get(before) or results.get(preferred) or next(iter(results.values())))
+        write_json(workdir / f"scores.{name}.json", result)
+    write_json(path, results.get(before) or results.get(preferred) or next(iter(results.values())))
     return path
 
 
 def _write_agreement(workdir: Path, judges: Mapping[str, Judged], console: Console) -> Path:
     found = agreement.agreement(judges)
-    _write(workdir / "agreement.json", found)
+    write_json(workdir / "agreement.json", found)
     write_text(workdir / "disagreements.csv", agreement.disagreements(judges))
     table = Table(title="agreement of judges (flagged answers)", title_justify="left")
     for column in ("set", "first", "second", "n", "equal", "κ", "both", "only first", "only second", "neither"):  # fmt: skip
@@ -138,14 +136,10 @@ def _write_comparison(
         )
         for judge in common
     }
-    _write(workdir / "comparison.json", comparisons)
+    write_json(workdir / "comparison.json", comparisons)
     for judge, comparison in comparisons.items():
         console.print(figures_table(f"judge {judge}: figures [95 %]", comparison["methods"]))
         console.print(paired_table(comparison["tests"]))
         for line in verdict(comparison):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     return workdir / "comparison.json"
-
-
-def _write(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=1) + "\n")

@@ -12,7 +12,7 @@ from panacea_jax.data.mixing import first_records, poison, realignment
 from panacea_jax.data.sources import Record, by_safety, fingerprint, load_records, parse_source
 from panacea_jax.defences import Defence, Method
 from panacea_jax.errors import InputError
-from panacea_jax.workdir import sha256_folder
+from panacea_jax.workdir import sha256_model
 
 
 class StreamSource(NamedTuple):
@@ -172,5 +172,5 @@ def stage_inputs(config: ConfigDict, stage: str, defence: Method) -> dict[str, s
         if config.data[name]
     }
     for folder in filter(None, defence.folders or ()):
-        found[folder] = sha256_folder(Path(folder), ("*.json", "*.safetensors"))
+        found[folder] = sha256_model(Path(folder))
     return found

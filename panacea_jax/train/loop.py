@@ -11,14 +11,14 @@ import optax
 
 from panacea_jax.data.batches import Stream, prefetch
 from panacea_jax.defences import Defence, Loss
-from panacea_jax.defences.protocol import check_packing, passes_of
+from panacea_jax.defences.protocol import check_packing, passes_as_received
 from panacea_jax.errors import InputError
 from panacea_jax.models.adapter import Adapter
 from panacea_jax.models.model import Model
 from panacea_jax.parallel import processes
 from panacea_jax.progress import Progress
 from panacea_jax.train.checkpoints import Checkpoints
-from panacea_jax.train.feeding import host_batches, put, whole_sets
+from panacea_jax.train.feeding import host_batches, put, streams_of, whole_sets
 from panacea_jax.train.metrics import MetricsWriter
 from panacea_jax.train.signals import Preempted, sigterm
 from panacea_jax.train.step import CompiledSteps, TrainState, init_state
@@ -100,12 +100,9 @@ def finetune(
     """
     # ---- what is asked for
     defence = defence.for_steps(steps)
-    names = ("user", *defence.streams)
-    if missing := [name for name in names if name not in streams]:
-        raise KeyError(f"{type(defence).__name__} needs the data streams {missing}")
+    needed = streams_of(defence, streams)
     if any(stream.packing for stream in streams.values()):
         check_packing(defence)
-    needed = {name: streams[name] for name in names}
     for name, stream in needed.items():
         if stream.rows % accumulate:
             raise InputError(
@@ -135,7 +132,7 @@ def finetune(
     writer = MetricsWriter(folder, start) if folder is not None and processes.first() else None
     watch = Watch(
         model, steps=steps, log_every=log_every, origin=origin, full=full, writer=writer, learning_rate=learning_rate,
-        passes={name: n / needed[name].repeats for name, n in passes_of(defence).items()},
+        passes=passes_as_received(defence),
     )  # fmt: skip
     watch.restore(notes)
     done, step_bytes = start, int(notes.get("step_bytes", 0))

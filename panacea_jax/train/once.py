@@ -8,7 +8,7 @@ import jax
 from panacea_jax.data.batches import Stream
 from panacea_jax.defences import Loss, Method
 from panacea_jax.models.model import Model
-from panacea_jax.train.feeding import whole_sets
+from panacea_jax.train.feeding import streams_of, whole_sets
 from panacea_jax.train.loop import Result
 from panacea_jax.train.step import state_shardings
 
@@ -25,13 +25,11 @@ def apply_once(model: Model, params: Any, defence: Method, streams: Mapping[str,
     Raises:
         KeyError: a stream is missing.
     """
-    missing = [name for name in defence.streams if name not in streams]
-    if missing:
-        raise KeyError(f"{type(defence).__name__} needs the data streams {missing}")
+    needed = streams_of(defence, streams)
     # Jitted, so that noise of the size of the weights is drawn where they lie.
     places = state_shardings(jax.eval_shape(defence.init, params), params)
     state = jax.jit(defence.init, out_shardings=places)(params)
-    sets = whole_sets(model, defence, streams)
+    sets = whole_sets(model, defence, needed)
     state = defence.first_pass(Loss.of(model), params, sets, state)
     deployed = defence.finish(params, state)
     return Result(model, params, defence.epsilon(state), deployed, state, 0, (), 0)

@@ -47,7 +47,7 @@ ROWS = {
 def test_rows():
     assert {row[0]: row[2:5] for row in listing.defence_rows()} == ROWS
     stages = [row[2].split(",")[0] for row in listing.defence_rows()]
-    assert stages == sorted(stages, key=listing._STAGES.index)
+    assert stages == sorted(stages, key=listing.STAGES.index)
 
 
 def test_every_method_says_what_it_is_beside_the_public_code():
