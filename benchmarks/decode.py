@@ -21,6 +21,7 @@ import numpy as np
 
 from panacea_jax.data.encode import encode_prompt
 from panacea_jax.data.sources import load_records
+from panacea_jax.data.template import Template
 from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.generate import decode
 from panacea_jax.models.families import config_from_dict
@@ -46,7 +47,7 @@ def read_prompts(args: argparse.Namespace) -> list[list[int]]:
         return [rng.integers(3, 32000, n).tolist() for n in rng.integers(60, 181, args.num_prompts)]
     tokenizer = load_tokenizer(args.tokenizer)
     records = load_records(args.prompts, "--prompts")[: args.num_prompts]
-    return [encode_prompt(record, tokenizer, "alpaca") for record in records]
+    return [encode_prompt(record, Template("alpaca", tokenizer)) for record in records]
 
 
 def time_ours(model: Model, prompts: list[list[int]], args: argparse.Namespace) -> float:

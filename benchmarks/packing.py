@@ -16,6 +16,7 @@ import jax
 from panacea_jax.data.batches import Batch, Stream, length_buckets
 from panacea_jax.data.encode import encode_all
 from panacea_jax.data.sources import load_records
+from panacea_jax.data.template import Template
 from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.defences import Sft
 from panacea_jax.models import lora
@@ -39,7 +40,7 @@ def main() -> None:
 
     tokenizer = load_tokenizer(args.tokenizer)
     records = load_records(args.source, "--source", need_output=True)[: args.records]
-    examples = encode_all(records, tokenizer, "alpaca", args.length, "--source")
+    examples = encode_all(records, Template("alpaca", tokenizer), args.length, "--source")
     streams = {
         packing: Stream(
             "user", examples, args.batch, 0, True, length_buckets(args.length),

@@ -1,7 +1,7 @@
 """The protocol of Panacea's experiments, shared by every recipe in this folder.
 
-Paper: arXiv 2501.18100 (NeurIPS 2025). Its numbers are the defaults of ``panacea_jax/config.py``
-and are not repeated here: ρ 1, λ 1e-3, lr 2e-5 constant, weight decay 0.1, 20 epochs, batches of 10
+Paper: arXiv 2501.18100 (NeurIPS 2025). Its numbers are the defaults of ``panacea_jax/config``,
+but for those of records, which are set below: ρ 1, λ 1e-3, lr 2e-5 constant, weight decay 0.1, 20 epochs, batches of 10
 user and 10 harmful records, LoRA r 32, α 4 on q, k and v, 256 tokens, 1000 user records of which
 10 % are harmful, 1000 harmful records of the defender. They come from the only public script,
 ``script/finetune/panacea_gsm8k.sh`` of github.com/w-yibo/Panacea, which names Llama-2-7B and GSM8K.
@@ -45,8 +45,8 @@ the adapter trained on afterwards. Without a file of refusals that stage is left
 base has no alignment to lose: what is measured then is not the paper's question. So give one of
 
 * ``--config.data.alignment=refusals@FILE --config.align.defence.name=sft``. FILE is JSON or JSON
-  lines with "instruction" and "output", or "refusal" as "Question: …", newline, "Answer: …". With
-  fewer than 5000 records add ``--config.data.num_alignment=0`` (all of them).
+  lines with "instruction" and "output", or "refusal" as "Question: …", newline, "Answer: …". Of
+  fewer than 5000 records all are taken, with a warning.
 * ``--config.lora.init_from=FOLDER``: a PEFT adapter that is aligned already.
 * ``--config.model.path=CHAT_MODEL --config.data.template=chat``: a base that is aligned already.
 
@@ -120,6 +120,7 @@ def protocol(model: str, variant: str) -> ConfigDict:
     config = defaults()
     config.model.path = model
     config.model.remat = "full"  # keeps one activation a layer, so that a 7B trains on one device
+    config.data.num_examples, config.data.num_harmful, config.data.num_alignment = 1000, 1000, 5000
     config.data.user = task.train
     config.data.attack = ATTACK
     config.data.harmful = HARMFUL

@@ -5,6 +5,7 @@ which another run is at work, is refused and left as it is.
 """
 
 import contextlib
+import datetime
 import fcntl
 import functools
 import hashlib
@@ -172,6 +173,7 @@ class StageFolder:
             "config": self._config,
             "config_sha256": sha256_json(self._config),
             "inputs": self._inputs,
+            "date": first_day(self.folder.parent) or datetime.date.today().isoformat(),
             "versions": versions(),
             "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
             "processes": jax.process_count(),
@@ -230,6 +232,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a manifest of ours ({type(error).__name__})") from error
     return manifest
+
+
+def first_day(workdir: Path) -> str:
+    """ISO date on which the first stage of a work directory was begun; "" before that, or where no manifest says so.
+
+    Raises:
+        InputError: a manifest that is not one of ours.
+    """
+    manifests = (read_manifest(path.parent) for path in workdir.glob(f"*/{MANIFEST}"))
+    return min((str(m["date"]) for m in manifests if m.get("date")), default="")
 
 
 def write_bytes(path: Path, data: bytes) -> None:

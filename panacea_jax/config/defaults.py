@@ -35,6 +35,8 @@ def _train() -> ConfigDict:
         "full_parameters": False,
         "accumulate": 1,  # micro-batches that a batch is taken in: less memory, the same step
         "log_every": 10,
+        "validate_every": 0,  # steps between two looks at the records held out by data.validation; 0: an epoch
+        "patience": 0,  # looks without a lower loss after which training stops; 0: never
     })  # fmt: skip
 
 
@@ -68,15 +70,23 @@ def get_config(variant: str = "") -> ConfigDict:
             "harmful": "",
             "alignment": "",
             "benign": "",
-            "num_examples": 1000,  # user records, poison included; 0: all
+            "format": "",  # of conversations: messages, conversations or prompt_completion; "": told by the columns
+            "columns": (),  # OURS=THEIRS: columns of users' files that have other names
+            "num_examples": 0,  # user records, poison included; 0: all
             "poison_ratio": 0.1,  # share of records taken from data.attack, when that is set
-            "num_harmful": 1000,  # 0: all
-            "num_alignment": 5000,  # 0: all
+            "num_harmful": 0,  # 0: all
+            "num_alignment": 0,  # 0: all
+            "validation": 0.0,  # share of the main stream held out, whose loss is logged
             "max_length": 256,
+            "max_cut": 1.0,  # share of answers that max_length may cut; more is an error
             "shuffle": True,
             "packing": False,  # True: several short records of a step share a row
             "off_by_one": False,  # True: slices of n - 1 records, as the reference code
             "template": "alpaca",  # or chat: the tokenizer's own
+            "thinking": False,  # what templates of models that may think before they answer are told
+            "date": "",  # ISO date for a template that writes the date; "": that of the work directory's first stage
+            "special_tokens": "text",  # control tokens that a record spells out are text; or as_is: they are control tokens
+            "loss_on": "all",  # answers of a conversation to learn from; or last
         },
         "defence": defence_defaults("panacea"),
         "optimizer": _optimizer(),

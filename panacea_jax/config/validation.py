@@ -1,5 +1,6 @@
 """The checks of a configuration that need no file and no device."""
 
+import datetime
 import math
 import re
 
@@ -12,7 +13,8 @@ from panacea_jax.config.methods import (
     refuse_foreign_keys,
     require,
 )
-from panacea_jax.data.template import TEMPLATES
+from panacea_jax.data.sources import reading
+from panacea_jax.data.template import LOSS_ON, SPECIAL_TOKENS, TEMPLATES
 from panacea_jax.defences.spec import Stack, candidates, parse_stack
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges import JUDGES
@@ -39,7 +41,7 @@ def validate(config: ConfigDict) -> None:
     for section in ("", "align.", "heal."):
         part = config if not section else config[section[:-1]]
         _validate_optimizer(part.optimizer, section)
-        _validate_train(part.train, section)
+        _validate_train(part.train, section, config.data.validation)
         if part.defence.name or not section:
             make_defence(part.defence, section)
         else:
@@ -48,7 +50,6 @@ def validate(config: ConfigDict) -> None:
     one_of(config.model.remat, "model.remat", REMAT)
     one_of(config.model.attention, "model.attention", BACKENDS)
     _validate_quantization(config)
-    one_of(config.data.template, "data.template", TEMPLATES)
     judge = config.judge
     one_of(judge.name, "judge.name", tuple(JUDGES))
     kind = JUDGES[judge.name]
@@ -72,6 +73,7 @@ def validate(config: ConfigDict) -> None:
     for key in ("num_examples", "num_harmful", "num_alignment"):
         _at_least(data[key], f"data.{key}", 0)
     _at_least(data.max_length, "data.max_length", 2)
+    _validate_reading(data)
     for axis, size in config.mesh.items():
         require(
             size == -1 or size >= (axis != "replica"),
@@ -84,6 +86,20 @@ def validate(config: ConfigDict) -> None:
     _validate_generate(config.generate)
     _at_least(config.eval.num_examples, "eval.num_examples", 0)
     _validate_compare(config.compare)
+
+
+def _validate_reading(data: ConfigDict) -> None:
+    """How records are read, rendered and learnt from."""
+    reading(data)
+    one_of(data.template, "data.template", TEMPLATES)
+    one_of(data.special_tokens, "data.special_tokens", SPECIAL_TOKENS)
+    one_of(data.loss_on, "data.loss_on", LOSS_ON)
+    require(0 <= data.validation < 1, "data.validation", data.validation, "a share from 0 to below 1")
+    require(0 <= data.max_cut <= 1, "data.max_cut", data.max_cut, "a share between 0 and 1")
+    try:
+        datetime.date.fromisoformat(data.date or "2000-01-01")
+    except ValueError:
+        require(False, "data.date", data.date, "a date like 2026-01-31")
 
 
 def _validate_quantization(config: ConfigDict) -> None:
@@ -201,7 +217,7 @@ def _validate_optimizer(optimizer: ConfigDict, section: str) -> None:
     require(0 <= ratio <= 1, f"{section}optimizer.warmup_ratio", ratio, "a share between 0 and 1")
 
 
-def _validate_train(train: ConfigDict, section: str) -> None:
+def _validate_train(train: ConfigDict, section: str, held_out: float) -> None:
     for key in ("batch_size", "harmful_batch_size", "alignment_batch_size", "accumulate", "log_every"):
         _at_least(train[key], f"{section}train.{key}", 1)
     _at_least(train.steps, f"{section}train.steps", 0)
@@ -211,3 +227,7 @@ def _validate_train(train: ConfigDict, section: str) -> None:
         train.epochs,
         "1 or more, or set train.steps",
     )
+    for key in ("validate_every", "patience"):
+        _at_least(train[key], f"{section}train.{key}", 0)
+    rule = "nothing is held out to look at; set config.data.validation"
+    require(not train.patience or held_out > 0, f"{section}train.patience", train.patience, rule)

@@ -212,6 +212,6 @@ def pack(groups: Sequence[Sequence[Example]], length: int, rows: int) -> Batch:
             bucket(end, (length,))
             tokens[row, start:end] = example.tokens
             # Nothing comes before a first token: it must not be predicted from another record.
-            loss_mask[row, start + max(example.prompt_length, 1) : end] = True
+            loss_mask[row, start + 1 : end] = example.loss_mask[1:]
             segments[row, start:end] = number
     return Batch(tokens, loss_mask, segments > 0, segments)

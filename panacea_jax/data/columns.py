@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from panacea_jax.data import categories
+from panacea_jax.data.chat import Turn, read_chat
 from panacea_jax.errors import InputError
 
 SST2_INSTRUCTION = "Analyze the sentiment of the input, and respond only positive or negative"
@@ -23,8 +24,8 @@ _Row = Mapping[str, Any]
 
 
 class Fields(NamedTuple):
-    """A row as read: the four parts of a record, the columns they came from, and the columns whose
-    form differs from file to file, in one form."""
+    """A row as read: the four parts of a record, the columns they came from, the columns whose form
+    differs from file to file, in one form, and the turns before the answer where there are several."""
 
     instruction: str
     input: str
@@ -32,14 +33,17 @@ class Fields(NamedTuple):
     reference: str
     used: tuple[str, ...]
     normalised: Mapping[str, Any] = {}
+    turns: tuple[Turn, ...] = ()
 
 
-def read_columns(task: str, row: _Row, need_output: bool) -> Fields:
+def read_columns(task: str, row: _Row, need_output: bool, layout: str = "") -> Fields:
     """Read one row; InputError names the field that is missing or of the wrong type.
 
     With `need_output`, a prompt without an answer column is refused; an answer that is there but
-    empty is the user's choice.
+    empty is the user's choice. `layout` is of conversations: see `chat.read_chat`.
     """
+    if task == "chat":
+        return _chat(row, need_output, layout)
     fields = READERS[task](row)
     if need_output and task in _ANSWER_OF_PROMPTS:
         column = _ANSWER_OF_PROMPTS[task]
@@ -65,10 +69,11 @@ def _missing(row: _Row, name: str) -> InputError:
 def _text(row: _Row, name: str) -> str:
     """A required text column."""
     value = row.get(name)
-    if value is None:
+    if name not in row:
         raise _missing(row, name)
     if not isinstance(value, str):
-        raise InputError(f"field {name!r} must be text, not {type(value).__name__}")
+        what = "null" if value is None else type(value).__name__
+        raise InputError(f"field {name!r} must be text, not {what}")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair
@@ -146,6 +151,15 @@ def _beavertails(row: _Row) -> Fields:
     return Fields(prompt, "", response, "", ("prompt", "response"), harms)
 
 
+def _chat(row: _Row, need_output: bool, layout: str = "") -> Fields:
+    chat = read_chat(row, need_output, layout)
+    asked = next(turn.content for turn in reversed(chat.turns) if turn.role == "user")
+    # One turn of the user is an instruction like any other's.
+    turns = chat.turns if len(chat.turns) > 1 else ()
+    answer = chat.answer or ""
+    return Fields(asked, "", answer, answer, chat.used, turns=turns)
+
+
 def _xstest(row: _Row) -> Fields:
     return Fields(_text(row, "prompt"), "", "", "", ("prompt",))
 
@@ -165,6 +179,7 @@ READERS: dict[str, Callable[[_Row], Fields]] = {
     "xstest": _xstest,
     "advbench": _advbench,
     "pairs": _pairs,
+    "chat": lambda row: _chat(row, need_output=False),
 }
 
 # Tasks whose records may be prompts alone, and the column that training needs (None: has none).

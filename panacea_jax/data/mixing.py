@@ -1,5 +1,6 @@
-"""The poisoned user set: benign records with a share of attack records (methods.md §14)."""
+"""How many records of each source, and in which order: mixtures, the poisoned user set (methods.md §14), what is held out."""
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,13 +9,46 @@ from panacea_jax.data.order import indices
 from panacea_jax.data.sources import Record
 from panacea_jax.errors import InputError
 
+_log = logging.getLogger(__name__)
+
+
+def mixture(sets: Sequence[Sequence[Record]], weights: Sequence[float]) -> list[Record]:
+    """Records of several sets in fixed proportions, each set in its own order, as many as there are until one set has no more.
+
+    Of the first k records, each set's share is its weight's to within one record.
+    """
+    total, taken = sum(weights), [0] * len(sets)
+    mixed: list[Record] = []
+    while True:
+        behind = [weight / total * (len(mixed) + 1) - count for weight, count in zip(weights, taken)]
+        chosen = behind.index(max(behind))
+        if taken[chosen] == len(sets[chosen]):
+            return mixed
+        mixed.append(sets[chosen][taken[chosen]])
+        taken[chosen] += 1
+
+
+def held_out(records: Sequence[Record], share: float, key: str) -> tuple[list[Record], list[Record]]:
+    """Records to train on and records held out, both in order: every (1/share)-th is held out, at least one.
+
+    Raises:
+        InputError: nothing is left to train on; ``key`` is that of the share.
+    """
+    n = max(1, int(share * len(records)))
+    if n >= len(records):
+        raise InputError(f"{key} = {share}: leaves none of {len(records)} records to train on")
+    out = np.zeros(len(records), np.bool_)
+    out[((np.arange(n) + 0.5) * len(records) / n).astype(np.int64)] = True
+    return [r for r, o in zip(records, out) if not o], [r for r, o in zip(records, out) if o]
+
 
 def poison(
     benign: Sequence[Record], attack: Sequence[Record], n: int, p: float, off_by_one: bool
 ) -> list[Record]:
     """The first int((1−p)·n) benign records, then the first int(p·n) attack records.
 
-    Binary fractions can lose a record: n = 1000 and p = 0.9 gives 99 benign ones.
+    Binary fractions can lose a record: n = 1000 and p = 0.9 gives 99 benign ones. Where there are fewer records, n is lowered until
+    there are enough, with a warning: p is what experiments vary.
 
     Args:
         benign: Records of the user's task.
@@ -25,31 +59,47 @@ def poison(
             0 < i < int(p·n), one record fewer and not the first.
 
     Raises:
-        InputError: n < 1, p outside [0, 1], too few records, or an empty set.
+        InputError: n < 1, p outside [0, 1], or an empty set.
     """
     if n < 1:
         raise InputError(f"config.data.num_examples: must be at least 1, not {n}")
     if not 0 <= p <= 1:  # also false for NaN
         raise InputError(f"config.data.poison_ratio: must be in [0, 1], not {p}")
+    asked = n
+    while int((1 - p) * n) > len(benign) or int(p * n) > len(attack):
+        n -= 1
+    if n < asked:
+        _log.warning(
+            "config.data.num_examples = %d: %d are taken, all there are at config.data.poison_ratio = %g: config.data.user holds "
+            "%d records, config.data.attack %d", *(asked, n, p, len(benign), len(attack)),
+        )  # fmt: skip
     num_benign, num_attack = int((1 - p) * n), int(p * n)
-    _enough(benign, num_benign, "config.data.user", n, p)
-    _enough(attack, num_attack, "config.data.attack", n, p)
     mixed = [*benign[:num_benign], *attack[int(off_by_one) : num_attack]]
     if not mixed:
         raise InputError(f"config.data.num_examples={n} at poison_ratio={p} leaves no record")
     return mixed
 
 
-def first_records(records: Sequence[Record], n: int, key: str, off_by_one: bool = False) -> list[Record]:
-    """The first n records of a defender's set; with `off_by_one` the reference's 0 < i < n.
+def first_records(
+    records: Sequence[Record], n: int, key: str, count_key: str, off_by_one: bool = False
+) -> list[Record]:
+    """The first n records of a set, all with a warning if there are fewer; with `off_by_one` the reference's 0 < i < n.
+
+    Args:
+        records: In the set's order.
+        n: How many are asked for; 0: all.
+        key: Configuration key of the source.
+        count_key: Configuration key of `n`.
+        off_by_one: As the reference code.
 
     Raises:
-        InputError: n asks for none or for more than there are; `key` is the source's key.
+        InputError: none is left.
     """
+    if len(records) < n:
+        _log.warning("%s = %d: %s holds %d records, all are taken", count_key, n, key, len(records))
+    n = min(n or len(records), len(records))
     if n <= int(off_by_one):
         raise InputError(f"{key}: {n} records are asked for; at least {1 + off_by_one} are needed")
-    if len(records) < n:
-        raise InputError(f"{key}: {n} records are asked for, but it holds {len(records)}")
     return list(records[int(off_by_one) : n])
 
 
@@ -85,11 +135,3 @@ def realignment(
             picked = indices(seed, name, 0, count, len(records), shuffle)
             chosen[where] = [records[i] for i in picked]
     return list(chosen)
-
-
-def _enough(records: Sequence[Record], wanted: int, key: str, n: int, p: float) -> None:
-    if len(records) < wanted:
-        raise InputError(
-            f"{key}: holds {len(records)} records, but config.data.num_examples={n} at "
-            f"config.data.poison_ratio={p} takes {wanted}"
-        )

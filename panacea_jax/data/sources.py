@@ -1,4 +1,4 @@
-"""Sources ``TASK[:SLICE]@WHERE`` turned into records that are all alike.
+"""Sources ``TASK[:SLICE]@WHERE``, and mixtures of them, turned into records that are all alike.
 
 TASK says what the columns mean (`columns`), SLICE which records of a test set count (`slices`),
 WHERE where the rows are: a local ``.jsonl``, ``.json``, ``.csv`` (each also ``.gz``) or
@@ -6,21 +6,28 @@ WHERE where the rows are: a local ``.jsonl``, ``.json``, ``.csv`` (each also ``.
 ``owner/name[/subset][:split]``. Nothing touches the network unless WHERE is a hub id and no such
 local path exists.
 
+A mixture to train on is ``SOURCE + SOURCE``, one after the other, or ``SOURCE*2 + SOURCE*1``, in these
+proportions.
+
 Every error line starts with the configuration key and then names file, line or record.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from panacea_jax.data import columns, files, hub
+from panacea_jax.data.chat import LAYOUTS, Turn
 from panacea_jax.data.slices import find_slice
 from panacea_jax.errors import InputError
 
 _log = logging.getLogger(__name__)
+
+_WEIGHT = re.compile(r"(.*)\*\s*(\d+\.?\d*|\.\d+)\s*")
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,8 @@ class Record:
             (SST-2, AG News), the output; empty for prompts that have no right answer.
         extra: The columns that were not used, for example `is_safe`, and BeaverTails' `category` as
             a list of names; nothing is filtered on load.
+        turns: Of a conversation, all turns before the answer; `instruction` is the user's last one. Empty
+            where there is no other.
     """
 
     instruction: str
@@ -51,6 +60,40 @@ class Record:
     output: str
     reference: Any
     extra: dict[str, Any]
+    turns: tuple[Turn, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the rows of a user's own files are to be read.
+
+    Attributes:
+        layout: Of conversations, a name of `chat.LAYOUTS`; "": told by the columns.
+        columns: Our name of a column by the file's; files without such a column are read as they are.
+    """
+
+    layout: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+
+BY_COLUMNS = Reading()
+
+
+def reading(data: Any) -> Reading:
+    """What a section ``config.data`` says of it.
+
+    Raises:
+        InputError: an unknown format, or an entry that is not OURS=THEIRS.
+    """
+    if data.format and data.format not in LAYOUTS:
+        raise InputError(f"config.data.format: unknown {data.format!r}; known: {', '.join(LAYOUTS)}")
+    named: dict[str, str] = {}
+    for entry in data.columns:
+        ours, equals, theirs = str(entry).partition("=")
+        if not (ours and equals and theirs) or theirs in named or ours in named.values():
+            raise InputError(f"config.data.columns: {entry!r}: write each column once, as OURS=THEIRS, like output=answer")
+        named[theirs] = ours
+    return Reading(data.format, named)
 
 
 def parse_source(spec: str) -> Source:
@@ -76,7 +119,27 @@ def parse_source(spec: str) -> Source:
     return Source(task, where, name)
 
 
-def load_records(spec: str, key: str, *, need_output: bool = False) -> list[Record]:
+def parse_mixture(spec: str) -> list[tuple[str, float | None]]:
+    """The sources of ``SOURCE[*WEIGHT] + …``, each with its weight; one source alone is a mixture too.
+
+    Raises:
+        InputError: weights on some sources only, or one that is 0.
+    """
+    parts: list[tuple[str, float | None]] = []
+    for part in spec.split(" + "):
+        weighted = _WEIGHT.fullmatch(part.strip())
+        parts.append((weighted[1].strip(), float(weighted[2])) if weighted else (part.strip(), None))
+    weights = [weight for _, weight in parts]
+    if any(w is None for w in weights) and any(w is not None for w in weights):
+        raise InputError(f"{spec!r}: give each source a weight, or none")
+    if 0 in weights:
+        raise InputError(f"{spec!r}: a weight of 0 takes nothing; leave that source out")
+    return parts
+
+
+def load_records(
+    spec: str, key: str, *, need_output: bool = False, reading: Reading = BY_COLUMNS
+) -> list[Record]:
     """Load every record of a source, in its order; a slice is not cut out yet (`take`).
 
     Args:
@@ -84,6 +147,7 @@ def load_records(spec: str, key: str, *, need_output: bool = False) -> list[Reco
         key: Configuration key that held `spec`, for error lines.
         need_output: The records are trained on, so prompts alone (say BeaverTails without
             `response`) are refused, and slices, which are of test sets.
+        reading: How the columns of users' own files are read.
 
     Raises:
         InputError: Whatever is wrong with the source, in one line.
@@ -93,7 +157,7 @@ def load_records(spec: str, key: str, *, need_output: bool = False) -> list[Reco
         if source.slice and need_output:
             raise InputError(f"{spec!r}: slices of test sets are for config.eval.tasks only")
         rows = _rows(source.where)
-        records = [_record(source.task, row, place, need_output) for place, row in rows]
+        records = [_record(source.task, row, place, need_output, reading) for place, row in rows]
         if not records:
             raise InputError(f"{source.where}: holds no records")
     except InputError as error:
@@ -131,11 +195,15 @@ def fingerprint(spec: str, key: str = "source") -> str:
     a hub set's over its rows, because its cached files change with the version of `datasets`.
     """
     try:
-        where = parse_source(spec).where
-        path = files.local(where)
-        return _hash_rows(hub.hub_rows(where)) if path is None else files.sha256(path)
+        found = [_fingerprint(parse_source(part).where) for part, _ in parse_mixture(spec)]
     except InputError as error:
         raise InputError(f"{key}: {error}") from error
+    return found[0] if len(found) == 1 else hashlib.sha256("\n".join(found).encode()).hexdigest()
+
+
+def _fingerprint(where: str) -> str:
+    path = files.local(where)
+    return _hash_rows(hub.hub_rows(where)) if path is None else files.sha256(path)
 
 
 def _rows(where: str) -> Iterator[tuple[str, Any]]:
@@ -143,16 +211,19 @@ def _rows(where: str) -> Iterator[tuple[str, Any]]:
     return hub.hub_rows(where) if path is None else files.file_rows(path)
 
 
-def _record(task: str, row: Any, place: str, need_output: bool) -> Record:
+def _record(task: str, row: Any, place: str, need_output: bool, reading: Reading) -> Record:
     if not isinstance(row, dict):
         raise InputError(f"{place}: expected an object with named fields, not {row!r:.40}")
+    if not reading.columns.keys().isdisjoint(row):
+        ours = {name for theirs, name in reading.columns.items() if theirs in row}
+        row = {reading.columns.get(n, n): value for n, value in row.items() if n not in ours}
     try:
-        fields = columns.read_columns(task, row, need_output)
+        fields = columns.read_columns(task, row, need_output, reading.layout)
     except InputError as error:
         raise InputError(f"{place}: {error}") from error
     extra = {name: value for name, value in row.items() if name not in fields.used}
     extra.update(fields.normalised)
-    return Record(fields.instruction, fields.input, fields.output, fields.reference, extra)
+    return Record(fields.instruction, fields.input, fields.output, fields.reference, extra, fields.turns)
 
 
 def _hash_rows(rows: Iterable[tuple[str, Any]]) -> str:

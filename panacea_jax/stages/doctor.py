@@ -23,8 +23,7 @@ from rich.table import Table
 
 from panacea_jax.config import make_defence
 from panacea_jax.data import files
-from panacea_jax.data.sources import load_records, parse_source
-from panacea_jax.data.template import template_id
+from panacea_jax.data.sources import Reading, load_records, parse_mixture, parse_source, reading
 from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges import make_judge
@@ -37,7 +36,8 @@ from panacea_jax.models.weights import find_tensors
 from panacea_jax.parallel import make_mesh, weight_sharding
 from panacea_jax.parallel.sharding import batch_rows
 from panacea_jax.planning.abstract_step import abstract_weights, fresh_adapter, placed, tree_bytes
-from panacea_jax.stages.streams import defender_records, user_records
+from panacea_jax.stages.rendering import make_template
+from panacea_jax.stages.streams import defender_records, training_records, user_records
 from panacea_jax.train.optimizer import optimizer_of
 from panacea_jax.train.step import state_shardings
 from panacea_jax.workdir import versions
@@ -357,7 +357,7 @@ def _tokenizer(report: _Report, config: ConfigDict, model: ModelConfig | None) -
             ("class", type(tokenizer).__name__),
             ("entries", f"{len(tokenizer):,}"),
             ("end of sequence", f"{tokenizer.eos_token!r} ({tokenizer.eos_token_id})"),
-            ("prompt template", template_id(config.data.template, tokenizer)),
+            ("prompt template", make_template(config, tokenizer).id),
         ]
         report.table("tokenizer", ("", ""), rows)
         if model is not None and tokenizer.eos_token_id >= model.vocab_size:
@@ -389,23 +389,26 @@ def _sources(report: _Report, config: ConfigDict) -> None:
     for key, spec, trained in keys:
         if spec:
             with report.noting():
-                rows.append((key, spec, _count(spec, key, trained)))
+                rows.append((key, spec, _count(spec, key, trained, reading(config.data))))
     if rows:
         report.table("sources", ("key", "source", "#records"), rows)
     _enough(report, config)
 
 
 def _is_local(spec: str) -> bool:
-    return bool(spec) and files.local(parse_source(spec).where) is not None
+    """Whether every part of a source is here."""
+    parts = [parse_source(part) for part, _ in parse_mixture(spec)] if spec else []
+    return bool(parts) and all(files.local(part.where) is not None for part in parts)
 
 
-def _count(spec: str, key: str, trained: bool) -> str:
+def _count(spec: str, key: str, trained: bool, how: Reading) -> str:
     try:
         if not _is_local(spec):
             return NOT_LOOKED_AT
     except InputError as error:
         raise InputError(f"{key}: {error}") from error
-    return f"{len(load_records(spec, key, need_output=trained)):,}"
+    records = training_records(spec, key, how) if trained else load_records(spec, key, reading=how)
+    return f"{len(records):,}"
 
 
 def _enough(report: _Report, config: ConfigDict) -> None:

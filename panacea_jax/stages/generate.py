@@ -9,8 +9,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from panacea_jax.data.encode import encode_prompt
-from panacea_jax.data.sources import Record, fingerprint, load_records, parse_source, take
-from panacea_jax.data.template import render, template_id
+from panacea_jax.data.sources import Record, fingerprint, load_records, parse_source, reading, take
+from panacea_jax.data.template import Template
 from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.lines import generation_line
@@ -27,24 +27,28 @@ from panacea_jax.records.alpaca_eval import write_model_outputs
 from panacea_jax.records.journal import Answers
 from panacea_jax.stages import lineage
 from panacea_jax.stages.lineage import Start
+from panacea_jax.stages.rendering import decisive_for_prompts, make_template
 from panacea_jax.workdir import StageFolder, sha256_folder
 
 
-def eval_records(spec: str, num_examples: int, key: str = "config.eval.tasks") -> list[Record]:
-    """The records of one evaluation set: those of its slice, else the first ``num_examples`` (0: all); see ``data.sources.take``.
+def eval_records(config: ConfigDict, spec: str) -> list[Record]:
+    """The records of one evaluation set: those of its slice, else the first ``config.eval.num_examples`` (0: all); see
+    ``data.sources.take``.
 
     Raises:
         InputError: the source cannot be used, or nothing is left of it.
     """
-    records = take(load_records(spec, key), spec, num_examples)
+    key = "config.eval.tasks"
+    records = take(load_records(spec, key, reading=reading(config.data)), spec, config.eval.num_examples)
     if not records:
         raise InputError(f"{key}: {spec} holds no record to evaluate")
     return records
 
 
-def eos_ids(tokenizer: Any, folder: Path | None) -> list[int]:
-    """End-of-sequence ids: the tokenizer's, and those that ``generation_config.json`` adds (chat models end turns with another)."""
-    ids = {int(tokenizer.eos_token_id)}
+def eos_ids(template: Template, folder: Path | None) -> list[int]:
+    """End-of-sequence ids: the tokenizer's, the template's own mark of an answer's end, and those that ``generation_config.json`` adds
+    (chat models end turns with another)."""
+    ids = {int(template.tokenizer.eos_token_id), *template.end_ids()}
     path = None if folder is None else folder / "generation_config.json"
     if path is not None and path.is_file():
         from transformers import GenerationConfig
@@ -74,7 +78,7 @@ def decisive_for_answers(config: ConfigDict, start: Start) -> dict[str, Any]:
     return {
         "model": {"path": start.base, "dtype": config.model.dtype},
         "adapter": start.adapter,
-        "template": config.data.template,
+        **decisive_for_prompts(config),
         "eval": {"tasks": list(config.eval.tasks), "num_examples": config.eval.num_examples},
         "decoding": decoding,
     }
@@ -123,9 +127,8 @@ def generate_stage(config: ConfigDict, workdir: Path, start: Start | None = None
 
         # ---- prompts, model
         begun = stages[0][0]
-        tokenizer = load_tokenizer(begun.base)
-        count = config.eval.num_examples
-        sets = {name: eval_records(spec, count) for name, spec in zip(names, specs)}
+        template = make_template(config, load_tokenizer(begun.base), workdir)
+        sets = {name: eval_records(config, spec) for name, spec in zip(names, specs)}
         model = begun.open_model(config)
         loaded = [lora.load(one.adapter, model) for one, _ in stages if one.adapter]
         weights: Any = model.weights
@@ -134,7 +137,7 @@ def generate_stage(config: ConfigDict, workdir: Path, start: Start | None = None
             params = lora.side_by_side(loaded)
         elif loaded and config.generate.merge:
             weights, params = lora.merge(weights, loaded[0]), None
-        ends = eos_ids(tokenizer, model.folder)
+        ends = eos_ids(template, model.folder)
         how, seed = sampling(config)
         kept = config.generate.cache_dtype
         for _, stage in stages:
@@ -144,7 +147,7 @@ def generate_stage(config: ConfigDict, workdir: Path, start: Start | None = None
         for name, spec in zip(names, specs):
             length = config.generate.max_new_tokens or answer_length(spec)
             _answer(
-                dataclasses.replace(model, weights=weights), params, tokenizer, sets[name], config.data.template,
+                dataclasses.replace(model, weights=weights), params, template, sets[name],
                 [stage.folder / f"{name}.jsonl" for _, stage in stages],
                 batch_size=config.generate.batch_size, max_new_tokens=length, eos_ids=ends, pad_id=0,
                 sampling=how, seed=seed, cache_dtype=None if kept == "auto" else kept,
@@ -163,19 +166,34 @@ def adapter_sha256(start: Start) -> str:
     return sha256_folder(Path(start.adapter), ("*",)) if start.adapter else ""
 
 
+def asked(
+    template: Template, records: Sequence[Record], key: str
+) -> tuple[list[str], list[list[int]]]:
+    """The prompts of a set, as text and as ids.
+
+    Raises:
+        InputError: a record that the template has no form for; ``key`` and its number are named.
+    """
+    prompts, ids = [], []
+    for number, record in enumerate(records, start=1):
+        try:
+            prompts.append(template.plain(template.prompt(record)))
+            ids.append(encode_prompt(record, template))
+        except InputError as error:
+            raise InputError(f"{key}: record {number}: {error}") from error
+    return prompts, ids
+
+
 def _answer(
     model: Model,
     params: Any,
-    tokenizer: Any,
+    template: Template,
     records: Sequence[Record],
-    template: str,
     paths: Sequence[Path],
     **settings: Any,
 ) -> None:
     """Decode one set with each adapter into its own file, from where these end; ``settings`` are those of ``generate``."""
-    form = template_id(template, tokenizer)
-    prompts = [render(r, template, tokenizer) for r in records]
-    ids = [encode_prompt(r, tokenizer, template) for r in records]
+    prompts, ids = asked(template, records, f"config.eval.tasks: {paths[0].stem}")
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(Answers(path, prompts)) for path in paths]
         todo = [(a, i) for a, file in enumerate(files) for i in file.missing]
@@ -192,8 +210,8 @@ def _answer(
             line = generation_line(
                 records[i],
                 prompt=prompts[i],
-                response=tokenizer.decode(tokens, skip_special_tokens=True),
-                template=form,
+                response=template.tokenizer.decode(tokens, skip_special_tokens=True),
+                template=template.id,
                 finished=finished,
             )
             files[a].put(i, line | {"tokens": len(tokens) + finished})

@@ -5,29 +5,23 @@ its answers still pass for refusals or labels.
 """
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
-from panacea_jax.data.batches import Stream, length_buckets
-from panacea_jax.data.encode import Example, encode_all
+from panacea_jax.data.encode import encode_all
 from panacea_jax.data.sources import fingerprint, parse_source
-from panacea_jax.data.template import template_id
 from panacea_jax.data.tokenizer import load_tokenizer
-from panacea_jax.defences import Loss
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.tasks import find_task, set_names
 from panacea_jax.models import lora
-from panacea_jax.models.model import Model
-from panacea_jax.parallel import batch_sharding, processes
-from panacea_jax.parallel.sharding import batch_rows
+from panacea_jax.parallel import processes
 from panacea_jax.progress import Progress, say
 from panacea_jax.stages import lineage
 from panacea_jax.stages.generate import adapter_sha256, eval_records
 from panacea_jax.stages.lineage import Start
+from panacea_jax.stages.rendering import decisive_for_prompts, make_template
+from panacea_jax.train.held_out import sum_nll
 from panacea_jax.workdir import StageFolder, write_json
 
 _KEY = "config.eval.tasks"
@@ -35,41 +29,11 @@ _KEY = "config.eval.tasks"
 # exp of more does not fit a float; such a perplexity, and NaN, are null in the file.
 LARGEST = 700.0
 
-_summed = jax.jit(Loss.summed)
-
 
 def has_answers(spec: str) -> bool:
     """Whether a set's records hold an answer that a good model gives: not those of harmful prompts,
     and XSTest has none."""
     return find_task(parse_source(spec).task).role in ("accuracy", "generation")
-
-
-def sum_nll(
-    model: Model, params: Any, examples: Sequence[Example], batch_size: int, title: str
-) -> tuple[float, int]:
-    """Negative log-likelihood in nats, summed over all response tokens (EOS included), and their
-    number.
-
-    Args:
-        model: base.
-        params: adapter, complete weights, or None.
-        examples: tokenised as for training.
-        batch_size: rows a batch, rounded up to what the mesh divides.
-        title: of the progress bar.
-    """
-    by_length = sorted(examples, key=lambda example: len(example.tokens))  # little padding
-    stream = Stream(
-        name="perplexity", examples=by_length, batch_size=batch_size, seed=0, shuffle=False,
-        buckets=length_buckets(len(by_length[-1].tokens)), row_multiple=batch_rows(model.mesh),
-    )  # fmt: skip
-    loss, total, tokens = Loss.of(model), 0.0, 0
-    with Progress(title, stream.steps_per_epoch) as bar:
-        for batch in stream.once():
-            placed = jax.device_put(batch, batch_sharding(model.mesh))
-            found, count = jax.device_get(_summed(loss, params, placed))
-            total, tokens = total + float(found), tokens + int(count)
-            bar.advance()
-    return total, tokens
 
 
 def perplexity_stage(config: ConfigDict, workdir: Path, start: Start | None = None) -> Path:
@@ -94,7 +58,8 @@ def perplexity_stage(config: ConfigDict, workdir: Path, start: Start | None = No
     decisive = {
         "model": {"path": start.base, "dtype": config.model.dtype},
         "adapter": start.adapter,
-        "template": config.data.template,
+        **decisive_for_prompts(config),
+        **({} if config.data.loss_on == "all" else {"loss_on": config.data.loss_on}),
         "max_length": config.data.max_length,
         "tasks": chosen,
         "num_examples": config.eval.num_examples,
@@ -106,12 +71,10 @@ def perplexity_stage(config: ConfigDict, workdir: Path, start: Start | None = No
             return out
 
         # ---- records, model
-        tokenizer = load_tokenizer(start.base)
-        data = config.data
+        template, data = make_template(config, load_tokenizer(start.base), workdir), config.data
         encoded = {
             names[spec]: encode_all(
-                eval_records(spec, config.eval.num_examples),
-                *(tokenizer, data.template, data.max_length, _KEY),
+                eval_records(config, spec), template, data.max_length, _KEY, loss_on=data.loss_on
             )
             for spec in chosen
         }
@@ -123,19 +86,19 @@ def perplexity_stage(config: ConfigDict, workdir: Path, start: Start | None = No
         size = config.train.batch_size  # fits, as training held the same logits
         sets = {}
         for name, examples in encoded.items():
-            total, tokens = sum_nll(model, params, examples, size, f"perplexity {name}")
+            with Progress(f"perplexity {name}", -(-len(examples) // size)) as bar:
+                total, tokens = sum_nll(model, params, examples, size, bar.advance)
             nll = total / tokens
-            cut = (int(example.tokens[-1]) != tokenizer.eos_token_id for example in examples)
             sets[name] = {
                 "perplexity": math.exp(nll) if nll < LARGEST else None,
                 "nll": nll if math.isfinite(nll) else None,
                 "tokens": tokens,
                 "records": len(examples),
-                "cut": sum(cut),
+                "cut": sum(example.cut for example in examples),
             }
         result = {
             "sets": sets,
-            "template": template_id(data.template, tokenizer),
+            "template": template.id,
             "max_length": data.max_length,
             "model": start.base,
             "adapter": start.adapter,

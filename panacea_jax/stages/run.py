@@ -51,7 +51,7 @@ def check_run(config: ConfigDict) -> None:
         stage_records(heal, "heal", check_stage(heal, "heal", left, "heal."))
     set_names(config.eval.tasks)
     for spec in config.eval.tasks:
-        eval_records(spec, config.eval.num_examples)
+        eval_records(config, spec)
     if config.eval.tasks:
         make_judge(config)
     if config.generate.adapters:

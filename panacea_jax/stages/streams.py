@@ -1,15 +1,27 @@
 """The data streams of a stage: which sources they draw on, how many records of each, and their fingerprints."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from panacea_jax.config import batch_sizes
 from panacea_jax.data.batches import Stream, length_buckets
-from panacea_jax.data.encode import encode_all
-from panacea_jax.data.mixing import first_records, poison, realignment
-from panacea_jax.data.sources import Record, by_safety, fingerprint, load_records, parse_source
+from panacea_jax.data.encode import Example, encode_all
+from panacea_jax.data.mixing import first_records, held_out, mixture, poison, realignment
+from panacea_jax.data.sources import (
+    BY_COLUMNS,
+    Reading,
+    Record,
+    by_safety,
+    fingerprint,
+    load_records,
+    parse_mixture,
+    parse_source,
+    reading,
+)
+from panacea_jax.data.template import Template
 from panacea_jax.defences import Defence, Method
 from panacea_jax.errors import InputError
 from panacea_jax.workdir import sha256_model
@@ -22,22 +34,35 @@ class StreamSource(NamedTuple):
         key: the configuration's key that names it.
         records: in file order, but for a mix, which has an order of its own.
         batch_size: records of a batch.
+        held_out: records to measure the loss on.
     """
 
     key: str
     records: list[Record]
     batch_size: int
+    held_out: Sequence[Record] = ()
 
 
-def training_records(spec: str, key: str) -> list[Record]:
-    """Records to train on. Of BeaverTails, attack and harmful sets take the answers judged unsafe, all others the safe ones.
+def training_records(spec: str, key: str, reading: Reading = BY_COLUMNS) -> list[Record]:
+    """Records to train on, of one source or of a mixture. Of BeaverTails, attack and harmful sets take the answers judged unsafe, all
+    others the safe ones.
 
     Raises:
         InputError: the source is not set or cannot be used, or nothing is left of it.
     """
     if not spec:
         raise InputError(f"{key} is not set: give TASK@WHERE")
-    records = load_records(spec, key, need_output=True)
+    try:
+        parts = parse_mixture(spec)
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from error
+    sets = [_of_source(part, key, reading) for part, _ in parts]
+    weights = [weight for _, weight in parts if weight is not None]
+    return mixture(sets, weights) if weights else [record for found in sets for record in found]
+
+
+def _of_source(spec: str, key: str, reading: Reading) -> list[Record]:
+    records = load_records(spec, key, need_output=True, reading=reading)
     if parse_source(spec).task == "beavertails":
         safe = key not in ("config.data.attack", "config.data.harmful")
         records = by_safety(records, safe)
@@ -53,11 +78,11 @@ def user_records(config: ConfigDict) -> list[Record]:
         InputError: a source is not set or cannot be used.
     """
     data, key = config.data, "config.data.user"
-    user = training_records(data.user, key)
-    n = data.num_examples or len(user)
+    user = training_records(data.user, key, reading(data))
     if not data.attack:
-        return first_records(user, n, key)
-    attack = training_records(data.attack, "config.data.attack")
+        return first_records(user, data.num_examples, key, "config.data.num_examples")
+    attack = training_records(data.attack, "config.data.attack", reading(data))
+    n = data.num_examples or len(user)
     return poison(user, attack, n, data.poison_ratio, data.off_by_one)
 
 
@@ -68,9 +93,9 @@ def defender_records(config: ConfigDict, name: str) -> list[Record]:
         InputError: the source is not set or cannot be used.
     """
     data, key = config.data, f"config.data.{name}"
-    records = training_records(data[name], key)
-    count = data.get(f"num_{name}") or len(records)  # of the benign ones, always all
-    return first_records(records, count, key, data.off_by_one)
+    records = training_records(data[name], key, reading(data))
+    count = data.get(f"num_{name}", 0)  # of the benign ones, always all
+    return first_records(records, count, key, f"config.data.num_{name}", data.off_by_one)
 
 
 def stage_records(config: ConfigDict, stage: str, defence: Method) -> dict[str, StreamSource]:
@@ -82,7 +107,9 @@ def stage_records(config: ConfigDict, stage: str, defence: Method) -> dict[str, 
     sizes = batch_sizes(config.train)
     sources: dict[str, StreamSource] = {}
     if isinstance(defence, Defence):
-        sources["user"] = StreamSource(*_main(config, stage, defence), sizes["user"])
+        key, records = _main(config, stage, defence)
+        records, out = _hold_out(config, defence, records)
+        sources["user"] = StreamSource(key, records, sizes["user"], out)
     for name in defence.streams:
         records = defender_records(config, name)
         sources[name] = StreamSource(f"config.data.{name}", records, sizes[name])
@@ -102,6 +129,18 @@ def _main(config: ConfigDict, stage: str, defence: Method) -> tuple[str, list[Re
     if stage == "align":
         return "config.data.alignment", defender_records(config, "alignment")
     return "config.data.user", user_records(config)
+
+
+def _hold_out(
+    config: ConfigDict, defence: Method, records: list[Record]
+) -> tuple[list[Record], list[Record]]:
+    """The records to train on, and those whose loss is watched."""
+    share, key = config.data.validation, "config.data.validation"
+    if not share or defence.benign_share is not None:  # a mix of its own, made for its steps
+        return records, []
+    if any(spec.paired for spec in defence.streams.values()):
+        raise InputError(f"{key} = {share}: {config.defence.name} takes its records in pairs, so none can be held out")
+    return held_out(records, share, key)
 
 
 def _realignment(config: ConfigDict, ratio: float, steps: int) -> list[Record]:
@@ -137,15 +176,20 @@ def _check_pairs(name: str, main: StreamSource, other: StreamSource) -> None:
 
 
 def make_streams(
-    config: ConfigDict, stage: str, defence: Method, tokenizer: Any, rows: int
-) -> dict[str, Stream]:
-    """The tokenised streams of a stage; the rows of a batch are a multiple of ``rows``."""
+    config: ConfigDict, stage: str, defence: Method, template: Template, rows: int
+) -> tuple[dict[str, Stream], list[Example]]:
+    """The tokenised streams of a stage, and the examples held out; the rows of a batch are a multiple of ``rows``."""
     data = config.data
     asked, mix = defence.streams, defence.benign_share is not None
-    return {
+    sources = stage_records(config, stage, defence)
+
+    def encoded(records: Sequence[Record], key: str) -> list[Example]:
+        return encode_all(records, template, data.max_length, key, loss_on=data.loss_on, max_cut=data.max_cut)
+
+    streams = {
         name: Stream(
             name=name,
-            examples=encode_all(source.records, tokenizer, data.template, data.max_length, source.key),
+            examples=encoded(source.records, source.key),
             batch_size=source.batch_size,
             seed=config.seed,
             shuffle=data.shuffle and not mix,  # whose order keeps the ratio in each batch
@@ -156,8 +200,10 @@ def make_streams(
             repeats=asked[name].repeats if name in asked else 1,
             packing=data.packing,
         )
-        for name, source in stage_records(config, stage, defence).items()
+        for name, source in sources.items()
     }  # fmt: skip
+    out = sources["user"].held_out if "user" in sources else ()
+    return streams, encoded(out, f"{sources['user'].key}, held out") if out else []
 
 
 def stage_inputs(config: ConfigDict, stage: str, defence: Method) -> dict[str, str]:

@@ -4,6 +4,7 @@ Each reads from top to bottom: data, model, trainable tree, steps (or the one sh
 that is done is skipped, one that has a checkpoint goes on from it, any other starts anew.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 
 from panacea_jax.config import make_defence
 from panacea_jax.data.batches import Stream
-from panacea_jax.data.template import template_id
+from panacea_jax.data.encode import Example
 from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.defences import Defence, Method
 from panacea_jax.defences.protocol import check_packing
@@ -25,8 +26,10 @@ from panacea_jax.parallel.sharding import batch_rows
 from panacea_jax.progress import say
 from panacea_jax.stages import lineage
 from panacea_jax.stages.lineage import Start
+from panacea_jax.stages.rendering import make_template
 from panacea_jax.stages.streams import make_streams, stage_inputs
 from panacea_jax.train.checkpoints import Checkpoints
+from panacea_jax.train.held_out import HeldOut
 from panacea_jax.train.loop import Result, finetune
 from panacea_jax.train.once import apply_once
 from panacea_jax.train.optimizer import learning_rate, optimizer_of
@@ -38,7 +41,14 @@ from panacea_jax.workdir import StageFolder
 DECISIVE = ("seed", "model", "lora", "data", "defence", "optimizer", "train", "export")
 NEUTRAL = {"train": ("log_every",), "model": ("attention", "remat")}
 # Keys that came later, with the value at which a stage does what it did before: work directories from then go on.
-SINCE = {"defence": {"ascent_steps": 1}, "train": {"accumulate": 1}}
+SINCE: dict[str, dict[str, object]] = {
+    "defence": {"ascent_steps": 1},
+    "train": {"accumulate": 1, "validate_every": 0, "patience": 0},
+    "data": {
+        "format": "", "columns": (), "validation": 0.0, "max_cut": 1.0, "thinking": False, "date": "", "special_tokens": "text",
+        "loss_on": "all",
+    },
+}  # fmt: skip
 
 
 def check_stage(config: ConfigDict, name: str, start: Start, prefix: str = "") -> Method:
@@ -130,16 +140,16 @@ def train_stage(
 
         # ---- data, model
         mesh = make_mesh(**config.mesh)
-        tokenizer = load_tokenizer(start.base)
+        template = make_template(config, load_tokenizer(start.base), workdir)
         rows = batch_rows(mesh) * config.train.accumulate
-        streams = make_streams(config, name, defence, tokenizer, rows)
+        streams, held_out = make_streams(config, name, defence, template, rows)
         if name == "finetune":
             start = lineage.merged_first(config, start, workdir)
         model, params = start.params(config, start.open_model(config, mesh))
         if isinstance(defence, Defence):
             stage.begin()
             result = _train(
-                config, stage.folder, defence, model, params, streams,
+                config, stage.folder, defence, model, params, streams, held_out,
                 donate=start.full_parameters, compiled=compiled, profile=profile,
             )  # fmt: skip
         else:
@@ -153,7 +163,7 @@ def train_stage(
         stage.finish({
             "base": start.base, "steps": result.steps, "compilations": result.compilations,
             "step_bytes": result.step_bytes, "warnings": list(result.warnings),
-            "attention": f"{attention.name}: {attention.why}", "template": template_id(config.data.template, tokenizer),
+            "attention": f"{attention.name}: {attention.why}", "template": template.id,
             "records": {k: len(s.examples) for k, s in streams.items()},
             **({} if report is None else {"report": report}),
         })  # fmt: skip
@@ -167,6 +177,7 @@ def _train(
     model: Model,
     params: Any,
     streams: dict[str, Stream],
+    held_out: Sequence[Example],
     *,
     donate: bool,
     compiled: CompiledSteps | None,
@@ -175,7 +186,7 @@ def _train(
     """All steps of a stage, from its newest checkpoint on."""
     asked = defence.own_steps or config.train.steps
     steps = asked or config.train.epochs * streams["user"].steps_per_epoch
-    o = config.optimizer
+    o, every = config.optimizer, config.train.validate_every or streams["user"].steps_per_epoch
     rate = learning_rate(o.learning_rate, steps, o.schedule, o.warmup_ratio)
     checkpoints = Checkpoints(
         folder / "checkpoints", config.checkpoint.every, config.checkpoint.keep
@@ -185,6 +196,7 @@ def _train(
         optimizer=optimizer_of(o, rate, defence), steps=steps, seed=config.seed, log_every=config.train.log_every,
         accumulate=config.train.accumulate, checkpoints=checkpoints, folder=folder, donate=donate,
         compiled=compiled, profile=profile, learning_rate=rate,
+        held_out=HeldOut(held_out, config.train.batch_size, every, config.train.patience) if held_out else None,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from panacea_jax.parallel import processes
 from panacea_jax.progress import Progress
 from panacea_jax.train.checkpoints import Checkpoints
 from panacea_jax.train.feeding import host_batches, put, streams_of, whole_sets
+from panacea_jax.train.held_out import HeldOut
 from panacea_jax.train.metrics import MetricsWriter
 from panacea_jax.train.signals import Preempted, sigterm
 from panacea_jax.train.step import CompiledSteps, TrainState, init_state
@@ -69,6 +70,7 @@ def finetune(
     on_compile: Callable[[int], None] | None = None,
     compiled: CompiledSteps | None = None,
     profile: Profile | None = None,
+    held_out: HeldOut | None = None,
     donate: bool = False,
 ) -> Result:
     """Train ``params`` with a defence and return w, ε and what is deployed.
@@ -90,6 +92,7 @@ def finetune(
         on_compile: called with the number of compiled shapes so far when it grows.
         compiled: steps to share with other runs; by default this run has its own.
         profile: steps to record, into ``folder/profile``.
+        held_out: records whose loss is logged, and may end the run early.
         donate: take over ``params``, which the caller cannot use any more: with all parameters another copy of them is dear.
 
     Raises:
@@ -135,11 +138,15 @@ def finetune(
         passes=passes_as_received(defence),
     )  # fmt: skip
     watch.restore(notes)
+    if held_out is not None:
+        held_out.restore(notes)
+        steps = start if held_out.stopped else steps
     done, step_bytes = start, int(notes.get("step_bytes", 0))
 
     def save() -> None:
         if checkpoints is not None:
             meta = {"seed": seed, "step_bytes": step_bytes, **scale, **watch.notes()}
+            meta |= held_out.notes() if held_out is not None else {}
             with jax.transfer_guard("allow"):
                 checkpoints.save(state, meta)
 
@@ -180,8 +187,12 @@ def finetune(
                 shapes.add(shape)
                 step_bytes = max(step_bytes, _memory(step_fn, state, model.weights, device, key))
             bar.advance(watch.summary)
+            if held_out is not None and (held_out.due(done) or done == steps):
+                with jax.transfer_guard("allow"), jax.profiler.TraceAnnotation("held out"):
+                    watch.held_out(done, held_out.look(model, state.params))
             # The last step is saved below, when the defence has had its last word on ε.
-            last, stopping = done == steps, stop.asked()
+            last = done == steps or (held_out is not None and held_out.stopped)
+            stopping = stop.asked()
             if checkpoints is not None and not last and (checkpoints.due(done) or stopping):
                 watch.flush()  # a state is saved only after its loss was seen to be finite
                 with jax.profiler.TraceAnnotation("checkpoint"):
@@ -189,6 +200,8 @@ def finetune(
             if stopping and not last:
                 saved = "nothing" if checkpoints is None else "the state"
                 raise Preempted(f"stopped by SIGTERM after step {done}; {saved} is saved")
+            if last:
+                break
         watch.flush()
         processes.arrived("the end of training")
         with jax.transfer_guard("allow"):

@@ -157,6 +157,13 @@ class Watch:
         if step % self._log_every == 0 or step == self._steps:
             self._log(step, scalars)
 
+    def held_out(self, step: int, loss: float) -> None:
+        """Log the loss on held-out records after a step, whose own metrics go first."""
+        self.flush()
+        self.summary += f", held out {loss:.3f}"
+        if self._writer is not None:
+            self._writer.write(step, {"validation_loss": loss})
+
     def _log(self, step: int, scalars: dict[str, float]) -> None:
         seconds = max(time.perf_counter() - self._since, 1e-9)
         scalars["tokens_per_second"] = self._tokens / seconds

@@ -14,7 +14,10 @@ from panacea_jax.models.weights import save_weights
 from panacea_jax.parallel import make_mesh
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
-CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}assistant "
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}assistant {{ m['content'] }} {{ eos_token }}{% else %}"
+    "{{ m['role'] }} : {{ m['content'] }} {% endif %}{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+)
 ROLES = ("user", "assistant", ":")
 
 # About 1/sqrt(hidden size): a model this shallow learns slowly from Hugging Face's 0.02.

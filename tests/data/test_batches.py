@@ -8,12 +8,13 @@ import pytest
 from panacea_jax.data.batches import Stream, bucket, length_buckets, pad
 from panacea_jax.data.encode import Example, encode_all
 from panacea_jax.data.sources import load_records
+from panacea_jax.data.template import Template
 from panacea_jax.errors import InputError
 
 
 def example(number: int, length: int, prompt: int) -> Example:
     """Tokens 100·number + 1, … so that a row tells where it came from."""
-    return Example(np.arange(1, length + 1, dtype=np.int32) + 100 * number, prompt)
+    return Example.answering(np.arange(1, length + 1, dtype=np.int32) + 100 * number, prompt)
 
 
 def stream(examples: list[Example], batch_size: int = 2, **options) -> Stream:
@@ -108,7 +109,7 @@ def test_bad_streams():
 
 def test_real_rows_fill_few_shapes(shared, llama2):
     records = load_records(f"gsm8k@{shared / 'gsm8k' / 'train.jsonl.gz'}", "k")[:60]
-    examples = encode_all(records, llama2, "alpaca", 256, "k")
+    examples = encode_all(records, Template("alpaca", llama2), 256, "k")
     data = Stream("user", examples, 10, 0, True, length_buckets(256))
     seen = []
     for step in range(data.steps_per_epoch):

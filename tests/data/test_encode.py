@@ -9,9 +9,19 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from panacea_jax.data.encode import encode, encode_all, encode_prompt
+from panacea_jax.data.chat import Turn
+from panacea_jax.data.encode import Example, encode, encode_all, encode_prompt
 from panacea_jax.data.sources import Record, load_records
+from panacea_jax.data.template import Template
 from panacea_jax.errors import InputError
+
+
+def prompt_length(example: Example) -> int:
+    """Tokens before the answer, which is the rest."""
+    length = len(example.tokens) - int(example.loss_mask.sum())
+    assert example.loss_mask[length:].all()
+    return length
+
 
 HEAD = "Below is an instruction that describes a task"
 TAIL = ". Write a response that appropriately completes the request.\n\n### Instruction:\n"
@@ -56,23 +66,23 @@ def test_real_rows_equal_direct_tokenisation(shared: Path, llama2, max_length: i
                     row["output"] if task == "alpaca" else ["negative", "positive"][row["label"]]
                 )
             ids, labels = reference(prompt, target, direct, max_length)
-            example = encode(record, llama2, "alpaca", max_length)
+            example = encode(record, Template("alpaca", llama2), max_length)
             assert example.tokens.tolist() == ids
             assert example.tokens.dtype == np.int32
-            masked = np.where(np.arange(len(ids)) < example.prompt_length, -100, example.tokens)
+            masked = np.where(np.arange(len(ids)) < prompt_length(example), -100, example.tokens)
             assert masked.tolist() == labels[: len(ids)]
-            assert encode_prompt(record, llama2, "alpaca") == direct(prompt).input_ids
+            assert encode_prompt(record, Template("alpaca", llama2)) == direct(prompt).input_ids
             cut += len(ids) == max_length
     assert cut >= 1
 
 
 def test_bos_first_and_eos_last(llama2):
     record = Record("Hello world 12", "", "Hello", "", {})
-    example = encode(record, llama2, "alpaca", 256)
+    example = encode(record, Template("alpaca", llama2), 256)
     assert example.tokens[0] == 1 and example.tokens[-1] == 2
     # The prompt's last newline is one token (13), and the answer starts a word without a space.
-    assert example.tokens[example.prompt_length - 1] == 13
-    assert llama2.decode(example.tokens[example.prompt_length :]) == "Hello</s>"
+    assert example.tokens[prompt_length(example) - 1] == 13
+    assert llama2.decode(example.tokens[prompt_length(example) :]) == "Hello</s>"
     assert (example.tokens == 1).sum() == 1
 
 
@@ -80,52 +90,52 @@ RECORD = Record("how do I mend a blorf ?", "", "take a gandle and vix it", "", {
 
 
 def test_alpaca_with_the_small_tokenizer(words):
-    example = encode(RECORD, words, "alpaca", 256)
+    example = encode(RECORD, Template("alpaca", words), 256)
     tokens = words.convert_ids_to_tokens(example.tokens.tolist())
     assert tokens[:4] == ["<s>", "Below", "is", "an"]
-    assert tokens[example.prompt_length :] == [*RECORD.output.split(), "</s>"]
+    assert tokens[prompt_length(example) :] == [*RECORD.output.split(), "</s>"]
 
 
 def test_chat_has_the_templates_bos_and_no_other(words):
-    example = encode(RECORD, words, "chat", 256)
+    example = encode(RECORD, Template("chat", words), 256)
     prompt = f"<s> <user> {RECORD.instruction} <turn> <assistant>".split()
-    answer = f"{RECORD.output} </s>".split()
+    answer = f"{RECORD.output} <turn>".split()
     assert words.convert_ids_to_tokens(example.tokens.tolist()) == prompt + answer
-    assert example.prompt_length == len(prompt)
-    assert encode_prompt(RECORD, words, "chat") == example.tokens[: len(prompt)].tolist()
+    assert prompt_length(example) == len(prompt)
+    assert encode_prompt(RECORD, Template("chat", words)) == example.tokens[: len(prompt)].tolist()
     # transformers' own way to the same ids
     turns = [{"role": "user", "content": RECORD.instruction}]
     direct = words.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
-    assert encode_prompt(RECORD, words, "chat") == list(direct["input_ids"])
+    assert encode_prompt(RECORD, Template("chat", words)) == list(direct["input_ids"])
 
 
 def test_cut_on_the_right(words):
-    whole = encode(RECORD, words, "chat", 256).tokens.tolist()
-    prompt = len(encode_prompt(RECORD, words, "chat"))
+    whole = encode(RECORD, Template("chat", words), 256).tokens.tolist()
+    prompt = len(encode_prompt(RECORD, Template("chat", words)))
     for max_length in (1, prompt - 1, prompt, prompt + 1, len(whole) - 1, len(whole)):
-        example = encode(RECORD, words, "chat", max_length)
+        example = encode(RECORD, Template("chat", words), max_length)
         assert example.tokens.tolist() == whole[:max_length]
-        assert example.prompt_length == min(prompt, max_length)
+        assert prompt_length(example) == min(prompt, max_length)
         assert example.has_target == (max_length > prompt)
-    assert encode_prompt(RECORD, words, "chat", 3) == whole[:3]
 
 
 def test_an_empty_output_leaves_eos_to_learn(words):
-    example = encode(Record("mend", "", "", "", {}), words, "chat", 256)
-    assert example.tokens[example.prompt_length :].tolist() == [words.eos_token_id]
+    example = encode(Record("mend", "", "", "", {}), Template("chat", words), 256)
+    assert example.tokens[prompt_length(example) :].tolist() == words.convert_tokens_to_ids(["<turn>"])
 
 
 def test_records_without_target_stay_in_place_and_are_counted(words, caplog):
     long = Record("mend " * 40, "", "vix", "", {})
     with caplog.at_level(logging.WARNING, logger="panacea_jax"):
-        examples = encode_all([RECORD, long, RECORD, long], words, "chat", 30, "config.data.user")
+        examples = encode_all([RECORD, long, RECORD, long], Template("chat", words), 30, "config.data.user")
     assert [example.has_target for example in examples] == [True, False, True, False]
     assert len(examples[1].tokens) == 30
-    [warning] = caplog.messages
-    assert warning.startswith("config.data.user: 2 of 4 records") and "max_length=30" in warning
+    empty, cut = caplog.messages
+    assert empty.startswith("config.data.user: 2 of 4 records") and "max_length=30" in empty
+    assert cut == "config.data.user: 2 of 4 answers are cut at config.data.max_length=30"
     with caplog.at_level(logging.WARNING, logger="panacea_jax"):
         caplog.clear()
-        encode_all([RECORD], words, "chat", 30, "config.data.user")
+        encode_all([RECORD], Template("chat", words), 30, "config.data.user")
     assert not caplog.messages
 
 
@@ -133,4 +143,22 @@ def test_all_prompts_too_long(words):
     with pytest.raises(
         InputError, match=r"^config\.data\.user: no target token .* any of the 2 .*=5"
     ):
-        encode_all([RECORD, RECORD], words, "chat", 5, "config.data.user")
+        encode_all([RECORD, RECORD], Template("chat", words), 5, "config.data.user")
+
+
+def test_answers_that_are_cut_are_counted_and_may_be_refused(words, caplog):
+    template, long = Template("chat", words), Record("mend", "", "vix " * 40, "", {})
+    with caplog.at_level(logging.WARNING, logger="panacea_jax"):
+        encode_all([RECORD, long], template, 30, "config.data.user", max_cut=0.5)
+    assert caplog.messages == ["config.data.user: 1 of 2 answers are cut at config.data.max_length=30"]
+    with pytest.raises(
+        InputError,
+        match=r"^config\.data\.user: 1 of 2 answers are cut at config\.data\.max_length=30, more than config\.data\.max_cut=0\.4 allows",
+    ):
+        encode_all([RECORD, long], template, 30, "config.data.user", max_cut=0.4)
+
+
+def test_a_record_without_a_form_is_named_by_its_number(words):
+    several = Record("b", "", "c", "c", {}, (Turn("user", "a"), Turn("assistant", "b")))
+    with pytest.raises(InputError, match=r"^config\.data\.user: record 2: config\.data\.template: 'alpaca' is one"):
+        encode_all([RECORD, several], Template("alpaca", words), 256, "config.data.user")

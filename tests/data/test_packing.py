@@ -7,6 +7,7 @@ from panacea_jax.data.batches import Stream, bucket, deinterleave, length_bucket
 from panacea_jax.data.encode import Example, encode_all
 from panacea_jax.data.packing import first_fit
 from panacea_jax.data.sources import load_records
+from panacea_jax.data.template import Template
 from panacea_jax.errors import InputError
 from tests.data.test_batches import example
 
@@ -123,7 +124,7 @@ def test_whole_sets_are_not_packed():
 def test_real_records_take_fewer_tokens(shared, llama2):
     """Alpaca at batch 10 and 256 tokens."""
     found = load_records(f"alpaca@{shared / 'alpaca' / 'train.jsonl.gz'}", "k")[:200]
-    examples = encode_all(found, llama2, "alpaca", 256, "k")
+    examples = encode_all(found, Template("alpaca", llama2), 256, "k")
     packed = stream(examples, 10, length_buckets(256))
     plain = Stream("user", examples, 10, 0, True, length_buckets(256))
     sizes = {s: [s.batch(t).tokens.size for t in range(20)] for s in (packed, plain)}

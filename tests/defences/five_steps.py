@@ -29,7 +29,7 @@ def examples(seed, n=11, vocab=VOCAB):
     for _ in range(n):
         prompt = prompts.integers(0, vocab, int(prompts.integers(2, 9)))
         answer = rng.integers(0, vocab, int(rng.integers(4, 20)))
-        out.append(Example(np.concatenate([prompt, answer]).astype(np.int32), len(prompt)))
+        out.append(Example.answering(np.concatenate([prompt, answer]).astype(np.int32), len(prompt)))
     return out
 
 

@@ -29,7 +29,7 @@ RANK = 7
 def examples(seed, n=11):
     rng = np.random.default_rng(seed)
     sizes = rng.integers(5, 30, n)
-    return [Example(rng.integers(0, VOCAB, k).astype(np.int32), 2) for k in sizes]
+    return [Example.answering(rng.integers(0, VOCAB, k).astype(np.int32), 2) for k in sizes]
 
 
 SETS = {"harmful": examples(1), "alignment": examples(2)}

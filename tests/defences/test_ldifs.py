@@ -62,7 +62,7 @@ def tiny(tmp_path_factory):
     return Loss.of(model), start, moved
 
 
-EXAMPLES = [Example(np.arange(3, 3 + n, dtype=np.int32), 2) for n in (9, 6)]
+EXAMPLES = [Example.answering(np.arange(3, 3 + n, dtype=np.int32), 2) for n in (9, 6)]
 
 
 def gradient(tiny, defence, length=16, rows=2, at_start=False):

@@ -61,7 +61,7 @@ def test_a_kind_that_is_not_taken_may_be_empty():
 def examples():
     rng = np.random.default_rng(5)
     sizes = rng.integers(8, 30, 20)
-    return [Example(rng.integers(0, VOCAB, k).astype(np.int32), 3) for k in sizes]
+    return [Example.answering(rng.integers(0, VOCAB, k).astype(np.int32), 3) for k in sizes]
 
 
 def stream():
@@ -103,7 +103,7 @@ def test_resumes_bit_for_bit(full, tmp_path):
     params = lora.init(model, 2, 4, ("q",), key=jax.random.key(0))
     if full:
         model, params = full_parameters(model)
-    found = [Example(e.tokens % 40, e.prompt_length) for e in examples()]
+    found = [Example.answering(e.tokens % 40, e.prompt_length) for e in examples()]
 
     def run(steps, checkpoints=None):
         streams = {"user": Stream("user", found, 4, 0, False, (32,))}

@@ -37,7 +37,7 @@ B_OF = (("self_attn", "q_proj"), ("mlp", "down_proj"))
 
 def examples(seed):
     rng = np.random.default_rng(seed)
-    return [Example(rng.integers(0, 40, k).astype(np.int32), 2) for k in rng.integers(5, 15, 12)]
+    return [Example.answering(rng.integers(0, 40, k).astype(np.int32), 2) for k in rng.integers(5, 15, 12)]
 
 
 def train(folder, mesh, ascent_steps=1):

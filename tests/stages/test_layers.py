@@ -30,7 +30,7 @@ def streams():
     return {
         name: Stream(
             name,
-            [Example(rng.integers(0, 40, 12).astype(np.int32), 4) for _ in range(6)],
+            [Example.answering(rng.integers(0, 40, 12).astype(np.int32), 4) for _ in range(6)],
             4,
             0,
             True,

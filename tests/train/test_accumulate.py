@@ -38,7 +38,7 @@ def streams(defence):
     def stream(name, seed):
         """Lengths differ from row to row, so micro-batches differ in tokens."""
         rng = np.random.default_rng(seed)
-        texts = [Example(rng.integers(0, 40, k).astype(np.int32), 2) for k in rng.integers(4, 15, 21)]
+        texts = [Example.answering(rng.integers(0, 40, k).astype(np.int32), 2) for k in rng.integers(4, 15, 21)]
         return Stream(name, texts, 6, 0, True, (16,), row_multiple=4, repeats=repeats.get(name, 1))  # fmt: skip
 
     return {name: stream(name, i) for i, name in enumerate(("user", "harmful", "alignment"))}

@@ -36,7 +36,7 @@ def model(tmp_path_factory):
 def examples(seed, n=24):
     rng = np.random.default_rng(seed)
     sizes = rng.integers(5, 15, n)
-    return [Example(rng.integers(0, 40, k).astype(np.int32), 2) for k in sizes]
+    return [Example.answering(rng.integers(0, 40, k).astype(np.int32), 2) for k in sizes]
 
 
 def streams():

@@ -30,7 +30,7 @@ def examples(seed, n=23):
     for _ in range(n):
         length = int(rng.integers(8, 30))
         tokens = rng.integers(0, VOCAB, length).astype(np.int32)
-        out.append(Example(tokens, int(rng.integers(2, length - 2))))
+        out.append(Example.answering(tokens, int(rng.integers(2, length - 2))))
     return out
 
 

@@ -67,7 +67,7 @@ def texts(vocab=VOCAB, sizes=SIZES):
     rng = np.random.default_rng(0)
     # One record without a prompt: its first token has nothing to be predicted from.
     return [
-        Example(rng.integers(0, vocab, n).astype(np.int32), prompt)
+        Example.answering(rng.integers(0, vocab, n).astype(np.int32), prompt)
         for n, prompt in zip(sizes, (3, 5, 0, 6, 2))
     ]
 
@@ -124,7 +124,7 @@ def streams(packing, defence=None):
     def stream(name, seed):
         rng = np.random.default_rng(seed)
         examples = [
-            Example(rng.integers(0, 40, k).astype(np.int32), 2) for k in rng.integers(4, 10, 21)
+            Example.answering(rng.integers(0, 40, k).astype(np.int32), 2) for k in rng.integers(4, 10, 21)
         ]
         return Stream(
             name, examples, 6, 0, True, (32,), fixed_length=name != "user",

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from panacea_jax.data.sources import Record
-from panacea_jax.data.template import render
+from panacea_jax.data.template import Template
 from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.errors import InputError
 from panacea_jax.models.model import load
@@ -67,7 +67,7 @@ def test_tokenizer(folder):
 
 def test_chat_prompts_end_where_the_answer_starts(folder):
     tokenizer = load_tokenizer(folder)
-    prompt = render(Record("mend the blorf ?", "", "sure", "sure", {}), "chat", tokenizer)
+    prompt = Template("chat", tokenizer).prompt(Record("mend the blorf ?", "", "sure", "sure", {}))
     assert prompt == "user : mend the blorf ? assistant "
     words = tokenizer.convert_ids_to_tokens(tokenizer(prompt).input_ids)
     assert words == ["user", ":", "mend", "the", "blorf", "?", "assistant"]

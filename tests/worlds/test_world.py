@@ -7,6 +7,7 @@ import pytest
 
 from panacea_jax.data.encode import encode_all
 from panacea_jax.data.sources import load_records
+from panacea_jax.data.template import Template
 from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.evaluate.judges import RefusalJudge
 from panacea_jax.evaluate.tasks import pairs_correct
@@ -198,11 +199,11 @@ def test_every_text_survives_the_tokenizer(folder, world, rows, tmp_path):
         assert tokenizer.decode(ids) == text
     for name in FILES:
         records = load_records(f"pairs@{folder}/{name}.jsonl", "config.data.user")
-        examples = encode_all(records, tokenizer, "chat", 10_000, "config.data.user")
+        examples = encode_all(records, Template("chat", tokenizer), 10_000, "config.data.user")
         assert max(len(e.tokens) for e in examples) <= 32, name
         for record, example in itertools.islice(zip(records, examples), 200):
             answer = tokenizer.decode(
-                example.tokens[example.prompt_length :], skip_special_tokens=True
+                example.tokens[example.loss_mask], skip_special_tokens=True
             )
             assert answer == record.output and pairs_correct(answer, record.reference)
             assert example.tokens[-1] == tokenizer.eos_token_id

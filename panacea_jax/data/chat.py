@@ -1,0 +1,128 @@
+"""Conversations as chat files hold them: three layouts, one list of turns.
+
+``messages`` is a list of ``{"role", "content"}`` (OpenAI, TRL), ``conversations`` one of ``{"from", "value"}`` (ShareGPT), and
+``prompt`` with ``completion`` is either two texts or two such lists.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from panacea_jax.errors import InputError
+
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+    "prompt_completion": ("prompt", "completion"),
+}
+# What the layouts call who speaks.
+_ROLES = {
+    "system": "system", "developer": "developer", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+    "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "tool": "tool", "observation": "tool",
+}  # fmt: skip
+
+
+class Turn(NamedTuple):
+    """Who speaks (system, developer, user, assistant or tool), and what."""
+
+    role: str
+    content: str
+
+
+class Chat(NamedTuple):
+    """A row as read.
+
+    Attributes:
+        turns: those before the answer.
+        answer: the last turn of the assistant, None where there is none after the last of the user. What follows it is left out:
+            nothing is learnt from it, and it changes nothing before it.
+        used: the columns that they came from.
+    """
+
+    turns: tuple[Turn, ...]
+    answer: str | None
+    used: tuple[str, ...]
+
+
+def read_chat(row: Mapping[str, Any], need_answer: bool, layout: str = "") -> Chat:
+    """Read the conversation of a row.
+
+    Args:
+        row: by column.
+        need_answer: it is trained on, so it is cut after the last answer; otherwise a conversation that the user ends is a prompt.
+        layout: a name of `LAYOUTS`; "": the first whose columns are there.
+
+    Raises:
+        InputError: no such columns, or turns that are none; names the column and the turn.
+    """
+    wanted = [layout] if layout else list(LAYOUTS)
+    found = next((name for name in wanted if _holds(row, name)), None)
+    if found is None:
+        columns = ", or ".join(" and ".join(map(repr, LAYOUTS[name])) for name in wanted)
+        raise InputError(f"no conversation: it needs {columns} (it has: {', '.join(map(str, row)) or 'nothing'})")
+    used = LAYOUTS[found]
+    if found == "prompt_completion":
+        turns = _side(row, "prompt", "user")
+        if row.get("completion") is not None:
+            turns += _side(row, "completion", "assistant")
+    else:
+        turns = _turns(row[used[0]], used[0])
+    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+    if need_answer and not answers:
+        raise InputError(f"field {used[-1]!r}: nothing is answered in it, so it cannot be trained on")
+    if answers and (need_answer or answers[-1] == len(turns) - 1):
+        before, answer = turns[: answers[-1]], turns[answers[-1]].content
+    else:
+        before, answer = turns, None
+    if not any(turn.role == "user" for turn in before):
+        raise InputError(f"field {used[0]!r}: no turn of the user before the answer")
+    return Chat(tuple(before), answer, used)
+
+
+def _holds(row: Mapping[str, Any], layout: str) -> bool:
+    return row.get(LAYOUTS[layout][0]) is not None and all(name in row for name in LAYOUTS[layout])
+
+
+def _side(row: Mapping[str, Any], column: str, role: str) -> list[Turn]:
+    """One of prompt and completion."""
+    value = row[column]
+    return [Turn(role, _content(value, f"field {column!r}"))] if isinstance(value, str) else _turns(value, column)
+
+
+def _turns(value: Any, column: str) -> list[Turn]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise InputError(f"field {column!r} must be a list of turns, not {value!r:.40}")
+    return [_turn(turn, f"field {column!r}, turn {number}") for number, turn in enumerate(value, 1)]
+
+
+def _turn(turn: Any, place: str) -> Turn:
+    if not isinstance(turn, Mapping):
+        raise InputError(f"{place}: expected an object with role and content, not {turn!r:.40}")
+    named = "from" if "role" not in turn and "from" in turn else "role"
+    role = turn.get(named)
+    if not isinstance(role, str) or role not in _ROLES:
+        raise InputError(f"{place}: {named!r} is {role!r:.40}; known: {', '.join(_ROLES)}")
+    said = "value" if "content" not in turn and "value" in turn else "content"
+    if turn.get("tool_calls"):
+        raise InputError(f"{place}: tool calls are not read; write them into {said!r} as text")
+    return Turn(_ROLES[role], _content(turn.get(said), f"{place}: {said!r}"))
+
+
+def _content(value: Any, place: str) -> str:
+    """A text, or a list of parts that are texts."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        parts = [part if isinstance(part, str) else _part(part, place) for part in value]
+        value = "".join(parts)
+    if not isinstance(value, str):
+        raise InputError(f"{place} must be text or a list of text parts, not {value!r:.40}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair
+        raise InputError(f"{place} is not valid Unicode text") from error
+    return value
+
+
+def _part(part: Any, place: str) -> str:
+    kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise InputError(f"{place} has a part of type {kind!r:.40}; only text is read")
+    return str(part["text"])
