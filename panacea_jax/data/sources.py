@@ -1,6 +1,7 @@
-"""Sources ``TASK[:SLICE]@WHERE`` turned into records that are all alike.
+"""Sources ``TASK[:SLICE or ROLE]@WHERE`` turned into records that are all alike.
 
-TASK says what the columns mean (`columns`), SLICE which records of a test set count (`slices`),
+TASK says what the columns mean (`columns`), SLICE which records of a test set count, ROLE what
+records of one's own are to be scored as (`slices`),
 WHERE where the rows are: a local ``.jsonl``, ``.json``, ``.csv`` (each also ``.gz``) or
 ``.parquet`` file, a folder written by ``datasets.save_to_disk``, or a hub id
 ``owner/name[/subset][:split]``. Nothing touches the network unless WHERE is a hub id and no such
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from panacea_jax.data import columns, files, hub
-from panacea_jax.data.slices import find_slice
+from panacea_jax.data.slices import find_slice, is_role
 from panacea_jax.errors import InputError
 
 _log = logging.getLogger(__name__)
@@ -25,11 +26,29 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Source:
-    """A parsed ``TASK[:SLICE]@WHERE``; `slice` is a name of `slices.SLICES`, or empty."""
+    """A parsed ``TASK[:SLICE or ROLE]@WHERE``.
+
+    Attributes:
+        task: What the columns mean, a key of `columns.READERS`.
+        where: File, folder or hub id.
+        slice: A name of `slices.SLICES`, or empty.
+        role: One of `slices.ROLES`, or empty.
+    """
 
     task: str
     where: str
     slice: str = ""
+    role: str = ""
+
+    @property
+    def scored_as(self) -> str:
+        """The task as scoring knows it: with its role, if it has one, as in "pairs:harmful"."""
+        return f"{self.task}:{self.role}" if self.role else self.task
+
+    @property
+    def prompts_only(self) -> bool:
+        """Whether the role needs no answers in the records."""
+        return self.role in ("harmful", "benign")
 
 
 @dataclass(frozen=True)
@@ -54,10 +73,10 @@ class Record:
 
 
 def parse_source(spec: str) -> Source:
-    """Split ``TASK[:SLICE]@WHERE`` at its first ``@``.
+    """Split ``TASK[:SLICE or ROLE]@WHERE`` at its first ``@``.
 
     Raises:
-        InputError: Another form, an unknown TASK, or a SLICE that the task does not have.
+        InputError: Another form, an unknown TASK, or a SLICE or ROLE that the task does not have.
     """
     head, at, where = spec.partition("@")
     if not at:
@@ -67,32 +86,37 @@ def parse_source(spec: str) -> Source:
         raise InputError(f"{spec!r}: unknown task {task!r}; known: {' '.join(columns.READERS)}")
     if colon and not name:
         raise InputError(f"{spec!r}: nothing between : and @; name a slice or leave the : out")
+    role = name if is_role(task, name) else ""
+    name = "" if role else name
     try:
         find_slice(task, name)
     except InputError as error:
         raise InputError(f"{spec!r}: {error}") from error
     if not where.strip():
         raise InputError(f"{spec!r}: nothing after the @; give a file, a folder or a hub id")
-    return Source(task, where, name)
+    return Source(task, where, name, role)
 
 
 def load_records(spec: str, key: str, *, need_output: bool = False) -> list[Record]:
     """Load every record of a source, in its order; a slice is not cut out yet (`take`).
 
     Args:
-        spec: ``TASK[:SLICE]@WHERE``.
+        spec: ``TASK[:SLICE or ROLE]@WHERE``.
         key: Configuration key that held `spec`, for error lines.
         need_output: The records are trained on, so prompts alone (say BeaverTails without
-            `response`) are refused, and slices, which are of test sets.
+            `response`) are refused, and slices and roles, which are of test sets.
 
     Raises:
         InputError: Whatever is wrong with the source, in one line.
     """
     try:
         source = parse_source(spec)
-        if source.slice and need_output:
-            raise InputError(f"{spec!r}: slices of test sets are for config.eval.tasks only")
+        if (source.slice or source.role) and need_output:
+            what = "slices of test sets" if source.slice else "roles"
+            raise InputError(f"{spec!r}: {what} are for config.eval.tasks only")
         rows = _rows(source.where)
+        if source.prompts_only:
+            rows = ((place, _with_output(row)) for place, row in rows)
         records = [_record(source.task, row, place, need_output) for place, row in rows]
         if not records:
             raise InputError(f"{source.where}: holds no records")
@@ -141,6 +165,12 @@ def fingerprint(spec: str, key: str = "source") -> str:
 def _rows(where: str) -> Iterator[tuple[str, Any]]:
     path = files.local(where)
     return hub.hub_rows(where) if path is None else files.file_rows(path)
+
+
+def _with_output(row: Any) -> Any:
+    """The row with an empty answer where it has none."""
+    without = isinstance(row, dict) and row.get("output") is None
+    return row | {"output": ""} if without else row
 
 
 def _record(task: str, row: Any, place: str, need_output: bool) -> Record:

@@ -9,7 +9,7 @@ What is read (jsonl, json, csv, parquet; the text ones also .gz):
 * either pair mixed ("instruction" and "response", …), and lines of our own;
 * a ``generations`` folder of ours, which comes over as it is.
 
-A file does not say what its prompts are. Its task is told as TASK[:SLICE]@FILE, for a single file
+A file does not say what its prompts are. Its task is told as TASK[:SLICE or ROLE]@FILE, for a single file
 by the only entry of config.eval.tasks, or by the file's name (``gsm8k_sft.json``).
 """
 
@@ -61,9 +61,9 @@ def bring_in(
     if (folder / MANIFEST).is_file():
         return _copy(folder, workdir)
     entries = _entries(where)
-    source = {parse_source(spec).task: spec for spec in sources}
+    source = {parse_source(spec).scored_as: spec for spec in sources}
     specs = [_spec(entry, source, alone=len(entries) == 1) for entry in entries]
-    found = [(parse_source(spec).task, Path(parse_source(spec).where)) for spec in specs]
+    found = [(parse_source(spec).scored_as, Path(parse_source(spec).where)) for spec in specs]
     names = set_names(specs)
     config = {
         "template": template or UNKNOWN,
@@ -123,7 +123,7 @@ def _entries(where: str) -> list[str]:
 
 
 def _spec(entry: str, source: Mapping[str, str], *, alone: bool) -> str:
-    """TASK[:SLICE]@FILE of one file, with the slice of its source if it names none."""
+    """TASK[:SLICE or ROLE]@FILE of one file, with those of its source if it names none."""
     head, at, where = entry.partition("@")
     told = bool(at) and head.partition(":")[0] in TASKS and not Path(entry).exists()
     path = Path(where if told else entry)
@@ -136,6 +136,9 @@ def _spec(entry: str, source: Mapping[str, str], *, alone: bool) -> str:
         raise InputError(
             f"{_KEY}={entry}: which task? Write TASK@{entry}, TASK one of {', '.join(TASKS)}"
         )
+    same = [name for name in source if name.partition(":")[0] == task]
+    if task not in source and len(same) == 1:
+        task = same[0]
     if task in source and parse_source(source[task]).slice:
         task = f"{task}:{parse_source(source[task]).slice}"
     return f"{task}@{path}"
