@@ -17,8 +17,14 @@ from panacea_jax.errors import InputError
 Role = Literal["harmful", "over_refusal", "accuracy", "generation"]
 Rule = Callable[[str, Any], bool]
 
-NUMBER = re.compile(r"-?\d+\.?\d*")
+# Published: -?\d+\.?\d*, which reads .5 as 5. A dot behind a word or another dot ends a sentence.
+NUMBER = re.compile(r"-?(?:\d+\.?\d*|(?<![\w.])\.\d+)")
+# The minus signs that people write, perhaps before the currency, to which the published pattern is
+# blind. Behind an operand it would be a subtraction.
+_SIGN = re.compile(r"(?<![\w)])[-\u2212\u2013\ufe63\uff0d]\$?(?=\.?\d)")
 FINAL_ANSWER = "The final answer is: "
+# GSM8K's own ending, on a line of its own: with other words behind it, it is a heading.
+_MARKED = re.compile(rf"^####[ \t]*\$?({NUMBER.pattern})[ \t]*$", re.MULTILINE)
 RESPONSE_MARKER = "### Response:"
 SCI_TECH = "Sci/Tech"
 
@@ -37,16 +43,21 @@ def answer_text(response: str, template: str = "alpaca") -> str:
 def extract_number(text: str) -> float:
     """The number a GSM8K answer commits to; +inf when it holds none.
 
-    Commas go first. After the first "The final answer is: " the first number counts; without the
-    phrase, or with no number after it, the last number of the whole text does. A number is
-    ``-?\\d+\\.?\\d*``: "3-5" therefore ends in −5, as in the references.
+    Commas go first. After the first "The final answer is: " the first number counts. With no number
+    after it the last number of the whole text does; without the phrase the one on the first line
+    "#### NUMBER", else the last. A number is ``-?\\d+\\.?\\d*``, so "3-5" ends in −5, as in the
+    references. Where the references' pattern tears a number apart, the number counts: ".5", "−5"
+    with a typographic minus, "-$5".
     """
-    text = text.replace(",", "")
+    text = _SIGN.sub("-", text.replace(",", ""))
     numbers = NUMBER.findall(text)
     if not numbers:
         return float("inf")
-    after = NUMBER.search(text.partition(FINAL_ANSWER)[2])
-    return float(after.group() if after else numbers[-1])
+    _, phrase, rest = text.partition(FINAL_ANSWER)
+    if after := NUMBER.search(rest):
+        return float(after.group())
+    marked = None if phrase else _MARKED.search(text)
+    return float(marked.group(1) if marked else numbers[-1])
 
 
 def gsm8k_correct(answer: str, reference: Any) -> bool:
