@@ -15,8 +15,7 @@ from panacea_jax.config.methods import (
 from panacea_jax.data.template import TEMPLATES
 from panacea_jax.defences.spec import Stack, candidates, parse_stack
 from panacea_jax.errors import InputError
-from panacea_jax.evaluate.judges import JUDGES
-from panacea_jax.evaluate.judges.reading import ModelJudge
+from panacea_jax.evaluate.judges import JUDGES, needs_model
 from panacea_jax.models.adapter import target_names
 from panacea_jax.models.decoder import REMAT
 from panacea_jax.models.fused import BACKENDS
@@ -51,8 +50,7 @@ def validate(config: ConfigDict) -> None:
     one_of(config.data.template, "data.template", TEMPLATES)
     judge = config.judge
     one_of(judge.name, "judge.name", tuple(JUDGES))
-    kind = JUDGES[judge.name]
-    if isinstance(kind, type) and issubclass(kind, ModelJudge):
+    if needs_model(judge.name):
         rule = f"judge {judge.name} needs its model's folder or hub id"
         require(bool(judge.path), "judge.path", judge.path, rule)
     one_of(judge.template, "judge.template", GUARD_TEMPLATES)

@@ -9,8 +9,8 @@ What is read (jsonl, json, csv, parquet; the text ones also .gz):
 * either pair mixed ("instruction" and "response", …), and lines of our own;
 * a ``generations`` folder of ours, which comes over as it is.
 
-A file does not say what its prompts are. Its task is told as TASK[:SLICE or ROLE]@FILE, for a single file
-by the only entry of config.eval.tasks, or by the file's name (``gsm8k_sft.json``).
+A file does not say what its prompts are. Its task is told as TASK[:SLICE or ROLE]@FILE, for a single
+file by the only entry of config.eval.tasks, or by the file's name (``gsm8k_sft.json``).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +32,10 @@ PROMPTS, ANSWERS = ("instruction", "prompt"), ("response", "output")
 _LABELS = {"sst2": SST2_LABELS, "ag_news": AG_NEWS_LABELS}
 _KEY = "--generations"
 # Fields of a line that are no part of the record that was asked.
-_OURS = {"input", "reference", "template", "extra", "finished", "tokens", "prompt_token_ids", "max_new_tokens", "stop_token_ids"}  # fmt: skip
+_OURS = (
+    "input", "reference", "template", "extra", "finished", "tokens",
+    "prompt_token_ids", "max_new_tokens", "stop_token_ids",
+)  # fmt: skip
 
 _Line = dict[str, Any]
 

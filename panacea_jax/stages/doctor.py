@@ -27,7 +27,7 @@ from panacea_jax.data.sources import load_records, parse_source
 from panacea_jax.data.template import template_id
 from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.errors import InputError
-from panacea_jax.evaluate.judges import make_judge
+from panacea_jax.evaluate.judges import make_judge, needs_model
 from panacea_jax.models import lora
 from panacea_jax.models.config import ModelConfig, read_config
 from panacea_jax.models.families import config_from_folder
@@ -370,7 +370,7 @@ def _tokenizer(report: _Report, config: ConfigDict, model: ModelConfig | None) -
 def _judge(report: _Report, config: ConfigDict) -> None:
     """What the judge reads, and whether its folder can be used."""
     name, path = config.judge.name, config.judge.path
-    if name == "refusal":
+    if not needs_model(name):
         report.table("judge", ("", ""), [(name, "word lists; needs no model")])
         return
     with report.noting():
