@@ -1,3 +1,4 @@
+# ruff: noqa: E402 - what is skipped without lm_eval imports it
 """Behind lm-evaluation-harness' interface our model gives what the harness's own PyTorch model gives. Needs ``lm-eval``."""
 
 import json
@@ -77,8 +78,8 @@ def test_tasks_with_local_data(both, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path)}}, "test_split": "test"}
     tasks = [
-        data | {"task": "choose", "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "choices", "doc_to_target": "gold",
-                "target_delimiter": ""},
+        data | {"task": "choose", "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "choices",
+                "doc_to_target": "gold", "target_delimiter": ""},
         data | {"task": "read", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
                 "metric_list": [{"metric": "word_perplexity", "aggregation": "weighted_perplexity"}]},
         data | {"task": "write", "output_type": "generate_until", "doc_to_text": "{{q}}", "doc_to_target": "{{choices[0]}}",
