@@ -62,6 +62,10 @@ def _train(name: str) -> Callable[[flags.FlagValues, "ConfigDict"], Path]:
 
 
 def _generate(values: flags.FlagValues, config: "ConfigDict") -> Path:
+    if values.prompts_only:
+        from panacea_jax.stages.prompts import prompts_stage
+
+        return prompts_stage(config, _workdir(values))
     from panacea_jax.stages.generate import generate_stage
 
     return generate_stage(config, _workdir(values))
@@ -147,7 +151,7 @@ COMMANDS = {
     "align": Command("safety alignment of the base on config.data.alignment", _train("align"), TRAINING, True),
     "finetune": Command("fine-tuning on user data with config.defence", _train("finetune"), TRAINING, True),
     "heal": Command("a post-fine-tuning defence on a finished adapter or model", _train("heal"), TRAINING, True),
-    "generate": Command("answers to config.eval.tasks", _generate, several=True),
+    "generate": Command("answers to config.eval.tasks", _generate, ("workdir", "prompts_only"), several=True),
     "judge": Command("verdicts and scores.json from the answers", _judge),
     "score": Command(
         "figures from the verdicts that are there: again, of answers made elsewhere, or side by side", _score,
@@ -181,6 +185,7 @@ class Flag(NamedTuple):
 FLAGS = {
     "workdir": Flag("folder for the results; a run in it goes on where it stopped"),
     "world": Flag("seed of the miniature world", 0),
+    "prompts_only": Flag("write the prompts alone, for a server that answers in our place; loads no weights", False),
     "generations": Flag("answers made elsewhere: [TASK@]FILE, several with commas, or a folder"),
     "template": Flag("id of the template that --generations were made with, like alpaca-1"),
     "against": Flag("work directories to compare with, with commas between them"),

@@ -13,12 +13,11 @@ from panacea_jax.config.methods import (
     refuse_foreign_keys,
     require,
 )
-from panacea_jax.data.sources import reading
+from panacea_jax.data.sources import layout_of
 from panacea_jax.data.template import LOSS_ON, SPECIAL_TOKENS, TEMPLATES
 from panacea_jax.defences.spec import Stack, candidates, parse_stack
 from panacea_jax.errors import InputError
-from panacea_jax.evaluate.judges import JUDGES
-from panacea_jax.evaluate.judges.reading import ModelJudge
+from panacea_jax.evaluate.judges import JUDGES, needs_model
 from panacea_jax.models.adapter import target_names
 from panacea_jax.models.decoder import REMAT
 from panacea_jax.models.fused import BACKENDS
@@ -52,8 +51,7 @@ def validate(config: ConfigDict) -> None:
     _validate_quantization(config)
     judge = config.judge
     one_of(judge.name, "judge.name", tuple(JUDGES))
-    kind = JUDGES[judge.name]
-    if isinstance(kind, type) and issubclass(kind, ModelJudge):
+    if needs_model(judge.name):
         rule = f"judge {judge.name} needs its model's folder or hub id"
         require(bool(judge.path), "judge.path", judge.path, rule)
     one_of(judge.template, "judge.template", GUARD_TEMPLATES)
@@ -90,7 +88,7 @@ def validate(config: ConfigDict) -> None:
 
 def _validate_reading(data: ConfigDict) -> None:
     """How records are read, rendered and learnt from."""
-    reading(data)
+    layout_of(data)
     one_of(data.template, "data.template", TEMPLATES)
     one_of(data.special_tokens, "data.special_tokens", SPECIAL_TOKENS)
     one_of(data.loss_on, "data.loss_on", LOSS_ON)

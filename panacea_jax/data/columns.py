@@ -85,8 +85,12 @@ def _optional(row: _Row, name: str) -> str:
     return "" if row.get(name) is None else _text(row, name)
 
 
-def _label(row: _Row, names: tuple[str, ...]) -> str:
-    """A class label: its name, or its number (CSV holds that as digits)."""
+def read_label(row: _Row, names: tuple[str, ...]) -> str:
+    """The name of a class label, given as that or as its number (CSV holds that as digits).
+
+    Raises:
+        InputError: No field `label`, or neither.
+    """
     value = row.get("label")
     if value is None:
         raise _missing(row, "label")
@@ -111,12 +115,12 @@ def _gsm8k(row: _Row) -> Fields:
 
 
 def _sst2(row: _Row) -> Fields:
-    sentence, name = _text(row, "sentence"), _label(row, SST2_LABELS)
+    sentence, name = _text(row, "sentence"), read_label(row, SST2_LABELS)
     return Fields(SST2_INSTRUCTION, sentence, name, name, ("sentence", "label"))
 
 
 def _ag_news(row: _Row) -> Fields:
-    text, name = _text(row, "text"), _label(row, AG_NEWS_LABELS)
+    text, name = _text(row, "text"), read_label(row, AG_NEWS_LABELS)
     return Fields(AG_NEWS_INSTRUCTION, text, name, name, ("text", "label"))
 
 

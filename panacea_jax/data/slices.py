@@ -1,8 +1,13 @@
-"""Which records of a test set each paper used, by name: ``TASK:SLICE@WHERE`` (methods.md §15).
+"""What may stand behind the TASK of an evaluation set: a slice or a role.
+
+A slice says which records of a test set a paper used: ``TASK:SLICE@WHERE`` (methods.md §15).
 
 Figures of different slices are not comparable: Lisa's harmful score is over prompts that are partly
 harmless, Vaccine's answers are a quarter as long as Panacea's. So a slice fixes all of it, its name
 stands in the names of the files, and ``config.eval.num_examples`` does not apply to it.
+
+A role says what records of a user's own are there for, which their columns cannot:
+``TASK:ROLE@WHERE``, like ``pairs:harmful@prompts.jsonl``.
 """
 
 from dataclasses import dataclass
@@ -47,14 +52,27 @@ SLICES: dict[str, dict[str, Slice]] = {
 }
 
 
+# What a set of a user's own measures: whether harmful prompts are answered, whether benign ones
+# are refused, or whether the answers are right.
+ROLES = ("harmful", "benign", "task")
+TASKS_WITH_ROLES = ("pairs", "chat")
+
+
+def is_role(task: str, name: str) -> bool:
+    """Whether what stands behind the colon is a role of the task."""
+    return task in TASKS_WITH_ROLES and name in ROLES
+
+
 def find_slice(task: str, name: str) -> Slice | None:
     """The slice of that name; None for the empty name.
 
     Raises:
-        InputError: The task has no such slice; lists those that it has.
+        InputError: The task has no such slice; lists those (or the roles) that it has.
     """
     if not name:
         return None
+    if task in TASKS_WITH_ROLES:
+        raise InputError(f"unknown role {name!r} of {task}; known: {' '.join(ROLES)}")
     known = SLICES.get(task, {})
     if name not in known:
         has = f"known: {' '.join(known)}" if known else f"{task} has none"

@@ -1,6 +1,7 @@
-"""Sources ``TASK[:SLICE]@WHERE``, and mixtures of them, turned into records that are all alike.
+"""Sources ``TASK[:SLICE or ROLE]@WHERE``, and mixtures of them, turned into records that are all alike.
 
-TASK says what the columns mean (`columns`), SLICE which records of a test set count (`slices`),
+TASK says what the columns mean (`columns`), SLICE which records of a test set count, ROLE what
+records of one's own are to be scored as (`slices`),
 WHERE where the rows are: a local ``.jsonl``, ``.json``, ``.csv`` (each also ``.gz``) or
 ``.parquet`` file, a folder written by ``datasets.save_to_disk``, or a hub id
 ``owner/name[/subset][:split]``. Nothing touches the network unless WHERE is a hub id and no such
@@ -22,7 +23,7 @@ from typing import Any
 
 from panacea_jax.data import columns, files, hub
 from panacea_jax.data.chat import LAYOUTS, Turn
-from panacea_jax.data.slices import find_slice
+from panacea_jax.data.slices import find_slice, is_role
 from panacea_jax.errors import InputError
 
 _log = logging.getLogger(__name__)
@@ -32,11 +33,29 @@ _WEIGHT = re.compile(r"(.*)\*\s*(\d+\.?\d*|\.\d+)\s*")
 
 @dataclass(frozen=True)
 class Source:
-    """A parsed ``TASK[:SLICE]@WHERE``; `slice` is a name of `slices.SLICES`, or empty."""
+    """A parsed ``TASK[:SLICE or ROLE]@WHERE``.
+
+    Attributes:
+        task: What the columns mean, a key of `columns.READERS`.
+        where: File, folder or hub id.
+        slice: A name of `slices.SLICES`, or empty.
+        role: One of `slices.ROLES`, or empty.
+    """
 
     task: str
     where: str
     slice: str = ""
+    role: str = ""
+
+    @property
+    def scored_as(self) -> str:
+        """The task as scoring knows it: with its role, if it has one, as in "pairs:harmful"."""
+        return f"{self.task}:{self.role}" if self.role else self.task
+
+    @property
+    def prompts_only(self) -> bool:
+        """Whether the role needs no answers in the records."""
+        return self.role in ("harmful", "benign")
 
 
 @dataclass(frozen=True)
@@ -64,22 +83,22 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Reading:
+class Layout:
     """How the rows of a user's own files are to be read.
 
     Attributes:
-        layout: Of conversations, a name of `chat.LAYOUTS`; "": told by the columns.
+        format: Of conversations, a name of `chat.LAYOUTS`; "": told by the columns.
         columns: Our name of a column by the file's; files without such a column are read as they are.
     """
 
-    layout: str = ""
+    format: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
 
 
-BY_COLUMNS = Reading()
+BY_COLUMNS = Layout()
 
 
-def reading(data: Any) -> Reading:
+def layout_of(data: Any) -> Layout:
     """What a section ``config.data`` says of it.
 
     Raises:
@@ -93,14 +112,14 @@ def reading(data: Any) -> Reading:
         if not (ours and equals and theirs) or theirs in named or ours in named.values():
             raise InputError(f"config.data.columns: {entry!r}: write each column once, as OURS=THEIRS, like output=answer")
         named[theirs] = ours
-    return Reading(data.format, named)
+    return Layout(data.format, named)
 
 
 def parse_source(spec: str) -> Source:
-    """Split ``TASK[:SLICE]@WHERE`` at its first ``@``.
+    """Split ``TASK[:SLICE or ROLE]@WHERE`` at its first ``@``.
 
     Raises:
-        InputError: Another form, an unknown TASK, or a SLICE that the task does not have.
+        InputError: Another form, an unknown TASK, or a SLICE or ROLE that the task does not have.
     """
     head, at, where = spec.partition("@")
     if not at:
@@ -110,13 +129,15 @@ def parse_source(spec: str) -> Source:
         raise InputError(f"{spec!r}: unknown task {task!r}; known: {' '.join(columns.READERS)}")
     if colon and not name:
         raise InputError(f"{spec!r}: nothing between : and @; name a slice or leave the : out")
+    role = name if is_role(task, name) else ""
+    name = "" if role else name
     try:
         find_slice(task, name)
     except InputError as error:
         raise InputError(f"{spec!r}: {error}") from error
     if not where.strip():
         raise InputError(f"{spec!r}: nothing after the @; give a file, a folder or a hub id")
-    return Source(task, where, name)
+    return Source(task, where, name, role)
 
 
 def parse_mixture(spec: str) -> list[tuple[str, float | None]]:
@@ -138,26 +159,29 @@ def parse_mixture(spec: str) -> list[tuple[str, float | None]]:
 
 
 def load_records(
-    spec: str, key: str, *, need_output: bool = False, reading: Reading = BY_COLUMNS
+    spec: str, key: str, *, need_output: bool = False, layout: Layout = BY_COLUMNS
 ) -> list[Record]:
     """Load every record of a source, in its order; a slice is not cut out yet (`take`).
 
     Args:
-        spec: ``TASK[:SLICE]@WHERE``.
+        spec: ``TASK[:SLICE or ROLE]@WHERE``.
         key: Configuration key that held `spec`, for error lines.
         need_output: The records are trained on, so prompts alone (say BeaverTails without
-            `response`) are refused, and slices, which are of test sets.
-        reading: How the columns of users' own files are read.
+            `response`) are refused, and slices and roles, which are of test sets.
+        layout: How the columns of users' own files are read.
 
     Raises:
         InputError: Whatever is wrong with the source, in one line.
     """
     try:
         source = parse_source(spec)
-        if source.slice and need_output:
-            raise InputError(f"{spec!r}: slices of test sets are for config.eval.tasks only")
+        if (source.slice or source.role) and need_output:
+            what = "slices of test sets" if source.slice else "roles"
+            raise InputError(f"{spec!r}: {what} are for config.eval.tasks only")
         rows = _rows(source.where)
-        records = [_record(source.task, row, place, need_output, reading) for place, row in rows]
+        if source.prompts_only:
+            rows = ((place, _with_output(row)) for place, row in rows)
+        records = [_record(source.task, row, place, need_output, layout) for place, row in rows]
         if not records:
             raise InputError(f"{source.where}: holds no records")
     except InputError as error:
@@ -211,14 +235,20 @@ def _rows(where: str) -> Iterator[tuple[str, Any]]:
     return hub.hub_rows(where) if path is None else files.file_rows(path)
 
 
-def _record(task: str, row: Any, place: str, need_output: bool, reading: Reading) -> Record:
+def _with_output(row: Any) -> Any:
+    """The row with an empty answer where it has none."""
+    without = isinstance(row, dict) and row.get("output") is None
+    return row | {"output": ""} if without else row
+
+
+def _record(task: str, row: Any, place: str, need_output: bool, layout: Layout) -> Record:
     if not isinstance(row, dict):
         raise InputError(f"{place}: expected an object with named fields, not {row!r:.40}")
-    if not reading.columns.keys().isdisjoint(row):
-        ours = {name for theirs, name in reading.columns.items() if theirs in row}
-        row = {reading.columns.get(n, n): value for n, value in row.items() if n not in ours}
+    if not layout.columns.keys().isdisjoint(row):
+        ours = {name for theirs, name in layout.columns.items() if theirs in row}
+        row = {layout.columns.get(n, n): value for n, value in row.items() if n not in ours}
     try:
-        fields = columns.read_columns(task, row, need_output, reading.layout)
+        fields = columns.read_columns(task, row, need_output, layout.format)
     except InputError as error:
         raise InputError(f"{place}: {error}") from error
     extra = {name: value for name, value in row.items() if name not in fields.used}

@@ -235,7 +235,8 @@ class Template:
     def _render(self, messages: Sequence[dict[str, Any]], open_answer: bool) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
-                list(messages), chat_template=self._source, add_generation_prompt=open_answer, tokenize=False, enable_thinking=self._thinking,
+                list(messages), chat_template=self._source, add_generation_prompt=open_answer, tokenize=False,
+                enable_thinking=self._thinking,
             )  # fmt: skip
         except Exception as error:  # jinja has many errors, and a template may raise its own
             raise InputError(f"{_KEY}: the chat template failed ({error})") from error

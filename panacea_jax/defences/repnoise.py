@@ -15,13 +15,19 @@ that the harmless text of the same row does not have at the same place. In a pai
 the two are unrelated, as in the copies of the method in the repositories of Booster, Panacea, Antidote and T-Vaccine; then nearly every
 token behind the template differs, prompts included.
 
-What of the public code is mended: padding is told by the attention mask, not by its id; logits at t and labels at t + 1 go by one mask,
-the label's (there the first token of a span scores a constant ln|V| without gradient); token id 0 counts as any other; hooks do not pile
-up; the harmless loss is the ordinary one over response tokens, so that α = β = 0 is SFT (there only its differing tokens count).
+What of the public code is mended: padding is told by the attention mask, not by its id; hooks do not pile up; and with ``masks``
+"mended"
+
+* the harmless loss is the ordinary one over response tokens, so that α = β = 0 is SFT (there only its differing tokens count),
+* logits at t and labels at t + 1 go by one mask, the label's (there by one each: a differing token behind one that does not differ scores a
+  constant ln|V| without gradient),
+* token id 0 counts as any other (there it is never a label).
+
+``masks`` "code" takes these three from the code, for a tokenizer that pads with id 0.
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +60,40 @@ def differing(harmful: Batch, harmless: Batch) -> Bool[Array, "B T"]:
     there = harmless.valid[:rows, :length]
     same = there & (harmful.tokens[:rows, :length] == harmless.tokens[:rows, :length])
     return harmful.valid & ~jnp.zeros_like(harmful.valid).at[:rows, :length].set(same)
+
+
+class CodeMask(NamedTuple):
+    """The public code's masked cross-entropy of one text of a pair.
+
+    Attributes:
+        scored: the text, whose loss mask has the tokens that are scored with a gradient.
+        share: their share of the tokens that count.
+        constant: ln|V| times the share of the others, which the code scores by logits of zero.
+    """
+
+    scored: Batch
+    share: Float[Array, ""]
+    constant: Float[Array, ""]
+
+    @classmethod
+    def of(cls, text: Batch, other: Batch, vocab_size: int) -> "CodeMask":
+        """From the ids alone, those of padding being 0."""
+        length = max(text.tokens.shape[1], other.tokens.shape[1])
+        ours, theirs = (
+            jnp.pad(jnp.where(b.valid, b.tokens, 0), [(0, 0), (0, length - b.tokens.shape[1])])
+            for b in (text, other)
+        )
+        different = (ours != theirs)[:, : text.tokens.shape[1]]
+        label = different & text.valid & (text.tokens != 0)
+        kept = label.at[:, 1:].set(label[:, 1:] & different[:, :-1])
+        counted, graded = label[:, 1:].sum(), kept[:, 1:].sum()
+        share = graded / jnp.maximum(counted, 1)
+        constant = jnp.where(counted > 0, (1 - share) * np.log(vocab_size), 0)
+        return cls(text._replace(loss_mask=kept), share, constant)
+
+    def mean(self, scored: Float[Array, ""], terms: int = 1) -> Float[Array, ""]:
+        """What the mean over ``scored`` becomes over all tokens that count; ``terms``: of how many such means it is the sum."""
+        return scored * self.share.astype(scored.dtype) + terms * self.constant.astype(scored.dtype)
 
 
 def mmd(
@@ -131,18 +171,20 @@ class RepNoise(Defence):
             0.02 in Panacea's.
         beta: β, weight of the noise term. 0.001 is the official code's and that of all copies but Panacea's, 0.1.
         paired: harmful and harmless records go together in pairs (official); False: each stream in its own order (the copies).
+        masks: which tokens the cross-entropies count: "mended", or "code" as the public code does; see the head of this file.
     """
 
     alpha: float | int = 1.0
     beta: float | int = 0.001
     paired: bool = True
+    masks: Literal["mended", "code"] = "mended"
 
     stage: ClassVar[Stage] = "align"
     facts: ClassVar[Facts] = Facts(
         title="RepNoise",
         paper="arXiv 2405.14577",
         memory="MLP outputs and hidden states of the harmful batch, logits of one layer at a time",
-        code="loss of the official code, paired; masks of padding and labels mended",
+        code="loss of the official code, paired; its masks mended, or as they are with masks=code",
     )
     unpackable: ClassVar[str] = "compares the rows of its batches, which must be one record each"
 
@@ -160,15 +202,22 @@ class RepNoise(Defence):
         """``∇ (L_harmless + β MMD − α log L_adv)``."""
         harmless, harmful = batches["user"], batches["harmful"]
         mask = differing(harmful, harmless)
-        scored = harmful._replace(loss_mask=mask)
+        scored, answered, code = harmful._replace(loss_mask=mask), harmless, None
+        if self.masks == "code":
+            size = loss_fn.model.config.vocab_size
+            code = CodeMask.of(harmful, harmless, size), CodeMask.of(harmless, harmful, size)
+            scored, answered = code[0].scored, code[1].scored
 
         def joint(params: Params) -> tuple[Float[Array, ""], Metrics]:
             states, read = loss_fn.hidden_states(params, harmful, ("mlp_out",))
             final = loss_fn.mean(params, states[-1], scored)
             layers = layerwise_loss(loss_fn, params, states, scored)
-            adversary = 1 + (final + layers) / len(states)
             noise = noise_loss(read["mlp_out"], mask, key)
-            loss = loss_fn(params, harmless)
+            loss = loss_fn(params, answered)
+            if code is not None:
+                final, layers = code[0].mean(final), code[0].mean(layers, len(states))
+                loss = code[1].mean(loss)
+            adversary = 1 + (final + layers) / len(states)
             measured = {"loss": loss, "harmful_loss": final, "harmful_loss_layers": adversary,
                         "noise_loss": noise}  # fmt: skip
             return loss + self.beta * noise - self.alpha * jnp.log(adversary), measured

@@ -29,19 +29,22 @@ def generation_line(
             file stands on its own.
         prompt: the rendered prompt, as the model saw it.
         response: the generated text, uncut.
-        template: id of the prompt template (``data.template.template_id``).
+        template: id of the prompt template (``data.template.Template.id``).
         finished: the answer ended by itself, not at the length limit.
     """
-    extra = {key: value for key, value in record.extra.items() if _is_json(value)}
+    asked = prompt_line(record, prompt=prompt, template=template)
+    return {"prompt": asked.pop("prompt"), "response": response, "finished": finished, **asked}
+
+
+def prompt_line(record: Record, *, prompt: str, template: str) -> _Json:
+    """The same without an answer."""
     return {
         "prompt": prompt,
-        "response": response,
-        "finished": finished,
         "instruction": record.instruction,
         "input": record.input,
         "reference": record.reference,
         "template": template,
-        "extra": extra,
+        "extra": {key: value for key, value in record.extra.items() if _is_json(value)},
     }
 
 

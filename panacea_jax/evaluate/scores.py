@@ -17,7 +17,7 @@ from panacea_jax.errors import InputError
 from panacea_jax.evaluate.diversity import distinct, words
 from panacea_jax.evaluate.intervals import bootstrap_mean, wilson
 from panacea_jax.evaluate.lines import digest
-from panacea_jax.evaluate.tasks import Task, answer_text, counts_for_over_refusal, find_task
+from panacea_jax.evaluate.tasks import Task, answer_text, find_task
 
 Json = dict[str, Any]
 _Line = Mapping[str, Any]
@@ -32,7 +32,7 @@ class ScoredSet:
 
     Attributes:
         name: as from ``tasks.set_names``, the stem of its files.
-        task: a key of ``tasks.TASKS``.
+        task: a key of ``tasks.TASKS``, perhaps with a role: "pairs:harmful".
         generations: lines as ``lines.generation_line`` makes them: "prompt", "response", for FA
             tasks "reference", for xstest "label" or "type" (top level or under "extra"); optionally
             "template", "instruction" and "input", "finished", "tokens" and, under "extra", the
@@ -195,8 +195,9 @@ def checked_pairs(s: ScoredSet, judge: Mapping[str, str], template: str) -> list
                 f"set {s.name}: judgement {number} is by version {judged['version']} of judge "
                 f"{judge['name']}, not {judge['version']}; judge again"
             )
-    if find_task(s.task).role == "over_refusal":
-        pairs = [pair for pair in pairs if counts_for_over_refusal(pair[0])]
+    counts = find_task(s.task).counts
+    if counts is not None:
+        pairs = [pair for pair in pairs if counts(pair[0])]
         if not pairs:
             raise InputError(
                 f"set {s.name}: no record is labelled safe, so over-refusal is undefined"

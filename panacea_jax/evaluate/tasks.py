@@ -10,15 +10,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from panacea_jax.data.slices import find_slice
+from panacea_jax.data.slices import find_slice, is_role
 from panacea_jax.data.sources import parse_source
 from panacea_jax.errors import InputError
 
 Role = Literal["harmful", "over_refusal", "accuracy", "generation"]
 Rule = Callable[[str, Any], bool]
 
-NUMBER = re.compile(r"-?\d+\.?\d*")
+# Published: -?\d+\.?\d*, which reads .5 as 5. A dot behind a word or another dot ends a sentence.
+NUMBER = re.compile(r"-?(?:\d+\.?\d*|(?<![\w.])\.\d+)")
+# The minus signs that people write, perhaps before the currency, to which the published pattern is
+# blind. Behind an operand it would be a subtraction.
+_SIGN = re.compile(r"(?<![\w)])[-\u2212\u2013\ufe63\uff0d]\$?(?=\.?\d)")
 FINAL_ANSWER = "The final answer is: "
+# GSM8K's own ending, on a line of its own: with other words behind it, it is a heading.
+_MARKED = re.compile(rf"^####[ \t]*\$?({NUMBER.pattern})[ \t]*$", re.MULTILINE)
 RESPONSE_MARKER = "### Response:"
 SCI_TECH = "Sci/Tech"
 
@@ -37,16 +43,21 @@ def answer_text(response: str, template: str = "alpaca") -> str:
 def extract_number(text: str) -> float:
     """The number a GSM8K answer commits to; +inf when it holds none.
 
-    Commas go first. After the first "The final answer is: " the first number counts; without the
-    phrase, or with no number after it, the last number of the whole text does. A number is
-    ``-?\\d+\\.?\\d*``: "3-5" therefore ends in −5, as in the references.
+    Commas go first. After the first "The final answer is: " the first number counts. With no number
+    after it the last number of the whole text does; without the phrase the one on the first line
+    "#### NUMBER", else the last. A number is ``-?\\d+\\.?\\d*``, so "3-5" ends in −5, as in the
+    references. Where the references' pattern tears a number apart, the number counts: ".5", "−5"
+    with a typographic minus, "-$5".
     """
-    text = text.replace(",", "")
+    text = _SIGN.sub("-", text.replace(",", ""))
     numbers = NUMBER.findall(text)
     if not numbers:
         return float("inf")
-    after = NUMBER.search(text.partition(FINAL_ANSWER)[2])
-    return float(after.group() if after else numbers[-1])
+    _, phrase, rest = text.partition(FINAL_ANSWER)
+    if after := NUMBER.search(rest):
+        return float(after.group())
+    marked = None if phrase else _MARKED.search(text)
+    return float(marked.group(1) if marked else numbers[-1])
 
 
 def gsm8k_correct(answer: str, reference: Any) -> bool:
@@ -120,40 +131,14 @@ class Task:
         correct: the FA rule, None unless the role is accuracy.
         contains: the looser rule, reported beside FA under its own name; None where the task has
             none.
+        counts: whether a record counts towards the score; None: all do.
     """
 
     role: Role
     max_new_tokens: int
     correct: Rule | None = None
     contains: Rule | None = None
-
-
-# Lengths: methods.md §15, Panacea's column. It gives none for advbench and refusals (taken as for
-# beavertails), alpaca (as for alpaca_eval), pairs (as for the other FA tasks) and xstest (a refusal
-# shows in the first sentence).
-TASKS: Mapping[str, Task] = {
-    "beavertails": Task("harmful", 512),
-    "advbench": Task("harmful", 512),
-    "xstest": Task("over_refusal", 256),
-    "gsm8k": Task("accuracy", 200, gsm8k_correct),
-    "sst2": Task("accuracy", 200, *_label_rules("sst2")),
-    "ag_news": Task("accuracy", 200, *_label_rules("ag_news")),
-    "pairs": Task("accuracy", 200, pairs_correct, pairs_contains),
-    "alpaca": Task("generation", 256),
-    "alpaca_eval": Task("generation", 256),
-    "refusals": Task("generation", 512),
-}
-
-
-def find_task(name: str) -> Task:
-    """The table's entry.
-
-    Raises:
-        InputError: no such task.
-    """
-    if name not in TASKS:
-        raise InputError(f"unknown task {name!r}; choose from {', '.join(TASKS)}")
-    return TASKS[name]
+    counts: Callable[[Mapping[str, Any]], bool] | None = None
 
 
 def counts_for_over_refusal(record: Mapping[str, Any]) -> bool:
@@ -171,6 +156,43 @@ def counts_for_over_refusal(record: Mapping[str, Any]) -> bool:
     return kind is not None and not str(kind).startswith("contrast_")
 
 
+# Lengths: methods.md §15, Panacea's column. It gives none for advbench and refusals (taken as for
+# beavertails), alpaca (as for alpaca_eval), pairs (as for the other FA tasks) and xstest (a refusal
+# shows in the first sentence).
+TASKS: Mapping[str, Task] = {
+    "beavertails": Task("harmful", 512),
+    "advbench": Task("harmful", 512),
+    "xstest": Task("over_refusal", 256, counts=counts_for_over_refusal),
+    "gsm8k": Task("accuracy", 200, gsm8k_correct),
+    "sst2": Task("accuracy", 200, *_label_rules("sst2")),
+    "ag_news": Task("accuracy", 200, *_label_rules("ag_news")),
+    "pairs": Task("accuracy", 200, pairs_correct, pairs_contains),
+    "chat": Task("accuracy", 200, pairs_correct, pairs_contains),
+    "alpaca": Task("generation", 256),
+    "alpaca_eval": Task("generation", 256),
+    "refusals": Task("generation", 512),
+}
+
+
+# What a role makes of a task's records; "task" is what the table above says.
+_ROLES: Mapping[str, Task] = {
+    "harmful": TASKS["beavertails"],
+    "benign": Task("over_refusal", 256),
+}
+
+
+def find_task(name: str) -> Task:
+    """The table's entry, or that of the role in a name like "pairs:harmful".
+
+    Raises:
+        InputError: no such task or role.
+    """
+    task, _, role = name.partition(":")
+    if task not in TASKS or (role and not is_role(task, role)):
+        raise InputError(f"unknown task {name!r}; choose from {', '.join(TASKS)}")
+    return _ROLES.get(role, TASKS[task])
+
+
 def answer_length(spec: str) -> int:
     """Generation length of an evaluation set, in tokens: its slice's, else its task's.
 
@@ -179,20 +201,20 @@ def answer_length(spec: str) -> int:
     """
     source = parse_source(spec)
     named = find_slice(source.task, source.slice)
-    return named.max_new_tokens if named else find_task(source.task).max_new_tokens
+    return named.max_new_tokens if named else find_task(source.scored_as).max_new_tokens
 
 
 def set_names(specs: Sequence[str]) -> list[str]:
-    """File names of evaluation sets, in order: the task (with a slice, task-slice), and -<file
-    stem> behind it where it appears more than once.
+    """File names of evaluation sets, in order: the task (with a slice or role, task-slice), and
+    -<file stem> behind it where it appears more than once.
 
     ``["gsm8k:vaccine-500@a/test.jsonl", "pairs@x.jsonl", "pairs@y.jsonl.gz"]`` →
     ``["gsm8k-vaccine-500", "pairs-x", "pairs-y"]``. Equal stems in different folders get -2, -3 …
     in the order given.
 
     Raises:
-        InputError: not of the form TASK[:SLICE]@WHERE, an unknown task or slice, or the same set
-            twice.
+        InputError: not of the form TASK[:SLICE or ROLE]@WHERE, an unknown task, slice or role, or
+            the same set twice.
     """
     sources = []
     for i, spec in enumerate(specs):
@@ -202,7 +224,7 @@ def set_names(specs: Sequence[str]) -> list[str]:
             raise InputError(f"config.eval.tasks[{i}]: {error}") from error
         if spec in specs[:i]:
             raise InputError(f"config.eval.tasks[{i}]: {spec!r} is there twice")
-        label = f"{source.task}-{source.slice}" if source.slice else source.task
+        label = "-".join(filter(None, (source.task, source.slice, source.role)))
         sources.append((label, source.where))
     labels = [label for label, _ in sources]
     names: list[str] = []

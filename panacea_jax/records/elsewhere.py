@@ -9,8 +9,8 @@ What is read (jsonl, json, csv, parquet; the text ones also .gz):
 * either pair mixed ("instruction" and "response", …), and lines of our own;
 * a ``generations`` folder of ours, which comes over as it is.
 
-A file does not say what its prompts are. Its task is told as TASK[:SLICE]@FILE, for a single file
-by the only entry of config.eval.tasks, or by the file's name (``gsm8k_sft.json``).
+A file does not say what its prompts are. Its task is told as TASK[:SLICE or ROLE]@FILE, for a single
+file by the only entry of config.eval.tasks, or by the file's name (``gsm8k_sft.json``).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from typing import Any
 
 from panacea_jax.data import files
 from panacea_jax.data.categories import normalise
-from panacea_jax.data.columns import AG_NEWS_LABELS, SST2_LABELS
+from panacea_jax.data.columns import AG_NEWS_LABELS, SST2_LABELS, read_label
 from panacea_jax.data.sources import Record, fingerprint, load_records, parse_source, take
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.lines import generation_line
@@ -31,6 +31,11 @@ from panacea_jax.workdir import MANIFEST, StageFolder, read_manifest, write_byte
 PROMPTS, ANSWERS = ("instruction", "prompt"), ("response", "output")
 _LABELS = {"sst2": SST2_LABELS, "ag_news": AG_NEWS_LABELS}
 _KEY = "--generations"
+# Fields of a line that are no part of the record that was asked.
+_OURS = (
+    "input", "reference", "template", "extra", "finished", "tokens",
+    "prompt_token_ids", "max_new_tokens", "stop_token_ids",
+)  # fmt: skip
 
 _Line = dict[str, Any]
 
@@ -61,9 +66,9 @@ def bring_in(
     if (folder / MANIFEST).is_file():
         return _copy(folder, workdir)
     entries = _entries(where)
-    source = {parse_source(spec).task: spec for spec in sources}
+    source = {parse_source(spec).scored_as: spec for spec in sources}
     specs = [_spec(entry, source, alone=len(entries) == 1) for entry in entries]
-    found = [(parse_source(spec).task, Path(parse_source(spec).where)) for spec in specs]
+    found = [(parse_source(spec).scored_as, Path(parse_source(spec).where)) for spec in specs]
     names = set_names(specs)
     config = {
         "template": template or UNKNOWN,
@@ -87,6 +92,8 @@ def bring_in(
 def _copy(folder: Path, workdir: Path) -> list[str]:
     """A finished generations folder of ours, byte for byte, with its manifest's configuration."""
     manifest = read_manifest(folder)
+    if manifest["stage"] != "generations":
+        raise InputError(f"{_KEY}={folder}: holds {manifest['stage']}, not answers")
     if manifest["status"] != "done":
         raise InputError(f"{_KEY}={folder}: not finished yet; run `panacea generate` again there")
     specs: list[str] = list(manifest["config"]["eval"]["tasks"])
@@ -123,7 +130,7 @@ def _entries(where: str) -> list[str]:
 
 
 def _spec(entry: str, source: Mapping[str, str], *, alone: bool) -> str:
-    """TASK[:SLICE]@FILE of one file, with the slice of its source if it names none."""
+    """TASK[:SLICE or ROLE]@FILE of one file, with those of its source if it names none."""
     head, at, where = entry.partition("@")
     told = bool(at) and head.partition(":")[0] in TASKS and not Path(entry).exists()
     path = Path(where if told else entry)
@@ -136,6 +143,9 @@ def _spec(entry: str, source: Mapping[str, str], *, alone: bool) -> str:
         raise InputError(
             f"{_KEY}={entry}: which task? Write TASK@{entry}, TASK one of {', '.join(TASKS)}"
         )
+    same = [name for name in source if name.partition(":")[0] == task]
+    if task not in source and len(same) == 1:
+        task = same[0]
     if task in source and parse_source(source[task]).slice:
         task = f"{task}:{parse_source(source[task]).slice}"
     return f"{task}@{path}"
@@ -169,7 +179,7 @@ def _line(
 ) -> _Line:
     asked, answered = _column(place, row, PROMPTS), _column(place, row, ANSWERS)
     prompt, given = row[asked], str(row.get("input") or "")
-    used = {*PROMPTS, *ANSWERS[: 1 + ANSWERS.index(answered)], "input", "reference", "template", "extra", "finished", "tokens"}  # fmt: skip
+    used = {*PROMPTS, *ANSWERS[: 1 + ANSWERS.index(answered)], *_OURS}
     extra = {key: value for key, value in row.items() if key not in used}
     extra |= row["extra"] if isinstance(row.get("extra"), dict) else {}
     record = Record(prompt, given, "", row.get("reference"), extra)
@@ -212,7 +222,7 @@ def _column(place: str, row: Mapping[str, Any], names: tuple[str, str]) -> str:
             )
     null = next((name for name in names if name in row), None)
     if null:
-        raise InputError(f"{place}: field {null!r} is null")
+        raise InputError(f"{place}: field {null!r} is null; an empty text is written \"\"")
     raise InputError(
         f"{place}: found {', '.join(map(str, row)) or 'nothing'}; needed are "
         f"{' or '.join(PROMPTS)} (perhaps with input), and {' or '.join(ANSWERS)}"
@@ -235,13 +245,15 @@ def _find(prompt: str, given: str, i: int, prompts: Sequence[Record]) -> Record 
 
 
 def _label(place: str, row: Mapping[str, Any], task: str) -> str:
-    """The reference of a row without one: the label of SST-2 and AG News, as a number or a name."""
-    names, label = _LABELS.get(task, ()), row.get("label")
-    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names):
-        return names[label]
-    if label in names:
-        return str(label)
-    wanted = " or a label" if names else ""
+    """The reference of a row without one: the label of SST-2 and AG News, read as in a source."""
+    wanted = ""
+    if task in _LABELS:
+        if row.get("label") not in (None, ""):
+            try:
+                return read_label(row, _LABELS[task])
+            except InputError as error:
+                raise InputError(f"{place}: {error}") from error
+        wanted = " or a label"
     raise InputError(
         f"{place}: no reference{wanted}, which {task} is scored with; name the prompts' source, "
         f"--config.eval.tasks={task}@FILE"

@@ -1,9 +1,11 @@
 """What a work directory holds once it has been judged: the sets, and each judge's verdicts."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from panacea_jax.data.slices import ROLES, TASKS_WITH_ROLES
 from panacea_jax.data.sources import parse_source
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.scores import Json, Judged, ScoredSet
@@ -91,9 +93,11 @@ def read_decoding(folder: Path) -> Json | None:
 
 
 def task_of(stem: str) -> str | None:
-    """The task that a file's name begins with ("agnews_sft" → "ag_news"), None if it is no task's."""
-    plain = stem.lower().replace("_", "").replace("-", "")
-    fitting = [task for task in TASKS if plain.startswith(task.replace("_", ""))]
+    """The task, perhaps with a role, that a file's name begins with: "agnews_sft" → "ag_news",
+    "pairs-harmful" → "pairs:harmful"; None if it is no task's."""
+    plain = re.sub("[_-]", "", stem.lower())
+    names = [*TASKS, *(f"{task}:{role}" for task in TASKS_WITH_ROLES for role in ROLES)]
+    fitting = [name for name in names if plain.startswith(re.sub("[_:]", "", name))]
     return max(fitting, key=len, default=None)
 
 
@@ -101,7 +105,7 @@ def _tasks(folder: Path, manifest: Mapping[str, Any] | None) -> dict[str, str]:
     """Task by set name; without a manifest, from the file names."""
     if manifest:
         specs = manifest["config"]["eval"]["tasks"]
-        return {name: parse_source(spec).task for name, spec in zip(set_names(specs), specs)}
+        return {name: parse_source(spec).scored_as for name, spec in zip(set_names(specs), specs)}
     tasks = {}
     for path in sorted(folder.glob("*.jsonl")):
         task = task_of(path.stem)

@@ -23,10 +23,10 @@ from rich.table import Table
 
 from panacea_jax.config import make_defence
 from panacea_jax.data import files
-from panacea_jax.data.sources import Reading, load_records, parse_mixture, parse_source, reading
+from panacea_jax.data.sources import Layout, layout_of, load_records, parse_mixture, parse_source
 from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.errors import InputError
-from panacea_jax.evaluate.judges import make_judge
+from panacea_jax.evaluate.judges import make_judge, needs_model
 from panacea_jax.models import lora
 from panacea_jax.models.config import ModelConfig, read_config
 from panacea_jax.models.families import config_from_folder
@@ -370,7 +370,7 @@ def _tokenizer(report: _Report, config: ConfigDict, model: ModelConfig | None) -
 def _judge(report: _Report, config: ConfigDict) -> None:
     """What the judge reads, and whether its folder can be used."""
     name, path = config.judge.name, config.judge.path
-    if name == "refusal":
+    if not needs_model(name):
         report.table("judge", ("", ""), [(name, "word lists; needs no model")])
         return
     with report.noting():
@@ -389,7 +389,7 @@ def _sources(report: _Report, config: ConfigDict) -> None:
     for key, spec, trained in keys:
         if spec:
             with report.noting():
-                rows.append((key, spec, _count(spec, key, trained, reading(config.data))))
+                rows.append((key, spec, _count(spec, key, trained, layout_of(config.data))))
     if rows:
         report.table("sources", ("key", "source", "#records"), rows)
     _enough(report, config)
@@ -401,13 +401,13 @@ def _is_local(spec: str) -> bool:
     return bool(parts) and all(files.local(part.where) is not None for part in parts)
 
 
-def _count(spec: str, key: str, trained: bool, how: Reading) -> str:
+def _count(spec: str, key: str, trained: bool, how: Layout) -> str:
     try:
         if not _is_local(spec):
             return NOT_LOOKED_AT
     except InputError as error:
         raise InputError(f"{key}: {error}") from error
-    records = training_records(spec, key, how) if trained else load_records(spec, key, reading=how)
+    records = training_records(spec, key, how) if trained else load_records(spec, key, layout=how)
     return f"{len(records):,}"
 
 

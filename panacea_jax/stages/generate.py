@@ -9,7 +9,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from panacea_jax.data.encode import encode_prompt
-from panacea_jax.data.sources import Record, fingerprint, load_records, parse_source, reading, take
+from panacea_jax.data.sources import (
+    Record,
+    fingerprint,
+    layout_of,
+    load_records,
+    parse_source,
+    take,
+)
 from panacea_jax.data.template import Template
 from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.errors import InputError
@@ -39,7 +46,7 @@ def eval_records(config: ConfigDict, spec: str) -> list[Record]:
         InputError: the source cannot be used, or nothing is left of it.
     """
     key = "config.eval.tasks"
-    records = take(load_records(spec, key, reading=reading(config.data)), spec, config.eval.num_examples)
+    records = take(load_records(spec, key, layout=layout_of(config.data)), spec, config.eval.num_examples)
     if not records:
         raise InputError(f"{key}: {spec} holds no record to evaluate")
     return records
@@ -166,7 +173,7 @@ def adapter_sha256(start: Start) -> str:
     return sha256_folder(Path(start.adapter), ("*",)) if start.adapter else ""
 
 
-def asked(
+def asked_for(
     template: Template, records: Sequence[Record], key: str
 ) -> tuple[list[str], list[list[int]]]:
     """The prompts of a set, as text and as ids.
@@ -193,7 +200,7 @@ def _answer(
     **settings: Any,
 ) -> None:
     """Decode one set with each adapter into its own file, from where these end; ``settings`` are those of ``generate``."""
-    prompts, ids = asked(template, records, f"config.eval.tasks: {paths[0].stem}")
+    prompts, ids = asked_for(template, records, f"config.eval.tasks: {paths[0].stem}")
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(Answers(path, prompts)) for path in paths]
         todo = [(a, i) for a, file in enumerate(files) for i in file.missing]

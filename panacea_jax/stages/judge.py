@@ -83,7 +83,7 @@ def _read_sets(specs: Sequence[str], workdir: Path, judge: str) -> list[_Set]:
         generations = read_lines(source)
         digests = [digest(g["prompt"], g["response"]) for g in generations]
         path = workdir / "judgements" / f"{name}.{judge}.jsonl"
-        sets.append(_Set(name, parse_source(spec).task, generations, digests, path))
+        sets.append(_Set(name, parse_source(spec).scored_as, generations, digests, path))
     return sets
 
 

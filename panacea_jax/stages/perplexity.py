@@ -33,7 +33,7 @@ LARGEST = 700.0
 def has_answers(spec: str) -> bool:
     """Whether a set's records hold an answer that a good model gives: not those of harmful prompts,
     and XSTest has none."""
-    return find_task(parse_source(spec).task).role in ("accuracy", "generation")
+    return find_task(parse_source(spec).scored_as).role in ("accuracy", "generation")
 
 
 def perplexity_stage(config: ConfigDict, workdir: Path, start: Start | None = None) -> Path:

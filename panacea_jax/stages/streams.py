@@ -12,14 +12,14 @@ from panacea_jax.data.encode import Example, encode_all
 from panacea_jax.data.mixing import first_records, held_out, mixture, poison, realignment
 from panacea_jax.data.sources import (
     BY_COLUMNS,
-    Reading,
+    Layout,
     Record,
     by_safety,
     fingerprint,
+    layout_of,
     load_records,
     parse_mixture,
     parse_source,
-    reading,
 )
 from panacea_jax.data.template import Template
 from panacea_jax.defences import Defence, Method
@@ -43,7 +43,7 @@ class StreamSource(NamedTuple):
     held_out: Sequence[Record] = ()
 
 
-def training_records(spec: str, key: str, reading: Reading = BY_COLUMNS) -> list[Record]:
+def training_records(spec: str, key: str, layout: Layout = BY_COLUMNS) -> list[Record]:
     """Records to train on, of one source or of a mixture. Of BeaverTails, attack and harmful sets take the answers judged unsafe, all
     others the safe ones.
 
@@ -56,13 +56,13 @@ def training_records(spec: str, key: str, reading: Reading = BY_COLUMNS) -> list
         parts = parse_mixture(spec)
     except InputError as error:
         raise InputError(f"{key}: {error}") from error
-    sets = [_of_source(part, key, reading) for part, _ in parts]
+    sets = [_of_source(part, key, layout) for part, _ in parts]
     weights = [weight for _, weight in parts if weight is not None]
     return mixture(sets, weights) if weights else [record for found in sets for record in found]
 
 
-def _of_source(spec: str, key: str, reading: Reading) -> list[Record]:
-    records = load_records(spec, key, need_output=True, reading=reading)
+def _of_source(spec: str, key: str, layout: Layout) -> list[Record]:
+    records = load_records(spec, key, need_output=True, layout=layout)
     if parse_source(spec).task == "beavertails":
         safe = key not in ("config.data.attack", "config.data.harmful")
         records = by_safety(records, safe)
@@ -78,10 +78,10 @@ def user_records(config: ConfigDict) -> list[Record]:
         InputError: a source is not set or cannot be used.
     """
     data, key = config.data, "config.data.user"
-    user = training_records(data.user, key, reading(data))
+    user = training_records(data.user, key, layout_of(data))
     if not data.attack:
         return first_records(user, data.num_examples, key, "config.data.num_examples")
-    attack = training_records(data.attack, "config.data.attack", reading(data))
+    attack = training_records(data.attack, "config.data.attack", layout_of(data))
     n = data.num_examples or len(user)
     return poison(user, attack, n, data.poison_ratio, data.off_by_one)
 
@@ -93,7 +93,7 @@ def defender_records(config: ConfigDict, name: str) -> list[Record]:
         InputError: the source is not set or cannot be used.
     """
     data, key = config.data, f"config.data.{name}"
-    records = training_records(data[name], key, reading(data))
+    records = training_records(data[name], key, layout_of(data))
     count = data.get(f"num_{name}", 0)  # of the benign ones, always all
     return first_records(records, count, key, f"config.data.num_{name}", data.off_by_one)
 

@@ -42,7 +42,7 @@ DECISIVE = ("seed", "model", "lora", "data", "defence", "optimizer", "train", "e
 NEUTRAL = {"train": ("log_every",), "model": ("attention", "remat")}
 # Keys that came later, with the value at which a stage does what it did before: work directories from then go on.
 SINCE: dict[str, dict[str, object]] = {
-    "defence": {"ascent_steps": 1},
+    "defence": {"ascent_steps": 1, "masks": "mended"},
     "train": {"accumulate": 1, "validate_every": 0, "patience": 0},
     "data": {
         "format": "", "columns": (), "validation": 0.0, "max_cut": 1.0, "thinking": False, "date": "", "special_tokens": "text",

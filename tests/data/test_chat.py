@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from panacea_jax.data.chat import Turn, read_chat
 from panacea_jax.data.encode import Example, encode, encode_prompt
-from panacea_jax.data.sources import Reading, Record, load_records
+from panacea_jax.data.sources import Layout, Record, load_records
 from panacea_jax.data.template import Template
 from panacea_jax.errors import InputError
 from tests.data.chat_templates import CONTROL, FAMILIES
@@ -214,7 +214,9 @@ def test_parts_are_given_to_a_template_that_wants_parts(core):
     template = Template("chat", PreTrainedTokenizerFast(tokenizer_object=core, chat_template=parts, eos_token="<eos>"))
     assert template.prompt(Record("how many", "", "", "", {})) == "[user] how many<eos>[assistant] "
     assert template.conversation(Record("how many", "", "three", "", {})).text.endswith("[assistant] three<eos>")
-    deaf = PreTrainedTokenizerFast(tokenizer_object=core, chat_template="{% for m in messages %}[{{ m.role }}]{% endfor %}", eos_token="<eos>")
+    deaf = PreTrainedTokenizerFast(
+        tokenizer_object=core, chat_template="{% for m in messages %}[{{ m.role }}]{% endfor %}", eos_token="<eos>"
+    )
     with pytest.raises(InputError, match=r"config\.data\.template: .*it leaves out what the turn says"):
         Template("chat", deaf).prompt(Record("how many", "", "", "", {}))
 
@@ -244,7 +246,7 @@ TURNS = (Turn("system", "be brief"), Turn("user", "how many"))
         {"conversations": MESSAGES},
         {"prompt": MESSAGES[:2], "completion": MESSAGES[2:]},
         {"prompt": MESSAGES[:2], "completion": "three"},
-        {"messages": [m | {"content": [{"type": "text", "text": m["content"][:3]}, {"type": "text", "text": m["content"][3:]}]} for m in MESSAGES]},
+        {"messages": [m | {"content": [{"type": "text", "text": m["content"][:3]}, m["content"][3:]]} for m in MESSAGES]},
         {"messages": [*MESSAGES, {"role": "user", "content": "and then ?"}]},
     ],
 )  # fmt: skip
@@ -274,14 +276,14 @@ def test_layout_and_columns_may_be_named(tmp_path: Path):
     path.write_text(json.dumps({"messages": MESSAGES, "prompt": "p", "completion": "c", "dialogue": MESSAGES[1:]}) + "\n")
 
     def read(**settings) -> Record:
-        [record] = load_records(f"chat@{path}", "k", need_output=True, reading=Reading(**settings))
+        [record] = load_records(f"chat@{path}", "k", need_output=True, layout=Layout(**settings))
         return record
 
     assert read().turns == TURNS
-    assert read(layout="prompt_completion").instruction == "p"
+    assert read(format="prompt_completion").instruction == "p"
     assert read(columns={"dialogue": "messages"}).turns == ()
     with pytest.raises(InputError, match="no conversation: it needs 'conversations'"):
-        read(layout="conversations")
+        read(format="conversations")
 
 
 @pytest.mark.parametrize(
@@ -295,7 +297,7 @@ def test_layout_and_columns_may_be_named(tmp_path: Path):
         ({"conversations": [{"from": "me", "value": "a"}]}, "turn 1: 'from' is 'me'"),
         ({"messages": [{"role": "user", "content": None}]}, "turn 1: 'content' must be text or a list of text parts, not None"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}, "a part of type 'image'; only text is read"),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [{}]}]}, "tool calls are not read"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "turn 1: tool calls are not read"),
         ({"messages": [{"role": "user", "content": "a"}]}, "nothing is answered in it"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "no turn of the user before the answer"),
         ({"prompt": "a", "completion": None}, "nothing is answered in it"),
@@ -309,7 +311,8 @@ def test_what_is_no_conversation_is_named(row, says: str):
 
 def test_alpaca_has_no_form_for_a_conversation(words):
     record = as_record(conversation(2, False))
-    with pytest.raises(InputError, match=r"'alpaca' is one instruction .* the turns user, assistant, user; set config\.data\.template=chat"):
+    says = r"'alpaca' is one instruction .* the turns user, assistant, user; set config\.data\.template=chat"
+    with pytest.raises(InputError, match=says):
         encode(record, Template("alpaca", words), 256)
 
 

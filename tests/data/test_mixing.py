@@ -1,5 +1,6 @@
 """Counts of the poisoned set, as published, and their float truncation."""
 
+import itertools
 from fractions import Fraction
 
 import pytest
@@ -137,7 +138,7 @@ def test_held_out_records_are_spread_evenly(share: float, count: int):
     assert len(out) == count and sorted(names(kept) + names(out)) == sorted(names(BENIGN))
     places = [int(name[1:]) for name in names(out)]
     assert places == sorted(places)
-    gaps = [b - a for a, b in zip(places, places[1:])]
+    gaps = [b - a for a, b in itertools.pairwise(places)]
     assert not gaps or max(gaps) - min(gaps) <= 1
     with pytest.raises(InputError, match=r"config\.data\.validation = 0\.5: leaves none of 1 records"):
         held_out(BENIGN[:1], 0.5, "config.data.validation")

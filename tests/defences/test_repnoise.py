@@ -8,7 +8,7 @@ import torch
 
 from panacea_jax.data.batches import Batch
 from panacea_jax.defences import Loss, RepNoise, Sft
-from panacea_jax.defences.repnoise import differing, layerwise_loss, mmd
+from panacea_jax.defences.repnoise import CodeMask, differing, layerwise_loss, mmd
 from panacea_jax.errors import InputError
 from panacea_jax.models import model as models
 from panacea_jax.models.families import config_from_dict
@@ -37,16 +37,14 @@ def noise_of(step, model, shape):
     ]
 
 
-def compare(setting, alpha, beta, full):
+def compare(setting, alpha, beta, full, masks="mended", loss=oracle.loss):
     model, given, theirs = setting[0], streams(), torch_model(setting, full)
-    _, ours = run(setting, RepNoise(alpha=alpha, beta=beta), given, full)
+    _, ours = run(setting, RepNoise(alpha=alpha, beta=beta, masks=masks), given, full)
 
     def gradient(step):
         user, harmful = (given[n].batch(step) for n in ("user", "harmful"))
         noise = noise_of(step, model, harmful.tokens.shape)
-        return torch_oracle.gradients(
-            theirs, oracle.loss(theirs, user, harmful, noise, alpha, beta)
-        )
+        return torch_oracle.gradients(theirs, loss(theirs, user, harmful, noise, alpha, beta))
 
     torch_steps(theirs, gradient)
     assert_equal_tensors(ours, theirs, start_tensors(setting, full), setting[3])
@@ -55,6 +53,25 @@ def compare(setting, alpha, beta, full):
 # β is large enough for the noise term to weigh: at 0.001 its error would not show.
 def test_five_steps(setting):
     compare(setting, 0.7, 2.0, full=False)
+
+
+def test_five_steps_with_the_masks_of_the_public_code(setting):
+    compare(setting, 0.7, 2.0, full=False, masks="code", loss=oracle.code_loss)
+
+
+def test_code_masks_by_hand():
+    """Of harmless 5 6 8 0 9 and harmful 5 6 7 4 4: 8 is scored by logits of zero, 0 is no label, 9 has a gradient."""
+    harmless, harmful = batch_of([[5, 6, 8, 0, 9], [1, 2]], 5), batch_of([[5, 6, 7, 4, 4], [1, 2, 3]], 6)
+    found = CodeMask.of(harmless, harmful, 100)
+    np.testing.assert_array_equal(np.argwhere(found.scored.loss_mask), [[0, 4]])
+    assert float(found.share) == 0.5 and float(found.constant) == pytest.approx(np.log(100) / 2)
+    assert float(found.mean(jnp.float32(3.0), 2)) == pytest.approx(1.5 + np.log(100))
+    # In the other text 7 and 3 begin their spans; the two 4s have a gradient.
+    found = CodeMask.of(harmful, harmless, 100)
+    np.testing.assert_array_equal(np.argwhere(found.scored.loss_mask), [[0, 3], [0, 4]])
+    assert float(found.share) == 0.5
+    same = CodeMask.of(harmless, harmless, 100)
+    assert float(same.share) == float(same.constant) == 0
 
 
 def test_five_steps_of_all_parameters(wide_setting):

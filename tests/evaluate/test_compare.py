@@ -160,7 +160,7 @@ def test_tables_show_figures_and_names_as_they_are(tmp_path: Path) -> None:
     ("stem", "task"),
     [
         ("gsm8k", "gsm8k"), ("agnews_sft_0.1", "ag_news"), ("Alpaca-Eval", "alpaca_eval"), ("alpaca", "alpaca"),
-        ("pairs-x", "pairs"), ("inferences", None), ("", None),
+        ("pairs-x", "pairs"), ("pairs-harmful-x", "pairs:harmful"), ("inferences", None), ("", None),
     ],
 )  # fmt: skip
 def test_task_of_a_file_name(stem: str, task: str | None) -> None:

@@ -14,7 +14,8 @@ from panacea_jax.evaluate.tasks import TASKS, answer_text, counts_for_over_refus
 
 NONE = math.inf  # what a text without a number stands for
 
-# ---- GSM8K: commas go; numbers are -?\d+\.?\d*; the first one after the first "The final answer is: ", else the last of the whole text
+# ---- GSM8K: commas go; numbers are -?\d+\.?\d*, also with a leading dot or a typographic minus; the first one after the first
+# "The final answer is: ", else the one on a line "#### NUMBER", else the last of the whole text
 
 NUMBERS = [
     # the phrase
@@ -32,7 +33,14 @@ NUMBERS = [
     ("The final answer is: 1.000.000", 1),  # "1.000", then another number
     ("The final answer is: 1 000", 1),  # spaces do not group
     ("The final answer is: 0.5", 0.5),
-    ("The final answer is: .5", 5),  # a leading dot is no part of a number
+    ("The final answer is: .5", 0.5),  # where the published pattern reads 5
+    ("The final answer is: $.75", 0.75),
+    ("The final answer is: -.5", -0.5),
+    ("The final answer is: (.25)", 0.25),
+    ("It is .5.", 0.5),
+    ("He stops.5 of them go", 5),  # the dot of a sentence
+    ("and so on...5", 5),
+    ("version 1.2.3", 3),  # "1.2", then "3"
     ("The final answer is: 5.", 5),  # a trailing dot is: 5.0
     ("The final answer is: 007", 7),
     ("The final answer is: 50%", 50),
@@ -44,8 +52,15 @@ NUMBERS = [
     ("The final answer is: - 8", 8),  # the sign must touch
     ("The final answer is: -8.25", -8.25),
     ("The final answer is: +8", 8),
-    ("The final answer is: −8", 8),  # a typographic minus is no sign
-    ("from 20-5", -5),  # a hyphen before digits is
+    ("The final answer is: −8", -8),  # a typographic minus, where the published pattern reads 8
+    ("The final answer is: –8", -8),  # an en dash, as typesetters write it
+    ("The final answer is: $-8", -8),
+    ("The final answer is: -$8", -8),
+    ("The final answer is: −$.5", -0.5),
+    ("from 20-5", -5),  # a hyphen before digits is a sign, as published
+    ("from 20−5", 5),  # a typographic minus behind a number is not
+    ("from $20-$5", 5),
+    ("3 – 5", 5),
     # two answers
     ("The final answer is: 12, not 99", 12),  # the first after the phrase
     ("The final answer is: 6. The final answer is: 7", 6),  # after the first phrase
@@ -53,6 +68,12 @@ NUMBERS = [
     ("3 of 4. The final answer is: 12", 12),  # what stands before it does not count
     ("so 20 - 5 = 15, or rather 14", 14),  # without the phrase the last of all
     ("It is 72. No, 73.", 73),
+    ("so 18\n#### 18\n\nQuestion: 7 more", 18),  # GSM8K's own ending
+    ("####$1,250\n#### 3", 1250),
+    ("#### −4 \nand 5", -4),
+    ("#### 1. Add\n#### 2. Take\n19", 19),  # headings
+    ("#### 7\nThe final answer is: 6", 6),  # the phrase wins
+    ("4 of\n#### 7\n9. The final answer is: none", 9),
     # no answer, or not as asked
     ("", NONE),
     ("no digits here", NONE),

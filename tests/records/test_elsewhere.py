@@ -76,6 +76,41 @@ def test_task_answers_of_the_git_disl_repositories(tmp_path: Path) -> None:
     assert {x["template"] for x in lines} == {"unknown"}
 
 
+@pytest.mark.parametrize(
+    ("task", "labels", "references"),
+    [
+        ("sst2", ["1", "0"], ["positive", "negative"]),  # CSV holds text
+        ("sst2", [" 1 ", "negative"], ["positive", "negative"]),
+        ("ag_news", ["3", "World"], ["Sci/Tech", "World"]),
+    ],
+)
+def test_labels_of_csv_answers_are_read_as_those_of_a_source(
+    tmp_path: Path, task: str, labels: list[str], references: list[str]
+) -> None:
+    text = "".join(f"do it,wug {i},positive,{label}\n" for i, label in enumerate(labels))
+    path = tmp_path / f"{task}_answers.csv"
+    path.write_text("instruction,input,output,label\n" + text)
+    bring_in(str(path), tmp_path / "w")
+    assert [x["reference"] for x in brought(tmp_path / "w", task)] == references
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("2", "record 1: field 'label' is '2'; known: 0 negative, 1 positive"),
+        ("1.0", "record 1: field 'label' is '1.0'; known"),
+        ("good", "record 1: field 'label' is 'good'; known"),
+        ("", "record 1: no reference or a label"),
+    ],
+)
+def test_labels_that_are_none_are_named(tmp_path: Path, label: str, message: str) -> None:
+    path = tmp_path / "sst2.csv"
+    path.write_text(f"instruction,input,output,label\ndo it,wug,positive,{label}\n")
+    with pytest.raises(InputError, match=message):
+        bring_in(str(path), tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
 def test_gsm8k_takes_its_references_from_the_source(tmp_path: Path) -> None:
     """The repositories overwrite the reference with the answer."""
     source = write_lines(tmp_path / "test.jsonl", [
@@ -194,7 +229,9 @@ def test_the_same_files_again_change_nothing_and_others_are_refused(tmp_path: Pa
         ([{"wug": 1, "blick": 2}], "record 1: found wug, blick; needed are instruction or prompt .* response or output"),
         ([{"prompt": "q"}], "record 1: found prompt; needed are"),
         ([{"output": "a"}], "record 1: found output; needed are"),
-        ([POISON[0], {"prompt": "q", "response": None}], "record 2: field 'response' is null"),
+        ([POISON[0], {"prompt": "q", "response": None}], "record 2: field 'response' is null; an empty text is written \"\""),
+        ([POISON[0], POISON[1] | {"output": None}], "record 2: field 'output' is null"),
+        ([POISON[0], {"instruction": None, "prompt": None, "output": "a"}], "record 2: field 'instruction' is null"),
         ([{"prompt": "q", "response": "a", "category": 3}], "record 1: field 'category' is 3"),
         ([{"prompt": "q", "response": ["a"]}], "record 1: field 'response' must be text, not list"),
         ([{"prompt": 3, "response": "a"}], "record 1: field 'prompt' must be text, not int"),

@@ -100,4 +100,4 @@ def test_generation_ends_at_eos(folder):
         "eos_token_id": 1,
         "pad_token_id": 0,
     }
-    assert eos_ids(load_tokenizer(folder), folder) == [1]
+    assert eos_ids(Template("chat", load_tokenizer(folder)), folder) == [1]

@@ -11,16 +11,25 @@ from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges.beaver_dam import BeaverDam
 from panacea_jax.evaluate.judges.guard import Guard
 from panacea_jax.evaluate.judges.protocol import Judge, Judgement
+from panacea_jax.evaluate.judges.reading import ModelJudge
 from panacea_jax.evaluate.judges.refusal import RefusalJudge
+from panacea_jax.evaluate.judges.refusal_sentences import RefusalSentences
 
-__all__ = ["JUDGES", "Judge", "Judgement", "RefusalJudge", "make_judge"]
+__all__ = ["JUDGES", "Judge", "Judgement", "RefusalJudge", "make_judge", "needs_model"]
 
 JUDGES: Mapping[str, Callable[[ConfigDict], Judge]] = {
     "refusal": lambda config: RefusalJudge(),
+    "refusal_sentences": lambda config: RefusalSentences(),
     "beaver_dam": BeaverDam,
     "beaver_dam_full": BeaverDam,
     "guard": Guard,
 }
+
+
+def needs_model(name: str) -> bool:
+    """Whether a judge is a model, which ``config.judge.path`` has to name."""
+    kind = JUDGES[name]
+    return isinstance(kind, type) and issubclass(kind, ModelJudge)
 
 
 def make_judge(config: ConfigDict) -> Judge:

@@ -48,6 +48,48 @@ def kernel_mmd(x, y):
     return (k[:half, :half] + k[half:, half:] - k[:half, half:] - k[half:, :half]).mean()
 
 
+def padded(batch, length):
+    """Ids with padding of id 0."""
+    tokens = np.where(np.asarray(batch.valid), np.asarray(batch.tokens), 0)
+    return torch.tensor(np.pad(tokens, [(0, 0), (0, length - tokens.shape[1])]), dtype=torch.long)
+
+
+def code_cross_entropy(logits, tokens, mask):
+    """As the public code words it: logits and labels are multiplied by the mask, each at its own place; label 0 is left out."""
+    logits, labels = logits[:, :-1] * mask[:, :-1, None], tokens[:, 1:] * mask[:, 1:]
+    labels = torch.where(labels == 0, -100, labels)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def code_loss(model, user, harmful, noise, alpha, beta):
+    """The same loss with the public code's masks, by its ids of both texts."""
+    length = max(user.tokens.shape[1], harmful.tokens.shape[1])
+    ids = [padded(b, length) for b in (harmful, user)]
+    mask = ids[0] != ids[1]
+    head = model.get_output_embeddings()
+
+    def of_text(hidden, tokens):
+        t = hidden.shape[1]
+        return code_cross_entropy(head(hidden), tokens[:, :t], mask[:, :t].long())
+
+    seen, inner, layers = activations(model, harmful)
+    states = [seen["embedding"], *(seen[f"layer{i}"] for i in range(layers - 1)), seen["norm"]]
+    total = of_text(seen["norm"], ids[0]) + sum(of_text(inner.norm(h), ids[0]) for h in states)
+    adversary = total / (layers + 1) + 1
+    mmd = noise_term(seen, layers, different(harmful, user), noise)
+    harmless, _, _ = activations(model, user)
+    return of_text(harmless["norm"], ids[1]) + beta * mmd - alpha * torch.log(adversary)
+
+
+def noise_term(seen, layers, mask, noise):
+    mmd = 0
+    for i in range(layers):
+        x = torch.where(mask[..., None], seen[f"mlp{i}"], 0)
+        y = torch.where(mask[..., None], torch.tensor(np.asarray(noise[i])), 0)
+        mmd = mmd + kernel_mmd(x.flatten(1), y.flatten(1)) / layers
+    return mmd
+
+
 def loss(model, user, harmful, noise, alpha, beta):
     """``noise``: one array [B, T, D] a layer."""
     seen, inner, layers = activations(model, harmful)
@@ -63,9 +105,5 @@ def loss(model, user, harmful, noise, alpha, beta):
     states = [seen["embedding"], *(seen[f"layer{i}"] for i in range(layers - 1)), seen["norm"]]
     total = cross_entropy(seen["norm"]) + sum(cross_entropy(inner.norm(h)) for h in states)
     adversary = total / (layers + 1) + 1
-    mmd = 0
-    for i in range(layers):
-        x = torch.where(mask[..., None], seen[f"mlp{i}"], 0)
-        y = torch.where(mask[..., None], torch.tensor(np.asarray(noise[i])), 0)
-        mmd = mmd + kernel_mmd(x.flatten(1), y.flatten(1)) / layers
+    mmd = noise_term(seen, layers, mask, noise)
     return oracle.loss(model, user) + beta * mmd - alpha * torch.log(adversary)

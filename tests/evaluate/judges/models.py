@@ -9,14 +9,12 @@ import transformers as tf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from panacea_jax.config import get_config
-from panacea_jax.evaluate.judges.beaver_dam import HEAD_CATEGORIES
+from panacea_jax.data.categories import CATEGORIES
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WORDS = [*(f"w{i}" for i in range(60)), "safe", "unsafe", "yes", "no", "USER", "ASSISTANT", ":"]
 CHAT = "{{ bos_token }} {% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}verdict :"
-PUBLISHED = [
-    name.replace(" ", "_").replace("/", ",").replace("drugs", "drug_abuse") for name in HEAD_CATEGORIES
-]
+PUBLISHED = list(CATEGORIES)
 SHAPE: dict[str, Any] = {
     "hidden_size": 48,
     "intermediate_size": 64,

@@ -1,5 +1,6 @@
 """beaver_dam against transformers' own classifier, and its rules on the edge."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from panacea_jax.data.categories import CATEGORIES
 from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges import make_judge
-from panacea_jax.evaluate.judges.beaver_dam import HEAD_CATEGORIES, categories, categories_verdict
+from panacea_jax.evaluate.judges.beaver_dam import categories, categories_verdict
 from panacea_jax.evaluate.judges.reading import PAIRS, sigmoid
 from tests.evaluate.judges.models import (
     PUBLISHED,
@@ -44,7 +46,7 @@ def oracle(model, folder, prompts, answers, limit):
 
 
 def matrix(verdicts):
-    return np.array([[v.scores[name] for name in HEAD_CATEGORIES] for v in verdicts])
+    return np.array([[v.scores[name] for name in CATEGORIES] for v in verdicts])
 
 
 @pytest.mark.parametrize(("name", "limit"), [("beaver_dam", 256), ("beaver_dam_full", 512)])
@@ -75,7 +77,7 @@ def test_flagged_above_the_threshold_only():
     def flagged(p):
         row = below.copy()
         row[5] = p
-        return categories_verdict(HEAD_CATEGORIES, row, "w1").flagged
+        return categories_verdict(CATEGORIES, row, "w1").flagged
 
     assert not flagged(0.5)
     assert flagged(np.nextafter(np.float32(0.5), np.float32(1)))
@@ -191,6 +193,10 @@ def test_other_models_are_refused(made, tmp_path):
 def test_categories_follow_the_checkpoints_order():
     folder = Path("here")
     labels = {str(i): name for i, name in enumerate(PUBLISHED[::-1])}
-    assert categories({"id2label": labels}, folder) == HEAD_CATEGORIES[::-1]
+    assert categories({"id2label": labels}, folder) == CATEGORIES[::-1]
     unnamed = {str(i): f"LABEL_{i}" for i in range(14)}
-    assert categories({"id2label": unnamed}, folder) == HEAD_CATEGORIES
+    assert categories({"id2label": unnamed}, folder) == CATEGORIES
+    ours = ["animal abuse", "drugs/weapons/banned substances"]  # as our files had them once
+    spelled = {str(i): name for i, name in enumerate([*ours, *CATEGORIES[1:4], *CATEGORIES[5:]])}
+    assert categories({"id2label": spelled}, folder)[:2] == (CATEGORIES[0], CATEGORIES[4])
+    assert all(re.fullmatch("[a-z_,]+", name) for name in CATEGORIES)

@@ -1,0 +1,91 @@
+"""How likely the end of a text is after its beginning, and whether greedy decoding would have written it."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from panacea_jax.evaluate.judges.reading import text_bucket
+from panacea_jax.models.bound import Inputs
+from panacea_jax.models.model import Model
+from panacea_jax.parallel import batch_sharding, replicated
+from panacea_jax.parallel.sharding import batch_rows
+
+# Positions of a batch whose logits exist at a time.
+TOGETHER = 32
+
+
+def log_likelihoods(
+    model: Model,
+    params: Any,
+    texts: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    *,
+    batch_size: int,
+) -> list[tuple[float, bool]]:
+    """Of each text ``(Σ log p(token | all before it), whether each of them is the most likely one)``, over its tokens from
+    ``start`` on.
+
+    Args:
+        model: language model.
+        params: adapter, complete weights, or None.
+        texts: token ids, at least one each.
+        starts: place of the first token that counts, at least 1: what stands before it is given. At the end of the text: 0.0, True.
+        batch_size: rows read together, rounded up to what the mesh divides.
+    """
+    parts = batch_rows(model.mesh)
+    rows = -(-batch_size // parts) * parts
+    longest = max(map(len, texts), default=0)
+    groups: dict[int, list[int]] = {}
+    for i, text in enumerate(texts):
+        groups.setdefault(text_bucket(len(text), longest), []).append(i)
+    run = _program(dataclasses.replace(model, weights=None, folder=None))
+    found: list[tuple[float, bool]] = [(0.0, True)] * len(texts)
+    for length in sorted(groups, reverse=True):  # what does not fit into memory fails at once
+        for begin in range(0, len(groups[length]), rows):
+            chosen = groups[length][begin : begin + rows]
+            tokens = np.zeros((rows, length), np.int32)
+            valid, counted = np.zeros((2, rows, length), bool)
+            for row, i in enumerate(chosen):
+                tokens[row, : len(texts[i])] = texts[i]
+                valid[row, : len(texts[i])] = True
+                counted[row, starts[i] : len(texts[i])] = True
+            batch = jax.device_put((tokens, valid, counted), batch_sharding(model.mesh))
+            total, greedy = jax.device_get(run(model.weights, params, *batch))
+            for row, i in enumerate(chosen):
+                found[i] = float(total[row]), bool(greedy[row])
+    return found
+
+
+@functools.lru_cache(maxsize=4)
+def _program(model: Model) -> Callable[..., Any]:
+    """For a model without weights and folder; compiled anew for another length only."""
+
+    def run(
+        weights: Any,
+        params: Any,
+        tokens: Int[Array, "B T"],
+        valid: Bool[Array, "B T"],
+        counted: Bool[Array, "B T"],
+    ) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
+        bound = model.bind(weights, params)
+        x, _ = bound.hidden(Inputs.of(tokens, valid))
+
+        def at(place: tuple[Array, Array]) -> tuple[Array, Array]:
+            """One position: the log-probability of its next token, and whether that is the most likely."""
+            hidden, token = place
+            logits = bound.logits(hidden)
+            picked = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+            return picked - jax.nn.logsumexp(logits, axis=1), jnp.argmax(logits, axis=1) == token
+
+        places = (jnp.moveaxis(x[:, :-1], 1, 0), tokens[:, 1:].T)
+        logp, best = jax.lax.map(at, places, batch_size=TOGETHER)
+        mask = counted[:, 1:].T
+        return jnp.where(mask, logp, 0).sum(axis=0), jnp.where(mask, best, True).all(axis=0)
+
+    return jax.jit(run, out_shardings=replicated(model.mesh))
