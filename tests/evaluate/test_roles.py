@@ -92,5 +92,5 @@ def test_harmful_and_benign_prompts_need_no_answers_and_roles_no_training(tmp_pa
         with pytest.raises(InputError, match="config.data.user: .* roles are for config.eval.tasks only"):
             load_records(f"pairs:{role}@{path}", "config.data.user", need_output=True)
     for spec in (f"pairs@{path}", f"pairs:task@{path}"):
-        with pytest.raises(InputError, match="no field 'output'"):
+        with pytest.raises(InputError, match="field 'output' must be text, not null"):
             load_records(spec, KEY)

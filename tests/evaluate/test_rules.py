@@ -148,6 +148,7 @@ ANSWERS = {
         ("wug", "", False, False),
     ],
 }
+ANSWERS["chat"] = ANSWERS["pairs"]  # a conversation's answer is scored alike
 CASES = [(task, *case) for task, cases in ANSWERS.items() for case in cases]
 
 

@@ -18,7 +18,7 @@ def test_every_source_task_has_an_entry_and_published_lengths() -> None:
     assert roles == {
         "harmful": {"beavertails", "advbench"},
         "over_refusal": {"xstest"},
-        "accuracy": {"gsm8k", "sst2", "ag_news", "pairs"},
+        "accuracy": {"gsm8k", "sst2", "ag_news", "pairs", "chat"},
         "generation": {"alpaca", "alpaca_eval", "refusals"},
     }
 

@@ -138,10 +138,11 @@ def test_sources(config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert harmful == [config.data.harmful, "hub id; not looked at"]
 
 
-def test_too_few_records(config: ConfigDict, tmp_path: Path):
-    config.data.user = pairs(tmp_path / "user.jsonl", 12)
-    with pytest.raises(InputError, match=r"config\.data\.user: 1000 records .* holds 12"):
-        doctor(config)
+def test_too_few_records(config: ConfigDict, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    config.data.user, config.data.num_examples = pairs(tmp_path / "user.jsonl", 12), 1000
+    doctor(config)
+    [warning] = caplog.messages
+    assert warning == "config.data.num_examples = 1000: config.data.user holds 12 records, all are taken"
 
 
 def test_first_problem_is_raised_after_all_tables(
