@@ -68,7 +68,7 @@ def test_no_weights_are_needed_and_it_is_done_once(place, tmp_path, capsys):
     assert file.stat().st_mtime_ns == before
     other = (*more, "--config.data.template=alpaca")
     assert panacea("generate", "--prompts_only", *flags(place, tmp_path / "w", *other)) == 2
-    assert "template: chat there, alpaca now" in capsys.readouterr().err
+    assert "config template: 'chat' there, 'alpaca' now" in capsys.readouterr().err
 
 
 def test_answers_come_back(place, tmp_path, capsys):
