@@ -125,6 +125,33 @@ def test_answers_made_elsewhere_are_judged_and_compared(tmp_path: Path, capsys: 
     assert (test["only_a"], test["only_b"], test["difference"]) == (0, 25, -62.5)
 
 
+def test_numbers_of_gsm8k_as_people_write_them(tmp_path: Path) -> None:
+    """From files to "correct": forms that the published pattern tears apart, and ones left as published."""
+    answers = [
+        ("The final answer is: \u22125", "-5", True), ("The final answer is: .5", "0.5", True),
+        ("The final answer is: $.75", "0.75", True), ("The final answer is: $1,234.50", "1234.5", True),
+        ("3-5=-2. The final answer is: -2", "-2", True), ("The final answer is: 10-3", "7", False),
+        ("#### 18\n\nQuestion: 7 more", "18", True), ("The final answer is: -$.25", "-0.25", True),
+        ("So it is \uff0d3.", "-3", True), ("The final answer is: 1/2", "0.5", False), ("", "3", False),
+    ]  # fmt: skip
+    source = [{"question": f"q{i}", "answer": f"so\n#### {gold}"} for i, (_, gold, _) in enumerate(answers)]
+    write_lines(tmp_path / "src.jsonl", source)
+    rows = [{"instruction": f"q{i}", "output": said} for i, (said, _, _) in enumerate(answers)]
+    (tmp_path / "gsm8k_sft.json").write_text(json.dumps([*rows, "score=0.00"]))
+    given = f"--generations=gsm8k@{tmp_path / 'gsm8k_sft.json'}"
+    asked = f"--config.eval.tasks=('gsm8k@{tmp_path / 'src.jsonl'}',)"
+    assert panacea("score", given, asked, f"--workdir={tmp_path / 'w'}") == 0
+    lines = (tmp_path / "w" / "judgements" / "gsm8k.refusal.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["correct"] for line in lines] == [right for _, _, right in answers]
+
+
+def test_label_numbers_in_csv_answers(tmp_path: Path) -> None:
+    path = tmp_path / "sst2_answers.csv"
+    path.write_text("instruction,input,output,label\ndo it,good,positive,1\ndo it,bad,positive,0\n")
+    assert panacea("score", f"--generations={path}", f"--workdir={tmp_path / 'w'}") == 0
+    assert content(tmp_path / "w" / "scores.json")["fa"] == {"sst2": 50.0}
+
+
 def error(capsys: Any, *arguments: object) -> str:
     capsys.readouterr()
     assert panacea("score", *arguments) == 2
