@@ -19,6 +19,7 @@ What a variant does not reproduce:
   counts for both. Other lengths for one stage than for the other: `config.data.max_length` counts for both, so T-Vaccine's RepNoise has 200
   tokens in place of 100. Lisa's and Antidote's lengths, which differ from script to script.
 * The three learning rates that TAR's adversary draws from (2e-5 here, the middle one), its schedule-free optimizer and its warm-up.
+* RepNoise's masks, which are mended; `--config.align.defence.masks=code` takes the code's where padding has id 0.
 * Antidote's RepNoise scores the last layer alone, without the + 1: here it has the official L_adv. T-Vaccine's TAR, which trains as SFT
   does. Antidote's rebuttal of Lisa on GSM8K, which is `lisa-antidote` with ρ 0.1, learning rate 1e-3 and no poison. VLGuard's mixing in
   Lisa's and Antidote's repositories, where the guide records take the place of benign ones. KL over positions in place of words.

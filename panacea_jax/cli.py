@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from absl import flags, logging
 
-from panacea_jax.errors import InputError
+from panacea_jax.errors import InputError, no_space
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -317,6 +317,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = run(sys.argv[1:] if argv is None else argv, together)
         if code:
             _abandon(code)
+    if code == EXIT_FAILED:  # threads of a failed write may be left, whose last words are tracebacks
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
@@ -376,6 +380,10 @@ def _run_command(name: str, arguments: Sequence[str], together: contextlib.ExitS
     except Diverged as error:
         return _fail(str(error), EXIT_FAILED)
     except Exception as error:
+        if full := no_space(error):
+            file, reason = full
+            where = file or _written(arguments)
+            return _fail(f"{where}: cannot be written ({reason}); make room and start the same command again", EXIT_FAILED)
         if isinstance(error, jax.errors.JaxRuntimeError):
             processes.wait_for_verdict()
         processes.leave(f"{type(error).__name__}: {error}")
@@ -386,6 +394,11 @@ def _run_command(name: str, arguments: Sequence[str], together: contextlib.ExitS
     if path is not None and processes.first():
         print(os.path.relpath(path))
     return 0
+
+
+def _written(arguments: Sequence[str]) -> str:
+    """The flag that says where a command writes."""
+    return next((a for a in arguments if re.match("--?(workdir|out)=", a)), "the disk")
 
 
 def _fail(message: str, code: int) -> int:

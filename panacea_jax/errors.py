@@ -1,4 +1,9 @@
-"""The one exception that means "the user can fix this"."""
+"""The one exception that means "the user can fix this", and the errors of others that mean a full disk."""
+
+import errno
+import os
+import re
+from collections.abc import Iterator
 
 
 class InputError(Exception):
@@ -10,3 +15,33 @@ class InputError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+# How a full disk, or a used-up quota, is said by the system and by libraries that write files themselves.
+_FULL = {number: os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)}
+_PATH = re.compile(r"[\"'](/[^\"']+)[\"']")
+
+
+def no_space(error: BaseException) -> tuple[str, str] | None:
+    """``(file, reason)`` if an error, or one that it came from, says that no room is left to write; the file is "" where none is named."""
+    for one in _chain(error):
+        text = str(one)
+        for number, reason in _FULL.items():
+            if (isinstance(one, OSError) and one.errno == number) or reason in text:
+                named = getattr(one, "filename", None) or next(iter(_PATH.findall(text)), "")
+                return str(named), reason
+    return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and all that it came from."""
+    left, seen = [error], set()
+    while left:
+        one = left.pop(0)
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        left += [e for e in (one.__cause__, one.__context__) if e is not None]
+        if isinstance(one, BaseExceptionGroup):
+            left += one.exceptions

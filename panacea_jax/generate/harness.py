@@ -12,7 +12,7 @@ from lm_eval.api.model import TemplateLM
 
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges.reading import max_positions
-from panacea_jax.generate.decode import generate
+from panacea_jax.generate.decode import GREEDY, generate
 from panacea_jax.generate.likelihood import log_likelihoods
 from panacea_jax.generate.sample import Sampling
 from panacea_jax.models.model import Model
@@ -154,7 +154,9 @@ class HarnessModel(TemplateLM):
         for (length, sampling), places in groups.items():
             room = self.max_length - length
             if room < 1:
-                raise InputError(f"lm_eval: max_gen_toks = {length} leaves no room for a prompt in {self.max_length} tokens")
+                raise InputError(
+                    f"lm_eval: max_gen_toks = {length} leaves no room for a prompt in {self.max_length} tokens"
+                )
             prompts = [self.tok_encode(requests[i].args[0])[-room:] for i in places]
             for place, tokens, _ in generate(
                 self._model, self._model.weights, self._params, prompts,
@@ -175,11 +177,11 @@ class HarnessModel(TemplateLM):
         for key in kwargs:
             if key not in KNOWN:
                 raise InputError(f"lm_eval: generation_kwargs: {key} is not one of {', '.join(KNOWN)}")
+        length = int(kwargs.get("max_gen_toks", self._max_gen_toks))
         temperature = float(kwargs.get("temperature") or 0.0)
         if not kwargs.get("do_sample", temperature > 0):
-            return int(kwargs.get("max_gen_toks", self._max_gen_toks)), Sampling(0.0, 1.0)
-        sampling = Sampling(temperature or 1.0, float(kwargs.get("top_p", 1.0)))
-        return int(kwargs.get("max_gen_toks", self._max_gen_toks)), sampling
+            return length, GREEDY
+        return length, Sampling(temperature or 1.0, float(kwargs.get("top_p", 1.0)))
 
 
 def _until(kwargs: dict[str, Any]) -> list[str]:

@@ -7,10 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from panacea_jax.evaluate.judges.reading import text_bucket
+from panacea_jax.evaluate.judges.reading import padded_batches
 from panacea_jax.models.bound import Inputs
 from panacea_jax.models.model import Model
 from panacea_jax.parallel import batch_sharding, replicated
@@ -40,25 +39,17 @@ def log_likelihoods(
     """
     parts = batch_rows(model.mesh)
     rows = -(-batch_size // parts) * parts
-    longest = max(map(len, texts), default=0)
-    groups: dict[int, list[int]] = {}
-    for i, text in enumerate(texts):
-        groups.setdefault(text_bucket(len(text), longest), []).append(i)
     run = _program(dataclasses.replace(model, weights=None, folder=None))
     found: list[tuple[float, bool]] = [(0.0, True)] * len(texts)
-    for length in sorted(groups, reverse=True):  # what does not fit into memory fails at once
-        for begin in range(0, len(groups[length]), rows):
-            chosen = groups[length][begin : begin + rows]
-            tokens = np.zeros((rows, length), np.int32)
-            valid, counted = np.zeros((2, rows, length), bool)
-            for row, i in enumerate(chosen):
-                tokens[row, : len(texts[i])] = texts[i]
-                valid[row, : len(texts[i])] = True
-                counted[row, starts[i] : len(texts[i])] = True
-            batch = jax.device_put((tokens, valid, counted), batch_sharding(model.mesh))
-            total, greedy = jax.device_get(run(model.weights, params, *batch))
-            for row, i in enumerate(chosen):
-                found[i] = float(total[row]), bool(greedy[row])
+    longest = max(map(len, texts), default=0)
+    for chosen, tokens, valid in padded_batches(texts, rows, longest):
+        counted = valid.copy()
+        for row, i in enumerate(chosen):
+            counted[row, : starts[i]] = False
+        batch = jax.device_put((tokens, valid, counted), batch_sharding(model.mesh))
+        total, greedy = jax.device_get(run(model.weights, params, *batch))
+        for row, i in enumerate(chosen):
+            found[i] = float(total[row]), bool(greedy[row])
     return found
 
 

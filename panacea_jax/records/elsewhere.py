@@ -56,7 +56,7 @@ def bring_in(
         sources: TASK@WHERE of the prompts, for references (GSM8K, pairs), categories and the bare
             instruction where a file holds whole prompts.
         template: id of the prompt template that was used elsewhere; "": not known.
-        max_new_tokens: generation length that was used elsewhere; 0: not known.
+        max_new_tokens: generation length that was used elsewhere; 0: what the lines say, if they do.
 
     Raises:
         InputError: unreadable or unknown files, a record without a prompt, an answer or the
@@ -82,11 +82,19 @@ def bring_in(
             return specs
         sets = [_read(path, task, source.get(task), template) for task, path in found]
         _check_templates(where, sets)
+        lengths = {name: _take_length(lines) for name, lines in zip(names, sets)}
         stage.begin()
         for name, lines in zip(names, sets):
             write_bytes(stage.folder / f"{name}.jsonl", b"".join(map(encode_line, lines)))
-        stage.finish({"records": {name: len(lines) for name, lines in zip(names, sets)}})
+        counts = {name: len(lines) for name, lines in zip(names, sets)}
+        stage.finish({"records": counts, "max_new_tokens": lengths})
     return specs
+
+
+def _take_length(lines: Sequence[_Line]) -> int | None:
+    """The generation length that all lines of a set name, which is no part of a line of ours."""
+    told = {line.pop("max_new_tokens", None) for line in lines}
+    return told.pop() if len(told) == 1 else None
 
 
 def _copy(folder: Path, workdir: Path) -> list[str]:
@@ -206,8 +214,9 @@ def _line(
     )
     if not isinstance(row.get("finished"), bool):
         del line["finished"]  # not known, so no share of truncated answers
-    if isinstance(row.get("tokens"), int):
-        line["tokens"] = row["tokens"]
+    for key in ("tokens", "max_new_tokens"):
+        if isinstance(row.get(key), int):
+            line[key] = row[key]
     return line
 
 

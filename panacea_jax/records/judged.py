@@ -75,19 +75,22 @@ def read_decoding(folder: Path) -> Json | None:
     """How the answers of a generations folder were decoded; None without a manifest.
 
     That is what its manifest says, with "max_new_tokens" by set (None: not known), since 0 stands
-    for the length of each set's protocol.
+    for the length of each set's protocol and answers made elsewhere may say their own.
 
     Raises:
         InputError: not a manifest of ours.
     """
     if not (folder / MANIFEST).is_file():
         return None
-    config = read_manifest(folder)["config"]
+    manifest = read_manifest(folder)
+    config = manifest["config"]
     specs = config["eval"]["tasks"]
     decoding = config.get("decoding", {"max_new_tokens": config.get("max_new_tokens")})
     length = decoding["max_new_tokens"]
+    told = (manifest.get("outcome") or {}).get("max_new_tokens") or {}
     lengths = {
-        n: answer_length(s) if length == 0 else length for n, s in zip(set_names(specs), specs)
+        name: told.get(name) if length is None else length or answer_length(spec)
+        for name, spec in zip(set_names(specs), specs)
     }
     return decoding | {"max_new_tokens": lengths}
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from panacea_jax.errors import InputError
+from panacea_jax.errors import InputError, no_space
 from panacea_jax.progress import say
 from panacea_jax.train.step import TrainState
 
@@ -38,6 +38,8 @@ class Checkpoints:
         """
         self.folder, self.every = folder, every
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._silence = contextlib.ExitStack()
+        self._silence.enter_context(_one_voice())
         self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
 
     def latest(self) -> int | None:
@@ -88,6 +90,7 @@ class Checkpoints:
         """Wait for pending saves."""
         self._manager.wait_until_finished()
         self._manager.close()
+        self._silence.close()
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -120,22 +123,47 @@ def _quiet() -> Iterator[None]:
     a failure that message stays unprinted.
     """
     orbax = logging.getLogger("absl")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR or "orbax" not in Path(record.pathname).parts
+
+    orbax.addFilter(keep)
+    try:
+        with _no_late_words():
+            yield
+    finally:
+        orbax.removeFilter(keep)
+
+
+@contextlib.contextmanager
+def _one_voice() -> Iterator[None]:
+    """Leave it to the command line to say that the disk is full: orbax writes in threads and tasks of its own, each of which logs it."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return error is None or no_space(error) is None
+
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for logger in loggers:
+        logger.addFilter(keep)
+    with _no_late_words():
+        yield
+    for logger in loggers:  # not after a failure: what is left of the threads speaks later still
+        logger.removeFilter(keep)
+
+
+@contextlib.contextmanager
+def _no_late_words() -> Iterator[None]:
+    """tensorstore's threads come back to an event loop that the first failure has closed; after one that stays unprinted."""
     previous = sys.unraisablehook
 
     def hook(event: "sys.UnraisableHookArgs") -> None:
         if str(event.exc_value) != "Event loop is closed":
             previous(event)
 
-    def keep(record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR or "orbax" not in Path(record.pathname).parts
-
-    orbax.addFilter(keep)
     sys.unraisablehook = hook
-    try:
-        yield
-        sys.unraisablehook = previous
-    finally:
-        orbax.removeFilter(keep)
+    yield
+    sys.unraisablehook = previous
 
 
 def _first_line(error: Exception) -> str:

@@ -64,6 +64,15 @@ def test_generate_until(both):
     assert cut == whole.partition(stop)[0] != whole
 
 
+def test_chats(both):
+    chat = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
+    for turns, go_on in ((chat[:1], True), (chat, False)):
+        ours, theirs = (lm.apply_chat_template(turns, add_generation_prompt=go_on) for lm in both)
+        assert ours == theirs and "w1" in ours
+        assert both[0].tok_encode(ours) == both[1].tok_encode(ours)  # the beginning token once
+    assert both[0].chat_template(True) == both[1].chat_template(True)
+
+
 def test_what_it_does_not_have_is_refused(both):
     with pytest.raises(InputError, match="generation_kwargs: top_k is not one of until"):
         both[0].generate_until(asked("generate_until", ("w1", {"top_k": 4})))

@@ -13,7 +13,7 @@ from tests import torch_oracle
 from tests.families import VOCAB, build, save
 
 
-@pytest.fixture(scope="module", params=["llama2", "gemma2"])
+@pytest.fixture(scope="module", params=["llama2", "qwen2"])
 def pair(request, tmp_path_factory):
     """Ours with an adapter, and PyTorch's."""
     root = tmp_path_factory.mktemp("likelihood")

@@ -97,6 +97,18 @@ def test_judging_goes_on_after_a_kill(workdir, folders, monkeypatch, name):
         assert (workdir / "scores.json").read_bytes() == scores
 
 
+def test_verdicts_with_categories_as_they_were_spelt_before_are_gone_on_with(workdir, folders):
+    judge_stage(judging("beaver_dam", folders), workdir)
+    path, scores = workdir / "judgements" / "advbench.beaver_dam.jsonl", workdir / "scores.json"
+    expected = scores.read_bytes()
+    assert '"animal_abuse"' in path.read_text()
+    lines = path.read_text().replace('"animal_abuse"', '"animal abuse"').splitlines(keepends=True)
+    path.write_text("".join(lines[:9]))
+    judge_stage(judging("beaver_dam", folders), workdir)
+    assert path.read_text().splitlines(keepends=True)[:9] == lines[:9]
+    assert scores.read_bytes() == expected
+
+
 def test_what_is_done_is_not_judged_again(workdir, folders, monkeypatch):
     judge_stage(judging("guard", folders), workdir)
 

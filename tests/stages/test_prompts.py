@@ -68,7 +68,7 @@ def test_no_weights_are_needed_and_it_is_done_once(place, tmp_path, capsys):
     assert file.stat().st_mtime_ns == before
     other = (*more, "--config.data.template=alpaca")
     assert panacea("generate", "--prompts_only", *flags(place, tmp_path / "w", *other)) == 2
-    assert "template: 'chat' there, 'alpaca' now" in capsys.readouterr().err
+    assert "config template: 'chat' there, 'alpaca' now" in capsys.readouterr().err
 
 
 def test_answers_come_back(place, tmp_path, capsys):
@@ -90,8 +90,9 @@ def test_answers_come_back(place, tmp_path, capsys):
     assert scores["sets"]["advbench"]["hs"] == 60.0  # 3 of 5
     assert scores["sets"]["pairs-harmful"]["hs"] == pytest.approx(400 / 6)
     assert scores["template"].startswith("chat-")
+    assert [scores["sets"][name]["max_new_tokens"] for name in NAMES] == [4, 4, 4]  # as the lines say
     brought = rows(tmp_path / "w" / "generations" / "pairs.jsonl")[0]
-    assert "prompt_token_ids" not in brought["extra"]
+    assert not {"prompt_token_ids", "max_new_tokens"} & {*brought, *brought["extra"]}
     # Only the prompt and its answer, as a server's log has them: the prompts' source says the rest.
     bare = tmp_path / "bare.jsonl"
     kept = [{k: r[k] for k in ("prompt", "response")} for r in rows(answers / "pairs.jsonl")]

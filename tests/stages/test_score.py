@@ -125,6 +125,45 @@ def test_answers_made_elsewhere_are_judged_and_compared(tmp_path: Path, capsys: 
     assert (test["only_a"], test["only_b"], test["difference"]) == (0, 25, -62.5)
 
 
+def test_numbers_of_gsm8k_as_people_write_them(tmp_path: Path) -> None:
+    """From files to "correct": forms that the published pattern tears apart, and ones left as published."""
+    answers = [
+        ("The final answer is: \u22125", "-5", True), ("The final answer is: .5", "0.5", True),
+        ("The final answer is: $.75", "0.75", True), ("#### 18\n\nQuestion: 7 more", "18", True),
+        ("The final answer is: -$.25", "-0.25", True), ("So it is \uff0d3.", "-3", True),
+        # right by the published pattern
+        ("The final answer is: $1,234.50", "1234.5", True), ("The final answer is: -5", "-5", True),
+        ("So he has 18 dollars.", "18", True), ("The final answer is: **18**", "18", True), ("\\boxed{18}", "18", True),
+        ("The final answer is: 72, altogether", "72", True), ("The final answer is: 12.", "12", True),
+        ("The final answer is: 29.00", "29", True), ("The final answer is: 50%", "50", True),
+        ("3-5=-2. The final answer is: -2", "-2", True), ("The final answer is: $-7", "-7", True),
+        ("The answer is 42.\n\nThe final answer is: 42", "42", True),
+        # no answer, or another
+        ("The final answer is: 10-3", "7", False), ("I do not know.", "3", False), ("", "3", False),
+        # right for a reader, left as published
+        ("The final answer is: 1/2", "0.5", False), ("The final answer is: 1 000", "1000", False),
+        ("The final answer is: - 7", "-7", False), ("The final answer is: 5 apples and 3 pears = 8", "8", False),
+        ("The final answer is 42 of 60", "42", False), ("the final answer is: 9 in all 10", "9", False),
+        ("The final answer is: 1.5e3", "1500", False), ("The final answer is:18 (3 x 6)", "18", False),
+    ]  # fmt: skip
+    source = [{"question": f"q{i}", "answer": f"so\n#### {gold}"} for i, (_, gold, _) in enumerate(answers)]
+    write_lines(tmp_path / "src.jsonl", source)
+    rows = [{"instruction": f"q{i}", "output": said} for i, (said, _, _) in enumerate(answers)]
+    (tmp_path / "gsm8k_sft.json").write_text(json.dumps([*rows, "score=0.00"]))
+    given = f"--generations=gsm8k@{tmp_path / 'gsm8k_sft.json'}"
+    asked = f"--config.eval.tasks=('gsm8k@{tmp_path / 'src.jsonl'}',)"
+    assert panacea("score", given, asked, f"--workdir={tmp_path / 'w'}") == 0
+    lines = (tmp_path / "w" / "judgements" / "gsm8k.refusal.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["correct"] for line in lines] == [right for _, _, right in answers]
+
+
+def test_label_numbers_in_csv_answers(tmp_path: Path) -> None:
+    path = tmp_path / "sst2_answers.csv"
+    path.write_text("instruction,input,output,label\ndo it,good,positive,1\ndo it,bad,positive,0\n")
+    assert panacea("score", f"--generations={path}", f"--workdir={tmp_path / 'w'}") == 0
+    assert content(tmp_path / "w" / "scores.json")["fa"] == {"sst2": 50.0}
+
+
 def error(capsys: Any, *arguments: object) -> str:
     capsys.readouterr()
     assert panacea("score", *arguments) == 2

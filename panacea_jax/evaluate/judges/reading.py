@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,12 +117,7 @@ def read_ends(
     batch_size: int,
     limit: int,
 ) -> Reading:
-    """Logits at the last token of every text.
-
-    A text is padded on the right to a length that depends on itself alone, and every batch of that
-    length has the same number of rows (idle ones fill up the last), so each length is one compiled
-    program and no row sees another. The longest come first: what does not fit into memory fails at
-    once.
+    """Logits at the last token of every text, in batches as :func:`padded_batches` makes them.
 
     Args:
         model: language model or sequence classifier.
@@ -143,25 +138,39 @@ def read_ends(
     parts = batch_rows(model.mesh)
     rows = -(-batch_size // parts) * parts
     sharding, run = batch_sharding(model.mesh), _program(model)
+    logits = np.empty(columns.shape, np.float32)
+    total = np.empty(len(texts), np.float32)
+    for chosen, tokens, valid in padded_batches(texts, rows, limit):
+        wanted = np.zeros((rows, columns.shape[1]), np.int32)
+        wanted[: len(chosen)] = columns[chosen]
+        batch = jax.device_put((tokens, valid, wanted), sharding)
+        got = jax.device_get(run(model.weights, *batch))
+        logits[chosen], total[chosen] = (part[: len(chosen)] for part in got)
+    return Reading(logits, total)
+
+
+def padded_batches(
+    texts: Sequence[Sequence[int]], rows: int, limit: int
+) -> Iterator[tuple[list[int], Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]]:
+    """``(places of the texts, tokens, which are no padding)`` of one batch after the other.
+
+    A text is padded on the right to a length that depends on itself alone, and every batch of that
+    length has the same number of rows (idle ones fill up the last), so each length is one compiled
+    program and no row sees another. The longest come first: what does not fit into memory fails at
+    once.
+    """
     groups: dict[int, list[int]] = {}
     for i, text in enumerate(texts):
         groups.setdefault(text_bucket(len(text), limit), []).append(i)
-    logits = np.empty(columns.shape, np.float32)
-    total = np.empty(len(texts), np.float32)
     for length in sorted(groups, reverse=True):
         for start in range(0, len(groups[length]), rows):
             chosen = groups[length][start : start + rows]
             tokens = np.zeros((rows, length), np.int32)
             valid = np.zeros((rows, length), bool)
-            wanted = np.zeros((rows, columns.shape[1]), np.int32)
             for row, i in enumerate(chosen):
                 tokens[row, : len(texts[i])] = texts[i]
                 valid[row, : len(texts[i])] = True
-                wanted[row] = columns[i]
-            batch = jax.device_put((tokens, valid, wanted), sharding)
-            got = jax.device_get(run(model.weights, *batch))
-            logits[chosen], total[chosen] = (part[: len(chosen)] for part in got)
-    return Reading(logits, total)
+            yield chosen, tokens, valid
 
 
 def sigmoid(x: Float[np.ndarray, "*N"]) -> Float[np.ndarray, "*N"]:
