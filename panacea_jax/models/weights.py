@@ -22,7 +22,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from panacea_jax.errors import InputError
-from panacea_jax.models import tensorfile
+from panacea_jax.models import head, tensorfile
 from panacea_jax.models.adapter import Adapter, merged
 from panacea_jax.models.names import HARMLESS, to_hf, to_ours
 from panacea_jax.models.quantise import whole
@@ -59,7 +59,7 @@ def load_weights(
         InputError: missing, extra, misshaped or truncated tensor, unreadable file, or pickled
             weights; names tensor and file.
     """
-    found = _match(find_tensors(folder), shapes, folder)
+    found = _match(head.by_embedding(find_tensors(folder), shapes), shapes, folder)
     flat = {
         path: finish(path, _load_array(shape, np.dtype(dtype), shardings[path], found[path], _transform(path)))
         for path, shape in shapes.items()
@@ -155,7 +155,7 @@ def _match(
                     f"{tensor.file}: tensor {name} has shape {tensor.shape}, "
                     f"config.json asks for {wanted[name][1]}"
                 )
-        elif not (HARMLESS.fullmatch(name) or _tied_head(name, shapes)):
+        elif not (HARMLESS.fullmatch(name) or name == head.HEAD):
             kind = "layer or bias" if to_ours(name) else "tensor"
             raise InputError(f"{tensor.file}: extra tensor {name}: config.json has no such {kind}")
     found: dict[str, list[tensorfile.Tensor]] = {path: [] for path in shapes}
@@ -163,14 +163,6 @@ def _match(
         _ = tensors[name].element  # refuses one that cannot be loaded
         found[path].append(tensors[name])
     return found
-
-
-def _tied_head(name: str, shapes: Shapes) -> bool:
-    """A copy of the embedding that some exporters write for tied models; transformers ignores it
-    too.
-    """
-    mapped = to_ours(name)
-    return mapped is not None and mapped[0] == "lm_head/kernel" and mapped[0] not in shapes
 
 
 def hf_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
@@ -361,7 +353,7 @@ def entries(
     """The Hugging Face tensors of a nested dict of arrays, for :func:`write_file`; arguments as of
     :func:`save_weights`.
     """
-    pairs = flatten_dict(adapter.layers, is_leaf=lambda _, x: "a" in x) if adapter else {}
+    pairs = _by_kernel(adapter) if adapter else {}
     scale = adapter.scale if adapter else 1.0
     for path, held in flatten_dict(weights, sep="/").items():
         array = whole(held, "writing the model")
@@ -370,11 +362,20 @@ def entries(
             name, how = to_hf(path)
             yield _entry(name, array.shape, how, kept, functools.partial(_itself, array))
             continue
-        pair = pairs.get(tuple(path.split("/")[1:-1]))
+        pair = pairs.get(path)
         for layer in range(array.shape[0]):
             name, how = to_hf(path, layer)
             part = functools.partial(_layer, array, layer, pair, scale)
             yield _entry(name, array.shape[1:], how, kept, part)
+
+
+def _by_kernel(adapter: Adapter) -> dict[str, Mapping[str, jax.Array]]:
+    """The factors of an adapter, by the path of the array that their product is added to: a bias has none."""
+    return {
+        f"layers/{block}/{name}/kernel": pair
+        for block, projections in adapter.layers.items()
+        for name, pair in projections.items()
+    }
 
 
 def _entry(

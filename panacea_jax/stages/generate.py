@@ -8,10 +8,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from panacea_jax.data.encode import encode_prompt
+from panacea_jax.data.encode import check_ids, encode_prompt
 from panacea_jax.data.sources import Record, fingerprint, load_records, parse_source, take
 from panacea_jax.data.template import render, template_id
-from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.lines import generation_line
 from panacea_jax.evaluate.tasks import answer_length, set_names
@@ -20,7 +19,9 @@ from panacea_jax.generate.sample import Sampling
 from panacea_jax.generate.schedule import common_prefix
 from panacea_jax.models import lora
 from panacea_jax.models.adapter import AdapterSet
+from panacea_jax.models.config import read_object
 from panacea_jax.models.model import Model
+from panacea_jax.models.vocabulary import open_vocabulary
 from panacea_jax.parallel import processes
 from panacea_jax.progress import Progress, say
 from panacea_jax.records.alpaca_eval import write_model_outputs
@@ -43,14 +44,23 @@ def eval_records(spec: str, num_examples: int, key: str = "config.eval.tasks") -
 
 
 def eos_ids(tokenizer: Any, folder: Path | None) -> list[int]:
-    """End-of-sequence ids: the tokenizer's, and those that ``generation_config.json`` adds (chat models end turns with another)."""
-    ids = {int(tokenizer.eos_token_id)}
-    path = None if folder is None else folder / "generation_config.json"
-    if path is not None and path.is_file():
-        from transformers import GenerationConfig
+    """End-of-sequence ids: the tokenizer's, and those that ``generation_config.json`` adds or, where there is none, ``config.json``
+    (chat models end turns with another), as transformers does.
 
-        extra = GenerationConfig.from_pretrained(str(folder), local_files_only=True).eos_token_id
-        ids |= {int(i) for i in (extra if isinstance(extra, list) else [extra]) if i is not None}
+    Raises:
+        InputError: that file cannot be read, or its ``eos_token_id`` is no id and no list of ids.
+    """
+    ids = {int(tokenizer.eos_token_id)}
+    if folder is not None:
+        own = folder / "generation_config.json"
+        path = own if own.is_file() else folder / "config.json"
+        found = read_object(path)
+        text = found.get("text_config")
+        extra = found.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
+        listed = extra if isinstance(extra, list) else [] if extra is None else [extra]
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in listed):
+            raise InputError(f"{path}: eos_token_id = {extra!r}: must be an id or a list of ids")
+        ids |= set(listed)
     return sorted(ids)
 
 
@@ -123,9 +133,15 @@ def generate_stage(config: ConfigDict, workdir: Path, start: Start | None = None
 
         # ---- prompts, model
         begun = stages[0][0]
-        tokenizer = load_tokenizer(begun.base)
+        _, tokenizer, vocab_size = open_vocabulary(begun.base)
         count = config.eval.num_examples
         sets = {name: eval_records(spec, count) for name, spec in zip(names, specs)}
+        ids = {
+            name: [encode_prompt(r, tokenizer, config.data.template) for r in records]
+            for name, records in sets.items()
+        }
+        for name, spec in zip(names, specs):
+            check_ids(ids[name], vocab_size, f"config.eval.tasks: {spec}")
         model = begun.open_model(config)
         loaded = [lora.load(one.adapter, model) for one, _ in stages if one.adapter]
         weights: Any = model.weights
@@ -144,7 +160,7 @@ def generate_stage(config: ConfigDict, workdir: Path, start: Start | None = None
         for name, spec in zip(names, specs):
             length = config.generate.max_new_tokens or answer_length(spec)
             _answer(
-                dataclasses.replace(model, weights=weights), params, tokenizer, sets[name], config.data.template,
+                dataclasses.replace(model, weights=weights), params, tokenizer, sets[name], ids[name], config.data.template,
                 [stage.folder / f"{name}.jsonl" for _, stage in stages],
                 batch_size=config.generate.batch_size, max_new_tokens=length, eos_ids=ends, pad_id=0,
                 sampling=how, seed=seed, cache_dtype=None if kept == "auto" else kept,
@@ -168,6 +184,7 @@ def _answer(
     params: Any,
     tokenizer: Any,
     records: Sequence[Record],
+    ids: Sequence[Sequence[int]],
     template: str,
     paths: Sequence[Path],
     **settings: Any,
@@ -175,7 +192,6 @@ def _answer(
     """Decode one set with each adapter into its own file, from where these end; ``settings`` are those of ``generate``."""
     form = template_id(template, tokenizer)
     prompts = [render(r, template, tokenizer) for r in records]
-    ids = [encode_prompt(r, tokenizer, template) for r in records]
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(Answers(path, prompts)) for path in paths]
         todo = [(a, i) for a, file in enumerate(files) for i in file.missing]

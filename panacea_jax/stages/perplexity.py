@@ -13,15 +13,15 @@ import jax
 from ml_collections import ConfigDict
 
 from panacea_jax.data.batches import Stream, length_buckets
-from panacea_jax.data.encode import Example, encode_all
+from panacea_jax.data.encode import Example, check_ids, encode_all
 from panacea_jax.data.sources import fingerprint, parse_source
 from panacea_jax.data.template import template_id
-from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.defences import Loss
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.tasks import find_task, set_names
 from panacea_jax.models import lora
 from panacea_jax.models.model import Model
+from panacea_jax.models.vocabulary import open_vocabulary
 from panacea_jax.parallel import batch_sharding, processes
 from panacea_jax.parallel.sharding import batch_rows
 from panacea_jax.progress import Progress, say
@@ -106,7 +106,7 @@ def perplexity_stage(config: ConfigDict, workdir: Path, start: Start | None = No
             return out
 
         # ---- records, model
-        tokenizer = load_tokenizer(start.base)
+        _, tokenizer, vocab_size = open_vocabulary(start.base)
         data = config.data
         encoded = {
             names[spec]: encode_all(
@@ -115,6 +115,9 @@ def perplexity_stage(config: ConfigDict, workdir: Path, start: Start | None = No
             )
             for spec in chosen
         }
+        for spec in chosen:
+            found = (example.tokens for example in encoded[names[spec]])
+            check_ids(found, vocab_size, f"{_KEY}: {spec}")
         model = start.open_model(config)
         params = lora.load(start.adapter, model) if start.adapter else None
         stage.begin()

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from panacea_jax.config import batch_sizes
 from panacea_jax.data.batches import Stream, length_buckets
-from panacea_jax.data.encode import encode_all
+from panacea_jax.data.encode import Example, check_ids, encode_all
 from panacea_jax.data.mixing import first_records, poison, realignment
 from panacea_jax.data.sources import Record, by_safety, fingerprint, load_records, parse_source
 from panacea_jax.defences import Defence, Method
@@ -137,15 +137,25 @@ def _check_pairs(name: str, main: StreamSource, other: StreamSource) -> None:
 
 
 def make_streams(
-    config: ConfigDict, stage: str, defence: Method, tokenizer: Any, rows: int
+    config: ConfigDict, stage: str, defence: Method, tokenizer: Any, vocab_size: int, rows: int
 ) -> dict[str, Stream]:
-    """The tokenised streams of a stage; the rows of a batch are a multiple of ``rows``."""
+    """The tokenised streams of a stage; the rows of a batch are a multiple of ``rows``.
+
+    Raises:
+        InputError: a source cannot be used, or a record has a token id from ``vocab_size`` on.
+    """
     data = config.data
     asked, mix = defence.streams, defence.benign_share is not None
+
+    def examples(source: StreamSource) -> list[Example]:
+        found = encode_all(source.records, tokenizer, data.template, data.max_length, source.key)
+        check_ids((example.tokens for example in found), vocab_size, source.key)
+        return found
+
     return {
         name: Stream(
             name=name,
-            examples=encode_all(source.records, tokenizer, data.template, data.max_length, source.key),
+            examples=examples(source),
             batch_size=source.batch_size,
             seed=config.seed,
             shuffle=data.shuffle and not mix,  # whose order keeps the ratio in each batch
