@@ -270,11 +270,7 @@ def save_weights(
     dtype: Any = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
-    """Write a Hugging Face folder: ``config.json`` and safetensors, in shards (with an index)
-    beyond ``max_shard_bytes``.
-
-    The folder appears complete or not at all. In a run of several processes all must call; the
-    first writes.
+    """Write a model as a Hugging Face folder, see :func:`save_tensors`.
 
     Args:
         weights: nested dict of arrays.
@@ -283,6 +279,34 @@ def save_weights(
         adapter: merged into the weights on the way.
         dtype: dtype to convert to; as they are by default.
         max_shard_bytes: largest file, unless a single tensor is larger.
+
+    Raises:
+        InputError: the folder exists and is not empty, or cannot be written.
+    """
+    tensors = list(entries(weights, adapter, dtype))
+    return save_tensors(tensors, folder, hf_config, max_shard_bytes=max_shard_bytes)
+
+
+def save_tensors(
+    tensors: Sequence[tensorfile.Entry],
+    folder: str | PurePath,
+    hf_config: Mapping[str, Any],
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    companions: Callable[[Path], None] = lambda _: None,
+) -> Path:
+    """Write a Hugging Face folder: ``config.json`` and safetensors, in shards (with an index)
+    beyond ``max_shard_bytes``.
+
+    The folder appears complete or not at all. In a run of several processes all must call; the
+    first writes.
+
+    Args:
+        tensors: under their Hugging Face names.
+        folder: to be made; may exist if it is empty.
+        hf_config: contents of ``config.json``; its dtype is set to that of the largest tensor.
+        max_shard_bytes: largest file, unless a single tensor is larger.
+        companions: writes what else belongs into the folder.
 
     Raises:
         InputError: the folder exists and is not empty, or cannot be written.
@@ -299,10 +323,11 @@ def save_weights(
     try:
         if processes.first():
             partial.mkdir(parents=True)
-        kept = _write_folder(list(entries(weights, adapter, dtype)), partial, max_shard_bytes)
+        kept = _write_folder(tensors, partial, max_shard_bytes)
         if processes.first():
             described = {**hf_config, "dtype" if "dtype" in hf_config else "torch_dtype": kept}
             (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
+            companions(partial)
             os.replace(partial, target)
     except OSError as error:
         raise InputError(f"{target}: cannot be written: {error.strerror}") from error
