@@ -142,9 +142,11 @@ def describe(meta: Metadata, family: Family, tensors: Tensors) -> Json:
     heads, hidden = meta.integer("attention.head_count"), meta.integer("embedding_length")
     rotated = meta.integer("rope.dimension_count", hidden // heads)
     dim = meta.integer("attention.key_length", rotated)
-    for key, value in (("rope.dimension_count", rotated), ("attention.value_length", meta.integer("attention.value_length", dim))):  # fmt: skip
-        if value != dim and meta.get(key) is not None:
-            raise InputError(f"{meta.file}: {meta.architecture}.{key} = {value}: only the head size {dim} is supported")
+    for key in ("rope.dimension_count", "attention.value_length"):
+        if meta.integer(key, dim) != dim:
+            raise InputError(
+                f"{meta.file}: {meta.architecture}.{key} = {meta.get(key)}: only the head size, {dim}, is supported"
+            )
     if "token_embd.weight" not in tensors:
         raise InputError(f"{meta.file}: tensor token_embd.weight is missing")
     config = {

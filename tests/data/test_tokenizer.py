@@ -80,7 +80,9 @@ def test_no_code_from_the_folder(tmp_path: Path, make_tokenizer):
     refused(folder, "no usable tokenizer")
 
 
-def test_only_a_hub_id_may_use_the_network(words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_only_a_hub_id_may_use_the_network(
+    words, make_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     asked: list[tuple[str, bool, bool]] = []
 
     def from_pretrained(name: str, *, local_files_only: bool, trust_remote_code: bool):
@@ -89,7 +91,7 @@ def test_only_a_hub_id_may_use_the_network(words, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    load_tokenizer(tmp_path)
+    folder = make_tokenizer(tmp_path / "words")
+    load_tokenizer(folder)
     load_tokenizer("owner/name")
-    assert asked == [(str(tmp_path), True, False), ("owner/name", False, False)]
+    assert asked == [(str(folder), True, False), ("owner/name", False, False)]
