@@ -20,7 +20,7 @@ from tokenizers import (
 )
 
 from panacea_jax.errors import InputError
-from panacea_jax.models.metadata import Metadata
+from panacea_jax.models.gguf_metadata import Metadata
 
 # llama.cpp's kinds of tokens.
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4

@@ -57,12 +57,17 @@ def read_generations(path: Path, task: str) -> list[Line]:
     Raises:
         InputError: a field is missing or of another type; names file, line and field.
     """
-    needed = ("prompt", "response", *(["reference"] if find_task(task).correct else []))
     lines = read_lines(path)
+    needed = ["prompt", "response"]
+    if find_task(task).correct:
+        needed.append("reference")
+    if any("template" in line for line in lines):  # of all or of none
+        needed.append("template")
     for number, line in enumerate(lines, start=1):
-        if absent := [name for name in needed if line.get(name) is None]:
-            found = "null" if absent[0] in line else "missing"
-            raise InputError(f"{path}:{number}: field {absent[0]!r} is {found}")
+        for name in needed:
+            if line.get(name) is None:
+                found = "null" if name in line else "missing"
+                raise InputError(f"{path}:{number}: field {name!r} is {found}")
         for name, (kinds, wanted) in FIELDS.items():
             if name in line and not isinstance(line[name], kinds):
                 found = "null" if line[name] is None else type(line[name]).__name__

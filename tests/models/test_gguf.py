@@ -8,7 +8,6 @@ import json
 import os
 from pathlib import Path
 
-import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,6 +22,8 @@ from panacea_jax.models.gguf import convert_gguf
 from panacea_jax.stages.generate import eos_ids
 from tests.families import build
 from tests.runs import panacea
+
+gguf = pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
 
 WORDS = ["how", "many", "loaves", "does", "the", "baker", "keep", "12"]
 TEXTS = ["how many loaves", "the  baker\n\nkeeps", " kept déjà 🙂"]
