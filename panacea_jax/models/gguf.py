@@ -60,17 +60,31 @@ def _llama(meta: Metadata, tensors: Tensors) -> Json:
     }
 
 
-def _gemma2(meta: Metadata, tensors: Tensors) -> Json:
+def _query_scale(meta: Metadata, deepest: int) -> Json:
     # llama.cpp knows the 27B by its depth: it alone scales by the width of a head's share.
-    heads = meta.integer("attention.head_count")
-    wide = meta.integer("block_count") == 46
-    dim = meta.integer("embedding_length") // heads if wide else meta.integer("attention.key_length")
+    share = meta.integer("embedding_length") // meta.integer("attention.head_count")
+    largest = meta.integer("block_count") == deepest
+    return {"query_pre_attn_scalar": share if largest else meta.integer("attention.key_length")}
+
+
+def _gemma2(meta: Metadata, tensors: Tensors) -> Json:
     return {
         "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": dim,
+        **_query_scale(meta, deepest=46),
         "sliding_window": meta.integer("attention.sliding_window", 4096),
         "attn_logit_softcapping": meta.number("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": meta.number("final_logit_softcapping", 30.0),
+    }
+
+
+def _gemma3(meta: Metadata, tensors: Tensors) -> Json:
+    every, kinds = 6, ("sliding_attention", "full_attention")
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        **_query_scale(meta, deepest=62),
+        "sliding_window": meta.integer("attention.sliding_window", 1024),
+        "layer_types": [kinds[(i + 1) % every == 0] for i in range(meta.integer("block_count"))],
+        "rope_local_base_freq": 10000.0,  # not in the file
     }
 
 
@@ -80,6 +94,8 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family("Qwen2ForCausalLM", "qwen2"),
     "gemma": Family("GemmaForCausalLM", "gemma", norm_offset=1.0),
     "gemma2": Family("Gemma2ForCausalLM", "gemma2", norm_offset=1.0, keys=_gemma2),
+    "qwen3": Family("Qwen3ForCausalLM", "qwen3"),
+    "gemma3": Family("Gemma3ForCausalLM", "gemma3_text", norm_offset=1.0, keys=_gemma3),
 }
 
 

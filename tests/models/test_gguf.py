@@ -20,7 +20,7 @@ from panacea_jax.errors import InputError
 from panacea_jax.models import model as models
 from panacea_jax.models.gguf import convert_gguf
 from panacea_jax.stages.generate import eos_ids
-from tests.families import build
+from tests.families import FAMILIES, build
 from tests.runs import panacea
 
 gguf = pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
@@ -62,13 +62,16 @@ def write(file: Path, theirs, arch: str, kind, change=None, **settings) -> Path:
         "context_length": c.max_position_embeddings, "block_count": c.num_hidden_layers,
         "embedding_length": c.hidden_size, "feed_forward_length": c.intermediate_size,
         "attention.head_count": c.num_attention_heads, "attention.head_count_kv": c.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": c.rms_norm_eps, "rope.freq_base": c.rope_parameters["rope_theta"],
+        "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
+        "rope.freq_base": (c.rope_parameters.get("full_attention") or c.rope_parameters)["rope_theta"],
         "attention.key_length": c.head_dim, "attention.value_length": c.head_dim,
     }  # fmt: skip
     if arch == "llama":
         keys |= {"rope.dimension_count": c.head_dim, "vocab_size": c.vocab_size}
     if arch == "gemma2":
         keys |= {"attention.sliding_window": c.sliding_window, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}  # fmt: skip
+    if arch == "gemma3":
+        keys |= {"attention.sliding_window": c.sliding_window}
     keys = {f"{arch}.{name}": value for name, value in keys.items()} | settings
     names = gguf.get_tensor_name_map(
         {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[arch], c.num_hidden_layers
@@ -131,7 +134,11 @@ CASES = {
     "biases": ("llama_biased", "llama", {"rope_parameters": rope(500.0)}),
     "qwen2": ("qwen2", "qwen2", {}),
     "gemma2": ("gemma2", "gemma2", {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}),
+    "qwen3": ("qwen3", "qwen3", {}),
+    "gemma3": ("gemma3", "gemma3", {"query_pre_attn_scalar": 16, "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, "sliding_attention": rope(10000.0)}}),
 }  # fmt: skip
+CASES = {name: case for name, case in CASES.items() if case[0] in FAMILIES}
 FILES = [(case, kind) for case in CASES for kind in (Q.F32, Q.Q8_0)]
 FILES += [("llama", Q.F16), ("llama", Q.Q4_1), ("qwen2", Q.Q4_1)]
 
