@@ -18,8 +18,8 @@ import numpy as np
 from panacea_jax.errors import InputError
 from panacea_jax.models.config import ModelConfig, RopeScaling
 from panacea_jax.models.families import config_from_dict
-from panacea_jax.models.gguf_tokenizer import make_tokenizer
 from panacea_jax.models.gguf_metadata import Metadata
+from panacea_jax.models.gguf_tokenizer import make_tokenizer
 from panacea_jax.models.model import abstract_model
 from panacea_jax.models.tensorfile import Entry
 from panacea_jax.models.weights import hf_shapes, save_tensors

