@@ -115,7 +115,7 @@ def _convert(values: flags.FlagValues, config: "ConfigDict") -> Path:
 
     if not values.out:
         raise InputError("--out is not set: name the folder to write")
-    return convert(config, Path(values.out), _path(values.epsilon))
+    return convert(config, Path(values.out), _path(values.epsilon), _path(values.gguf))
 
 
 def _defences(values: flags.FlagValues, config: "ConfigDict") -> None:
@@ -159,7 +159,7 @@ COMMANDS = {
     ),
     "perplexity": Command("perplexity.json: the model's surprise at the answers of config.eval.tasks", _perplexity, several=True),
     "layers": Command("layer safety coefficients: JSON, CSV, PNG", _layers, ("workdir", "epsilon", "checkpoint")),
-    "convert": Command("base (+ adapter, + ε) to one merged Hugging Face folder", _convert, ("out", "epsilon")),
+    "convert": Command("base (+ adapter, + ε), or a GGUF file, to one Hugging Face folder", _convert, ("out", "epsilon", "gguf")),
     "defences": Command("every defence: stage, data, passes a step, memory, paper", _defences, ()),
     "doctor": Command("what this machine has, and what a configuration will use of it", _doctor, (), several=True),
     "plan": Command("memory and least time of a step on a machine that is not there", _plan, ("workdir", "topology", "search")),
@@ -192,6 +192,7 @@ FLAGS = {
     "undefended": Flag("work directory of the model attacked without a defence"),
     "aligned": Flag("work directory of the model before the attack"),
     "epsilon": Flag("exported ε (epsilon.safetensors)"),
+    "gguf": Flag("GGUF file to convert, in place of a base"),
     "checkpoint": Flag("checkpoint folder (…/checkpoints/<step>)"),
     "topology": Flag("machine to plan for: v5e:4x4, 2*v5p:2x2x1 (two slices), tpu7x:2x2x1, gpu:h100x8 …"),
     "search": Flag("try meshes, batch sizes and remat policies; the cheapest that fits comes first", False),

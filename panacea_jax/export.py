@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from panacea_jax.errors import InputError
 from panacea_jax.models.adapter import BLOCK_OF, Adapter
 from panacea_jax.models.config import read_config
+from panacea_jax.models.families import config_from_dict
 from panacea_jax.models.model import Model
 from panacea_jax.models.names import to_ours
 from panacea_jax.models.peft import adapter_tensors, save_adapter
@@ -75,6 +76,8 @@ def save_model(model: Model, params: Any, folder: Path) -> None:
     adapter = params if isinstance(params, Adapter) else None
     weights = params if isinstance(params, Mapping) else model.weights
     hf_config = read_config(model.folder)
+    if config_from_dict(hf_config).tie_embeddings != model.config.tie_embeddings:
+        hf_config["tie_word_embeddings"] = model.config.tie_embeddings  # as the files had it
     save_weights(weights, folder, hf_config, adapter=adapter, dtype=stored_dtype(hf_config))
     for path in (p for pattern in COMPANIONS for p in model.folder.glob(pattern)):
         if path.is_file() and processes.first():

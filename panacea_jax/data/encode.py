@@ -5,7 +5,7 @@ text up to each further end of an answer. All is cut on the right at `max_length
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,3 +110,26 @@ def encode_all(
     if cut:
         _log.warning("%s: %d of %d answers are cut at %s", key, cut, n, limit)
     return examples
+
+
+def check_ids(rows: Iterable[Sequence[int] | np.ndarray], vocab_size: int, where: str) -> None:
+    """Refuse ids that the model has no row of its embedding for: a lookup there yields NaN without a word.
+
+    Tokens that were added to a tokenizer, and not to the model, have such ids.
+
+    Args:
+        rows: Token ids of each record, in order.
+        vocab_size: Rows of the embedding.
+        where: Key of what the records come from, for messages.
+
+    Raises:
+        InputError: Names the first such record, counted from 1, and its id.
+    """
+    for number, row in enumerate(rows, start=1):
+        ids = np.asarray(row)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
+            wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
+            raise InputError(
+                f"{where}: record {number} has token id {wrong}, outside the model's vocabulary of "
+                f"{vocab_size}; use the model's own tokenizer, or resize the model's embedding"
+            )

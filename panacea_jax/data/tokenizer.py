@@ -1,22 +1,32 @@
 """Tokenizers through transformers, without the sentencepiece trap and without remote code."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from panacea_jax.data import files
 from panacea_jax.errors import InputError
+
+_log = logging.getLogger(__name__)
+
+# What ways to split text differ in: capitals, a number, several spaces, contractions, signs, accents, ends of lines.
+PROBE = "Two  words at the Mill's, 12 loaves:\n\ndéjà vu (3.50)   I'm done"
 
 
 def load_tokenizer(folder: str | Path, key: str = "config.model.path") -> Any:
     """Load the tokenizer of a Hugging Face folder, or of a hub id ``owner/name``.
 
     transformers 5, given a sentencepiece ``tokenizer.model`` alone, silently yields other ids than
-    sentencepiece does (no BOS, other merges), so such a folder is refused. The network is used only
-    for a hub id.
+    sentencepiece does (no BOS, other merges), so such a folder is refused. So is one whose class
+    loses text that its ``tokenizer.json`` keeps; where it only splits text in a way of its own, a
+    warning says so. The network is used only for a hub id.
 
     Raises:
-        InputError: No such folder, no usable tokenizer in it, no end-of-sequence token, or a
-            tokenizer that appends that token by itself (a prompt would then end in it).
+        InputError: No such folder, no usable tokenizer in it, no end-of-sequence token, a
+            tokenizer that appends that token by itself (a prompt would then end in it), or one that
+            loses text.
     """
     path = _folder(str(folder), key)
     if path is not None:
@@ -36,7 +46,31 @@ def load_tokenizer(folder: str | Path, key: str = "config.model.path") -> Any:
         raise InputError(f"{key}: {folder}: the tokenizer names no end-of-sequence token")
     if tokenizer("a").input_ids[-1] == tokenizer.eos_token_id:
         raise InputError(f"{key}: {folder}: the tokenizer appends EOS; set add_eos_token to false")
+    if path is not None:
+        _compare_ids(tokenizer, path, key)
     return tokenizer
+
+
+def _compare_ids(tokenizer: Any, folder: Path, key: str) -> None:
+    """Hold a class against the folder's ``tokenizer.json``, which is what the model was trained with."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return
+    core = Tokenizer.from_file(str(file))
+    core.no_padding()
+    core.no_truncation()
+    wanted = core.encode(PROBE, add_special_tokens=False).ids
+    found = tokenizer(PROBE, add_special_tokens=False, verbose=False).input_ids
+    if found == wanted:
+        return
+    problem = (
+        f"{key}: {folder}: {type(tokenizer).__name__}, which transformers takes for this folder, makes other ids than tokenizer.json"
+    )
+    if tokenizer.decode(found, clean_up_tokenization_spaces=False) != core.decode(
+        wanted, skip_special_tokens=False
+    ):
+        raise InputError(f"{problem} and loses text; set tokenizer_class in tokenizer_config.json")
+    _log.warning("%s (the same text, split in another way)", problem)
 
 
 def _folder(where: str, key: str) -> Path | None:

@@ -59,8 +59,7 @@ def judge_lines(generations: Sequence[Mapping[str, Any]], task: str, judge: Judg
         InputError: an unknown task, or a reference that the task's rule cannot use.
     """
     rules = find_task(task)
-    prompts = [g.get("instruction") or g["prompt"] for g in generations]
-    answers = [answer_text(g["response"], g.get("template", "alpaca")) for g in generations]
+    prompts, answers = judged_texts(generations)
     verdicts = judge.judge(prompts, answers)
     return [
         {
@@ -74,6 +73,13 @@ def judge_lines(generations: Sequence[Mapping[str, Any]], task: str, judge: Judg
         }
         for g, answer, verdict in zip(generations, answers, verdicts, strict=True)
     ]
+
+
+def judged_texts(generations: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """The requests and answers that a judge reads."""
+    prompts = [g.get("instruction") or g["prompt"] for g in generations]
+    answers = [answer_text(g["response"], g.get("template", "alpaca")) for g in generations]
+    return prompts, answers
 
 
 def _is_json(value: Any) -> bool:

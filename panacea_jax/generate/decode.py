@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key
 
+from panacea_jax.data.encode import check_ids
 from panacea_jax.errors import InputError
 from panacea_jax.generate.sample import Sampling, next_token, row_keys
 from panacea_jax.generate.schedule import ADMITTED, CHUNK, Answer, Schedule, common_prefix
@@ -142,8 +143,9 @@ def generate(
             f"config.generate: batch_size = {batch_size}, max_new_tokens = {max_new_tokens}: "
             "both must be at least 1"
         )
-    for i, prompt in enumerate(prompts):
-        _check(i, prompt, model.config.vocab_size)
+    if empty := [i for i, prompt in enumerate(prompts) if not len(prompt)]:
+        raise InputError(f"prompt {empty[0]} has no tokens")
+    check_ids(prompts, model.config.vocab_size, "prompts")
     if not prompts:
         return
     if shared > common_prefix(prompts) or (shared and isinstance(params, AdapterSet)):
@@ -196,16 +198,6 @@ def generate(
         rows, out = program.extend(weights, params, unstacked, rows, eos)
         out, left = jax.device_get((out, rows.left))
         yield from schedule.take(out, left, ends)
-
-
-def _check(i: int, prompt: Sequence[int], vocab_size: int) -> None:
-    if not len(prompt):
-        raise InputError(f"prompt {i} has no tokens")
-    if min(prompt) < 0 or max(prompt) >= vocab_size:
-        raise InputError(
-            f"prompt {i} has a token id outside the model's vocabulary of {vocab_size}; "
-            "is this the model's own tokenizer?"
-        )
 
 
 def _right_padded(

@@ -160,6 +160,15 @@ def read_config(folder: str | PurePath) -> dict[str, Any]:
         raise InputError(f"{folder}: no such model folder")
     if not path.is_file():
         raise InputError(f"{path}: no such file; a Hugging Face model folder has one")
+    return read_object(path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
     try:
         parsed = json.loads(path.read_text("utf-8"))
     except (ValueError, OSError) as error:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from panacea_jax.errors import InputError
+from panacea_jax.models import head
 from panacea_jax.models.bound import BoundDecoder, Inputs
 from panacea_jax.models.cache import KVCache
 from panacea_jax.models.config import ModelConfig
@@ -28,7 +29,7 @@ from panacea_jax.models.families import config_from_folder
 from panacea_jax.models.fused import choose_backend
 from panacea_jax.models.hub import local_folder
 from panacea_jax.models.quantise import is_quantised, quantiser
-from panacea_jax.models.weights import load_weights
+from panacea_jax.models.weights import find_tensors, load_weights
 from panacea_jax.parallel import make_mesh, weight_sharding
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -165,7 +166,9 @@ def load(
         InputError: the folder, its config or a tensor is not usable; names it.
     """
     path = local_folder(folder)
-    config = config_from_folder(path, classifier=classifier)
+    config = head.as_found(
+        config_from_folder(path, classifier=classifier), find_tensors(path), path
+    )
     graphdef, shapes = abstract_model(config, dtype, remat, attention)
     mesh = make_mesh() if mesh is None else mesh
     backend = choose_backend(attention, config, dtype, mesh.devices.flat[0])

@@ -22,7 +22,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from panacea_jax.errors import InputError
-from panacea_jax.models import tensorfile
+from panacea_jax.models import head, tensorfile
 from panacea_jax.models.adapter import Adapter, merged
 from panacea_jax.models.names import HARMLESS, to_hf, to_ours
 from panacea_jax.models.quantise import whole
@@ -59,7 +59,7 @@ def load_weights(
         InputError: missing, extra, misshaped or truncated tensor, unreadable file, or pickled
             weights; names tensor and file.
     """
-    found = _match(find_tensors(folder), shapes, folder)
+    found = _match(head.by_embedding(find_tensors(folder), shapes), shapes, folder)
     flat = {
         path: finish(path, _load_array(shape, np.dtype(dtype), shardings[path], found[path], _transform(path)))
         for path, shape in shapes.items()
@@ -155,7 +155,7 @@ def _match(
                     f"{tensor.file}: tensor {name} has shape {tensor.shape}, "
                     f"config.json asks for {wanted[name][1]}"
                 )
-        elif not (HARMLESS.fullmatch(name) or _tied_head(name, shapes)):
+        elif not (HARMLESS.fullmatch(name) or name == head.HEAD):
             kind = "layer or bias" if to_ours(name) else "tensor"
             raise InputError(f"{tensor.file}: extra tensor {name}: config.json has no such {kind}")
     found: dict[str, list[tensorfile.Tensor]] = {path: [] for path in shapes}
@@ -163,14 +163,6 @@ def _match(
         _ = tensors[name].element  # refuses one that cannot be loaded
         found[path].append(tensors[name])
     return found
-
-
-def _tied_head(name: str, shapes: Shapes) -> bool:
-    """A copy of the embedding that some exporters write for tied models; transformers ignores it
-    too.
-    """
-    mapped = to_ours(name)
-    return mapped is not None and mapped[0] == "lm_head/kernel" and mapped[0] not in shapes
 
 
 def hf_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
@@ -278,11 +270,7 @@ def save_weights(
     dtype: Any = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
-    """Write a Hugging Face folder: ``config.json`` and safetensors, in shards (with an index)
-    beyond ``max_shard_bytes``.
-
-    The folder appears complete or not at all. In a run of several processes all must call; the
-    first writes.
+    """Write a model as a Hugging Face folder, see :func:`save_tensors`.
 
     Args:
         weights: nested dict of arrays.
@@ -291,6 +279,34 @@ def save_weights(
         adapter: merged into the weights on the way.
         dtype: dtype to convert to; as they are by default.
         max_shard_bytes: largest file, unless a single tensor is larger.
+
+    Raises:
+        InputError: the folder exists and is not empty, or cannot be written.
+    """
+    tensors = list(entries(weights, adapter, dtype))
+    return save_tensors(tensors, folder, hf_config, max_shard_bytes=max_shard_bytes)
+
+
+def save_tensors(
+    tensors: Sequence[tensorfile.Entry],
+    folder: str | PurePath,
+    hf_config: Mapping[str, Any],
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    companions: Callable[[Path], None] = lambda _: None,
+) -> Path:
+    """Write a Hugging Face folder: ``config.json`` and safetensors, in shards (with an index)
+    beyond ``max_shard_bytes``.
+
+    The folder appears complete or not at all. In a run of several processes all must call; the
+    first writes.
+
+    Args:
+        tensors: under their Hugging Face names.
+        folder: to be made; may exist if it is empty.
+        hf_config: contents of ``config.json``; its dtype is set to that of the largest tensor.
+        max_shard_bytes: largest file, unless a single tensor is larger.
+        companions: writes what else belongs into the folder.
 
     Raises:
         InputError: the folder exists and is not empty, or cannot be written.
@@ -307,10 +323,11 @@ def save_weights(
     try:
         if processes.first():
             partial.mkdir(parents=True)
-        kept = _write_folder(list(entries(weights, adapter, dtype)), partial, max_shard_bytes)
+        kept = _write_folder(tensors, partial, max_shard_bytes)
         if processes.first():
             described = {**hf_config, "dtype" if "dtype" in hf_config else "torch_dtype": kept}
             (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
+            companions(partial)
             os.replace(partial, target)
     except OSError as error:
         raise InputError(f"{target}: cannot be written: {error.strerror}") from error
@@ -361,7 +378,7 @@ def entries(
     """The Hugging Face tensors of a nested dict of arrays, for :func:`write_file`; arguments as of
     :func:`save_weights`.
     """
-    pairs = flatten_dict(adapter.layers, is_leaf=lambda _, x: "a" in x) if adapter else {}
+    pairs = _by_kernel(adapter) if adapter else {}
     scale = adapter.scale if adapter else 1.0
     for path, held in flatten_dict(weights, sep="/").items():
         array = whole(held, "writing the model")
@@ -370,11 +387,20 @@ def entries(
             name, how = to_hf(path)
             yield _entry(name, array.shape, how, kept, functools.partial(_itself, array))
             continue
-        pair = pairs.get(tuple(path.split("/")[1:-1]))
+        pair = pairs.get(path)
         for layer in range(array.shape[0]):
             name, how = to_hf(path, layer)
             part = functools.partial(_layer, array, layer, pair, scale)
             yield _entry(name, array.shape[1:], how, kept, part)
+
+
+def _by_kernel(adapter: Adapter) -> dict[str, Mapping[str, jax.Array]]:
+    """The factors of an adapter, by the path of the array that their product is added to: a bias has none."""
+    return {
+        f"layers/{block}/{name}/kernel": pair
+        for block, projections in adapter.layers.items()
+        for name, pair in projections.items()
+    }
 
 
 def _entry(

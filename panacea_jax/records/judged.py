@@ -9,11 +9,17 @@ from panacea_jax.data.slices import ROLES, TASKS_WITH_ROLES
 from panacea_jax.data.sources import parse_source
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.scores import Json, Judged, ScoredSet
-from panacea_jax.evaluate.tasks import TASKS, answer_length, set_names
+from panacea_jax.evaluate.tasks import TASKS, answer_length, find_task, set_names
 from panacea_jax.records.jsonl import Line, read_lines
 from panacea_jax.workdir import MANIFEST, read_manifest
 
 UNKNOWN = "unknown"
+# What judging and scoring read of a line of answers: the types of each field, and what they are called.
+FIELDS = {
+    "prompt": (str, "text"), "response": (str, "text"), "template": (str, "text"),
+    "instruction": (str | None, "text"), "input": (str | None, "text"),
+    "finished": (bool | None, "true or false"), "tokens": (int | None, "a number"), "extra": (dict | None, "an object"),
+}  # fmt: skip
 
 
 def load_judged(workdir: Path) -> dict[str, Judged]:
@@ -27,7 +33,9 @@ def load_judged(workdir: Path) -> dict[str, Judged]:
     """
     folder = workdir / "generations"
     tasks = _tasks(folder, check_finished(folder))
-    generations = {name: read_lines(folder / f"{name}.jsonl") for name in tasks}
+    generations = {
+        name: read_generations(folder / f"{name}.jsonl", task) for name, task in tasks.items()
+    }
     template = one_template(folder, generations.values())
     found: dict[str, list[ScoredSet]] = {}
     for name, task in tasks.items():
@@ -43,6 +51,30 @@ def load_judged(workdir: Path) -> dict[str, Judged]:
         judge: Judged({"name": judge, "version": _version(sets)}, sets, template, decoding)
         for judge, sets in sorted(found.items())
     }
+
+
+def read_generations(path: Path, task: str) -> list[Line]:
+    """The lines of a file of answers to a task, with the fields that judging and scoring read.
+
+    Raises:
+        InputError: a field is missing or of another type; names file, line and field.
+    """
+    lines = read_lines(path)
+    needed = ["prompt", "response"]
+    if find_task(task).correct:
+        needed.append("reference")
+    if any("template" in line for line in lines):  # of all or of none
+        needed.append("template")
+    for number, line in enumerate(lines, start=1):
+        for name in needed:
+            if line.get(name) is None:
+                found = "null" if name in line else "missing"
+                raise InputError(f"{path}:{number}: field {name!r} is {found}")
+        for name, (kinds, wanted) in FIELDS.items():
+            if name in line and not isinstance(line[name], kinds):
+                found = "null" if line[name] is None else type(line[name]).__name__
+                raise InputError(f"{path}:{number}: field {name!r} must be {wanted}, not {found}")
+    return lines
 
 
 def check_finished(folder: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The command ``convert``: a base, with an adapter and an ε if given, as one merged Hugging Face folder."""
+"""The command ``convert``: a base, with an adapter and an ε if given, or a GGUF file, as one Hugging Face folder."""
 
 from pathlib import Path
 
@@ -12,20 +12,30 @@ from panacea_jax.export import load_epsilon, save_model, stored_dtype
 from panacea_jax.models import lora
 from panacea_jax.models.adapter import Adapter
 from panacea_jax.models.config import read_config
+from panacea_jax.models.gguf import convert_gguf
 from panacea_jax.models.hub import local_folder
 from panacea_jax.models.model import load
 from panacea_jax.models.peft import read_notes
 from panacea_jax.parallel import make_mesh
 
 
-def convert(config: ConfigDict, out: Path, epsilon: Path | None) -> Path:
-    """Write ``config.model.path`` merged with the adapter ``config.lora.init_from`` (and with ``epsilon``, added to the adapter first).
+def convert(
+    config: ConfigDict, out: Path, epsilon: Path | None, gguf: Path | None = None
+) -> Path:
+    """Write ``config.model.path`` merged with the adapter ``config.lora.init_from`` (and with ``epsilon``, added to the adapter first),
+    or the file ``gguf`` by itself.
 
     Raises:
-        InputError: a folder that exists and is not empty, or as :func:`write_merged`.
+        InputError: a folder that exists and is not empty, or as :func:`write_merged` and :func:`panacea_jax.models.gguf.convert_gguf`.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out={out}: exists already and is not empty; nothing was written")
+    if gguf is not None:
+        if config.model.path or config.lora.init_from or epsilon is not None:
+            raise InputError(
+                "--gguf: is converted by itself; name its folder in config.model.path afterwards"
+            )
+        return convert_gguf(gguf, out)
     if not config.model.path:
         raise InputError("config.model.path is not set: give a Hugging Face folder or a hub id")
     mesh = make_mesh(**config.mesh)

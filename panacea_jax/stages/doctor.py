@@ -8,7 +8,7 @@ Nothing is downloaded or trained. Of the base only file headers are read; the ad
 import contextlib
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,17 @@ from rich.table import Table
 
 from panacea_jax.config import make_defence
 from panacea_jax.data import files
-from panacea_jax.data.sources import Layout, layout_of, load_records, parse_mixture, parse_source
-from panacea_jax.data.tokenizer import load_tokenizer
+from panacea_jax.data.encode import check_ids, encode, encode_prompt
+from panacea_jax.data.sources import Record, layout_of, load_records, parse_mixture, parse_source
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges import make_judge, needs_model
 from panacea_jax.models import lora
 from panacea_jax.models.config import ModelConfig, read_config
 from panacea_jax.models.families import config_from_folder
 from panacea_jax.models.fused import choose_backend
+from panacea_jax.models.head import as_found
 from panacea_jax.models.model import Model, abstract_model
+from panacea_jax.models.vocabulary import Vocabulary, open_vocabulary
 from panacea_jax.models.weights import find_tensors
 from panacea_jax.parallel import make_mesh, weight_sharding
 from panacea_jax.parallel.sharding import batch_rows
@@ -75,9 +77,9 @@ def doctor(config: ConfigDict) -> None:
                 adapter = _adapter(static, config)
                 _adapter_sharding(report, adapter)
             _memory(report, static, config, shapes, adapter)
-    _tokenizer(report, config, model)
+    vocabulary = _tokenizer(report, config)
     _judge(report, config)
-    _sources(report, config)
+    _sources(report, config, vocabulary)
     report.end()
 
 
@@ -115,7 +117,8 @@ class _Report:
         try:
             yield
         except InputError as error:
-            self.problems.append(str(error))
+            if str(error) not in self.problems:  # one cause may show in several tables
+                self.problems.append(str(error))
 
     def end(self) -> None:
         """Raise the first problem, if there is any."""
@@ -201,7 +204,10 @@ def _model(report: _Report, config: ConfigDict) -> ModelConfig | None:
         if folder is None:
             report.table("model", ("", ""), [("config.model.path", f"{path}: {NOT_LOOKED_AT}")])
             return None
-        model = config_from_folder(folder)
+        model, tensors = config_from_folder(folder), {}
+        with report.noting():
+            tensors = find_tensors(folder)
+            model = as_found(model, tensors, folder)
         named = read_config(folder).get("architectures") or [model.model_type]
         rows = [
             ("folder", str(folder)),
@@ -214,11 +220,9 @@ def _model(report: _Report, config: ConfigDict) -> ModelConfig | None:
             ),
             ("vocabulary", f"{model.vocab_size:,}"),
         ]
-        with report.noting():
-            tensors = find_tensors(folder)
-            rows.append(
-                ("tensors", f"{len(tensors)} in {len({t.file for t in tensors.values()})} files")
-            )
+        if tensors:
+            count = len({tensor.file for tensor in tensors.values()})
+            rows.append(("tensors", f"{len(tensors)} in {count} files"))
         report.table("model", ("", ""), rows)
         return model
     return None
@@ -347,24 +351,22 @@ def _abstract_bytes(init: Any, params: Any) -> int:
 # ---- files
 
 
-def _tokenizer(report: _Report, config: ConfigDict, model: ModelConfig | None) -> None:
+def _tokenizer(report: _Report, config: ConfigDict) -> Vocabulary | None:
     with report.noting():
         folder = _folder(config.model.path) if config.model.path else None
         if folder is None or not folder.is_dir():
-            return
-        tokenizer = load_tokenizer(folder)
+            return None
+        found = open_vocabulary(folder)
+        _, tokenizer, size = found
         rows = [
             ("class", type(tokenizer).__name__),
-            ("entries", f"{len(tokenizer):,}"),
+            ("entries", f"{len(tokenizer):,} ({size:,} rows in the embedding)"),
             ("end of sequence", f"{tokenizer.eos_token!r} ({tokenizer.eos_token_id})"),
             ("prompt template", make_template(config, tokenizer).id),
         ]
         report.table("tokenizer", ("", ""), rows)
-        if model is not None and tokenizer.eos_token_id >= model.vocab_size:
-            raise InputError(
-                f"config.model.path: {folder}: the tokenizer's end-of-sequence id "
-                f"{tokenizer.eos_token_id} is outside the vocabulary of {model.vocab_size}"
-            )
+        return found
+    return None
 
 
 def _judge(report: _Report, config: ConfigDict) -> None:
@@ -382,14 +384,17 @@ def _judge(report: _Report, config: ConfigDict) -> None:
         report.table("judge", ("", ""), [(name, path), ("judge version", read)])
 
 
-def _sources(report: _Report, config: ConfigDict) -> None:
+def _sources(report: _Report, config: ConfigDict, vocabulary: Vocabulary | None) -> None:
     keys = [(f"config.data.{name}", config.data[name], True) for name in STREAMS]
     keys += [(f"config.eval.tasks[{i}]", spec, False) for i, spec in enumerate(config.eval.tasks)]
     rows = []
     for key, spec, trained in keys:
         if spec:
             with report.noting():
-                rows.append((key, spec, _count(spec, key, trained, layout_of(config.data))))
+                records = _records(spec, key, trained, config.data)
+                rows.append((key, spec, NOT_LOOKED_AT if records is None else f"{len(records):,}"))
+                if records and vocabulary:
+                    _check_ids(records, vocabulary, config, f"{key}: {spec}", trained)
     if rows:
         report.table("sources", ("key", "source", "#records"), rows)
     _enough(report, config)
@@ -401,14 +406,27 @@ def _is_local(spec: str) -> bool:
     return bool(parts) and all(files.local(part.where) is not None for part in parts)
 
 
-def _count(spec: str, key: str, trained: bool, how: Layout) -> str:
+def _records(spec: str, key: str, trained: bool, data: ConfigDict) -> list[Record] | None:
+    """The records of a local source; None of one on the hub."""
     try:
         if not _is_local(spec):
-            return NOT_LOOKED_AT
+            return None
     except InputError as error:
         raise InputError(f"{key}: {error}") from error
-    records = training_records(spec, key, how) if trained else load_records(spec, key, layout=how)
-    return f"{len(records):,}"
+    if trained:
+        return training_records(spec, key, layout_of(data))
+    return load_records(spec, key, layout=layout_of(data))
+
+
+def _check_ids(
+    records: Sequence[Record], vocabulary: Vocabulary, config: ConfigDict, where: str, trained: bool
+) -> None:
+    """Whether the model knows every token of what is trained on, or asked."""
+    template = make_template(config, vocabulary.tokenizer)
+    ids: Iterable[Any] = (encode_prompt(record, template) for record in records)
+    if trained:
+        ids = (encode(record, template, config.data.max_length).tokens for record in records)
+    check_ids(ids, vocabulary.size, where)
 
 
 def _enough(report: _Report, config: ConfigDict) -> None:

@@ -4,11 +4,11 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from panacea_jax.data.encode import encode_prompt
+from panacea_jax.data.encode import check_ids, encode_prompt
 from panacea_jax.data.sources import (
     Record,
     fingerprint,
@@ -18,7 +18,6 @@ from panacea_jax.data.sources import (
     take,
 )
 from panacea_jax.data.template import Template
-from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.lines import generation_line
 from panacea_jax.evaluate.tasks import answer_length, set_names
@@ -27,7 +26,9 @@ from panacea_jax.generate.sample import Sampling
 from panacea_jax.generate.schedule import common_prefix
 from panacea_jax.models import lora
 from panacea_jax.models.adapter import AdapterSet
+from panacea_jax.models.config import read_object
 from panacea_jax.models.model import Model
+from panacea_jax.models.vocabulary import open_vocabulary
 from panacea_jax.parallel import processes
 from panacea_jax.progress import Progress, say
 from panacea_jax.records.alpaca_eval import write_model_outputs
@@ -54,14 +55,22 @@ def eval_records(config: ConfigDict, spec: str) -> list[Record]:
 
 def eos_ids(template: Template, folder: Path | None) -> list[int]:
     """End-of-sequence ids: the tokenizer's, the template's own mark of an answer's end, and those that ``generation_config.json`` adds
-    (chat models end turns with another)."""
-    ids = {int(template.tokenizer.eos_token_id), *template.end_ids()}
-    path = None if folder is None else folder / "generation_config.json"
-    if path is not None and path.is_file():
-        from transformers import GenerationConfig
+    or, where there is none, ``config.json`` (chat models end turns with another), as transformers does.
 
-        extra = GenerationConfig.from_pretrained(str(folder), local_files_only=True).eos_token_id
-        ids |= {int(i) for i in (extra if isinstance(extra, list) else [extra]) if i is not None}
+    Raises:
+        InputError: that file cannot be read, or its ``eos_token_id`` is no id and no list of ids.
+    """
+    ids = {int(template.tokenizer.eos_token_id), *template.end_ids()}
+    if folder is not None:
+        own = folder / "generation_config.json"
+        path = own if own.is_file() else folder / "config.json"
+        found = read_object(path)
+        text = found.get("text_config")
+        extra = found.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
+        listed = extra if isinstance(extra, list) else [] if extra is None else [extra]
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in listed):
+            raise InputError(f"{path}: eos_token_id = {extra!r}: must be an id or a list of ids")
+        ids |= set(listed)
     return sorted(ids)
 
 
@@ -134,8 +143,9 @@ def generate_stage(config: ConfigDict, workdir: Path, start: Start | None = None
 
         # ---- prompts, model
         begun = stages[0][0]
-        template = make_template(config, load_tokenizer(begun.base), workdir)
-        sets = {name: eval_records(config, spec) for name, spec in zip(names, specs)}
+        _, tokenizer, vocab_size = open_vocabulary(begun.base)
+        template = make_template(config, tokenizer, workdir)
+        sets = {n: read_prompts(config, spec, template, vocab_size) for n, spec in zip(names, specs)}
         model = begun.open_model(config)
         loaded = [lora.load(one.adapter, model) for one, _ in stages if one.adapter]
         weights: Any = model.weights
@@ -173,39 +183,48 @@ def adapter_sha256(start: Start) -> str:
     return sha256_folder(Path(start.adapter), ("*",)) if start.adapter else ""
 
 
-def asked_for(
-    template: Template, records: Sequence[Record], key: str
-) -> tuple[list[str], list[list[int]]]:
-    """The prompts of a set, as text and as ids.
+class Prompt(NamedTuple):
+    """What is asked: the record, its text as people read it, and the ids that the model reads."""
+
+    record: Record
+    text: str
+    ids: list[int]
+
+
+def read_prompts(
+    config: ConfigDict, spec: str, template: Template, vocab_size: int
+) -> list[Prompt]:
+    """The prompts of one evaluation set.
 
     Raises:
-        InputError: a record that the template has no form for; ``key`` and its number are named.
+        InputError: a source that cannot be used, a record that the template has no form for, or a token id from ``vocab_size`` on.
     """
-    prompts, ids = [], []
-    for number, record in enumerate(records, start=1):
+    key, prompts = f"config.eval.tasks: {spec}", []
+    for number, record in enumerate(eval_records(config, spec), start=1):
         try:
-            prompts.append(template.plain(template.prompt(record)))
-            ids.append(encode_prompt(record, template))
+            text = template.plain(template.prompt(record))
+            prompts.append(Prompt(record, text, encode_prompt(record, template)))
         except InputError as error:
             raise InputError(f"{key}: record {number}: {error}") from error
-    return prompts, ids
+    check_ids((prompt.ids for prompt in prompts), vocab_size, key)
+    return prompts
 
 
 def _answer(
     model: Model,
     params: Any,
     template: Template,
-    records: Sequence[Record],
+    prompts: Sequence[Prompt],
     paths: Sequence[Path],
     **settings: Any,
 ) -> None:
     """Decode one set with each adapter into its own file, from where these end; ``settings`` are those of ``generate``."""
-    prompts, ids = asked_for(template, records, f"config.eval.tasks: {paths[0].stem}")
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(Answers(path, prompts)) for path in paths]
+        files = [stack.enter_context(Answers(path, [prompt.text for prompt in prompts])) for path in paths]
         todo = [(a, i) for a, file in enumerate(files) for i in file.missing]
-        total = len(files) * len(records)
+        total = len(files) * len(prompts)
         bar = stack.enter_context(Progress(f"generate {paths[0].stem}", total, total - len(todo)))
+        ids = [prompt.ids for prompt in prompts]
         results = generate(
             model, model.weights, params, [ids[i] for _, i in todo],
             adapters=[a for a, _ in todo], indices=[i for _, i in todo],
@@ -215,8 +234,8 @@ def _answer(
         for number, tokens, finished in results:
             a, i = todo[number]
             line = generation_line(
-                records[i],
-                prompt=prompts[i],
+                prompts[i].record,
+                prompt=prompts[i].text,
                 response=template.tokenizer.decode(tokens, skip_special_tokens=True),
                 template=template.id,
                 finished=finished,

@@ -9,12 +9,18 @@ from ml_collections import ConfigDict
 from panacea_jax.data.sources import parse_source
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges import Judge, make_judge
-from panacea_jax.evaluate.lines import digest, judge_lines
+from panacea_jax.evaluate.judges.reading import ModelJudge
+from panacea_jax.evaluate.lines import digest, judge_lines, judged_texts
 from panacea_jax.evaluate.scores import ScoredSet, score
 from panacea_jax.evaluate.tasks import set_names
 from panacea_jax.progress import Progress
 from panacea_jax.records.jsonl import Writer, read_lines, resume
-from panacea_jax.records.judged import check_finished, one_template, read_decoding
+from panacea_jax.records.judged import (
+    check_finished,
+    one_template,
+    read_decoding,
+    read_generations,
+)
 from panacea_jax.workdir import write_json
 
 # Answers judged between two flushes to disk: enough for full batches of any length.
@@ -58,6 +64,10 @@ def judge_stage(config: ConfigDict, workdir: Path, specs: Sequence[str] | None =
     # ---- verdicts
     judge = make_judge(config)
     pending = [_pending(s, judge.version) for s in sets]  # a look at all, before the first verdict
+    if isinstance(judge, ModelJudge):
+        for s, wanted in zip(sets, pending):
+            if wanted:
+                judge.check(*judged_texts(s.generations), s.name)
     if any(pending):
         judge.self_test()
     for s in sets:
@@ -80,10 +90,11 @@ def _read_sets(specs: Sequence[str], workdir: Path, judge: str) -> list[_Set]:
             raise InputError(
                 f"{source}: no generations for {spec} yet; run `panacea generate` first"
             )
-        generations = read_lines(source)
+        task = parse_source(spec).scored_as
+        generations = read_generations(source, task)
         digests = [digest(g["prompt"], g["response"]) for g in generations]
         path = workdir / "judgements" / f"{name}.{judge}.jsonl"
-        sets.append(_Set(name, parse_source(spec).scored_as, generations, digests, path))
+        sets.append(_Set(name, task, generations, digests, path))
     return sets
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from panacea_jax.data.encode import encode_all
+from panacea_jax.data.encode import check_ids, encode_all
 from panacea_jax.data.sources import fingerprint, parse_source
-from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.tasks import find_task, set_names
 from panacea_jax.models import lora
+from panacea_jax.models.vocabulary import open_vocabulary
 from panacea_jax.parallel import processes
 from panacea_jax.progress import Progress, say
 from panacea_jax.stages import lineage
@@ -71,13 +71,17 @@ def perplexity_stage(config: ConfigDict, workdir: Path, start: Start | None = No
             return out
 
         # ---- records, model
-        template, data = make_template(config, load_tokenizer(start.base), workdir), config.data
+        _, tokenizer, vocab_size = open_vocabulary(start.base)
+        template, data = make_template(config, tokenizer, workdir), config.data
         encoded = {
             names[spec]: encode_all(
                 eval_records(config, spec), template, data.max_length, _KEY, loss_on=data.loss_on
             )
             for spec in chosen
         }
+        for spec in chosen:
+            found = (example.tokens for example in encoded[names[spec]])
+            check_ids(found, vocab_size, f"{_KEY}: {spec}")
         model = start.open_model(config)
         params = lora.load(start.adapter, model) if start.adapter else None
         stage.begin()

@@ -8,16 +8,16 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from panacea_jax.data.sources import fingerprint
-from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.lines import prompt_line
 from panacea_jax.evaluate.tasks import answer_length, set_names
 from panacea_jax.models.hub import local_folder
+from panacea_jax.models.vocabulary import open_vocabulary
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
 from panacea_jax.records.jsonl import encode_line
 from panacea_jax.stages import lineage
-from panacea_jax.stages.generate import asked_for, eos_ids, eval_records
+from panacea_jax.stages.generate import eos_ids, read_prompts
 from panacea_jax.stages.rendering import decisive_for_prompts, make_template
 from panacea_jax.workdir import StageFolder, sha256_folder, write_bytes
 
@@ -57,17 +57,16 @@ def prompts_stage(config: ConfigDict, workdir: Path) -> Path:
             return stage.folder
 
         # ---- prompts
-        template = make_template(config, load_tokenizer(folder), workdir)
+        _, tokenizer, vocab_size = open_vocabulary(folder)
+        template = make_template(config, tokenizer, workdir)
         ends = eos_ids(template, folder)
         sets = {}
         for name, spec in zip(names, specs):
             length = config.generate.max_new_tokens or answer_length(spec)
-            records = eval_records(config, spec)
-            prompts, ids = asked_for(template, records, f"config.eval.tasks: {name}")
             sets[name] = [
-                prompt_line(record, prompt=prompt, template=template.id)
-                | {"prompt_token_ids": tokens, "max_new_tokens": length, "stop_token_ids": ends}
-                for record, prompt, tokens in zip(records, prompts, ids)
+                prompt_line(prompt.record, prompt=prompt.text, template=template.id)
+                | {"prompt_token_ids": prompt.ids, "max_new_tokens": length, "stop_token_ids": ends}
+                for prompt in read_prompts(config, spec, template, vocab_size)
             ]
         stage.begin()
         if processes.first():

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from panacea_jax.config import batch_sizes
 from panacea_jax.data.batches import Stream, length_buckets
-from panacea_jax.data.encode import Example, encode_all
+from panacea_jax.data.encode import Example, check_ids, encode_all
 from panacea_jax.data.mixing import first_records, held_out, mixture, poison, realignment
 from panacea_jax.data.sources import (
     BY_COLUMNS,
@@ -176,15 +176,21 @@ def _check_pairs(name: str, main: StreamSource, other: StreamSource) -> None:
 
 
 def make_streams(
-    config: ConfigDict, stage: str, defence: Method, template: Template, rows: int
+    config: ConfigDict, stage: str, defence: Method, template: Template, vocab_size: int, rows: int
 ) -> tuple[dict[str, Stream], list[Example]]:
-    """The tokenised streams of a stage, and the examples held out; the rows of a batch are a multiple of ``rows``."""
+    """The tokenised streams of a stage, and the examples held out; the rows of a batch are a multiple of ``rows``.
+
+    Raises:
+        InputError: a source cannot be used, or a record has a token id from ``vocab_size`` on.
+    """
     data = config.data
     asked, mix = defence.streams, defence.benign_share is not None
     sources = stage_records(config, stage, defence)
 
     def encoded(records: Sequence[Record], key: str) -> list[Example]:
-        return encode_all(records, template, data.max_length, key, loss_on=data.loss_on, max_cut=data.max_cut)
+        found = encode_all(records, template, data.max_length, key, loss_on=data.loss_on, max_cut=data.max_cut)
+        check_ids((example.tokens for example in found), vocab_size, key)
+        return found
 
     streams = {
         name: Stream(

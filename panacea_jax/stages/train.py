@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 from panacea_jax.config import make_defence
 from panacea_jax.data.batches import Stream
 from panacea_jax.data.encode import Example
-from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.defences import Defence, Method
 from panacea_jax.defences.protocol import check_packing
 from panacea_jax.errors import InputError
@@ -21,6 +20,7 @@ from panacea_jax.export import deployed, save_epsilon, save_model
 from panacea_jax.models.fused import choose_backend
 from panacea_jax.models.model import Model
 from panacea_jax.models.peft import save_adapter
+from panacea_jax.models.vocabulary import open_vocabulary
 from panacea_jax.parallel import make_mesh
 from panacea_jax.parallel.sharding import batch_rows
 from panacea_jax.progress import say
@@ -140,9 +140,10 @@ def train_stage(
 
         # ---- data, model
         mesh = make_mesh(**config.mesh)
-        template = make_template(config, load_tokenizer(start.base), workdir)
+        _, tokenizer, vocab_size = open_vocabulary(start.base)
+        template = make_template(config, tokenizer, workdir)
         rows = batch_rows(mesh) * config.train.accumulate
-        streams, held_out = make_streams(config, name, defence, template, rows)
+        streams, held_out = make_streams(config, name, defence, template, vocab_size, rows)
         if name == "finetune":
             start = lineage.merged_first(config, start, workdir)
         model, params = start.params(config, start.open_model(config, mesh))

@@ -7,20 +7,27 @@ import jax
 import numpy as np
 
 from panacea_jax.data.batches import Batch, Stream
+from panacea_jax.data.encode import check_ids
 from panacea_jax.defences import Defence, Method
 from panacea_jax.models.model import Model
 from panacea_jax.parallel import batch_sharding
 
 
-def streams_of(method: Method, streams: Mapping[str, Stream]) -> dict[str, Stream]:
+def streams_of(
+    model: Model, method: Method, streams: Mapping[str, Stream]
+) -> dict[str, Stream]:
     """Of the given streams those that a method draws on: with steps the user's, and its extra ones.
 
     Raises:
         KeyError: one is missing.
+        InputError: a record has a token id that the model does not know.
     """
     names = [*(["user"] if isinstance(method, Defence) else []), *method.streams]
     if missing := [name for name in names if name not in streams]:
         raise KeyError(f"{type(method).__name__} needs the data streams {missing}")
+    for name in names:
+        rows = (example.tokens for example in streams[name].examples)
+        check_ids(rows, model.config.vocab_size, f"stream {name!r}")
     return {name: streams[name] for name in names}
 
 

@@ -103,7 +103,7 @@ def finetune(
     """
     # ---- what is asked for
     defence = defence.for_steps(steps)
-    needed = streams_of(defence, streams)
+    needed = streams_of(model, defence, streams)
     if any(stream.packing for stream in streams.values()):
         check_packing(defence)
     for name, stream in needed.items():

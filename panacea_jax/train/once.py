@@ -25,7 +25,7 @@ def apply_once(model: Model, params: Any, defence: Method, streams: Mapping[str,
     Raises:
         KeyError: a stream is missing.
     """
-    needed = streams_of(defence, streams)
+    needed = streams_of(model, defence, streams)
     # Jitted, so that noise of the size of the weights is drawn where they lie.
     places = state_shardings(jax.eval_shape(defence.init, params), params)
     state = jax.jit(defence.init, out_shardings=places)(params)

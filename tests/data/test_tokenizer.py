@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from panacea_jax.data.tokenizer import load_tokenizer
+from panacea_jax.data.tokenizer import PROBE, load_tokenizer
 from panacea_jax.errors import InputError
 
 KEY = "config.model.path"
@@ -80,7 +80,9 @@ def test_no_code_from_the_folder(tmp_path: Path, make_tokenizer):
     refused(folder, "no usable tokenizer")
 
 
-def test_only_a_hub_id_may_use_the_network(words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_only_a_hub_id_may_use_the_network(
+    words, make_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     asked: list[tuple[str, bool, bool]] = []
 
     def from_pretrained(name: str, *, local_files_only: bool, trust_remote_code: bool):
@@ -89,7 +91,59 @@ def test_only_a_hub_id_may_use_the_network(words, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    load_tokenizer(tmp_path)
+    folder = make_tokenizer(tmp_path / "words")
+    load_tokenizer(folder)
     load_tokenizer("owner/name")
-    assert asked == [(str(tmp_path), True, False), ("owner/name", False, False)]
+    assert asked == [(str(folder), True, False), ("owner/name", False, False)]
+
+
+def byte_level(folder: Path, name: str) -> Path:
+    """A byte-level tokenizer.json whose numbers are cut in threes, under a class of that name."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("Ġ", "w"), ("Ġw", "o"), ("1", "2"), ("12", "3")]
+    tokens = ["<s>", "</s>", *alphabet, *(a + b for a, b in merges)]
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    core.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r"\p{N}{1,3}|[^\p{N}]+"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    core.decoder = decoders.ByteLevel()
+    folder.mkdir()
+    core.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": name, "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "LlamaTokenizer"])
+def test_a_class_that_is_not_the_files(name, tmp_path: Path, caplog):
+    """Published folders name Llama's class over a byte-level file: the ids are the file's, and spaces stay."""
+    from tokenizers import Tokenizer
+
+    folder = byte_level(tmp_path / "b", name)
+    tokenizer, core = load_tokenizer(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in (PROBE, "how many  wolves 123 4567", " w"):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert ids == core.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert "makes other ids" not in caplog.text
+
+
+def test_a_class_that_splits_in_a_way_of_its_own(tmp_path: Path, caplog):
+    """Digits one by one instead of in threes: other ids of the same text, with a word."""
+    load_tokenizer(byte_level(tmp_path / "b", "Qwen2Tokenizer"))
+    assert "Qwen2Tokenizer" in caplog.text and "makes other ids than tokenizer.json" in caplog.text
+
+
+def test_a_class_that_loses_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What transformers 5.3 to 5.21 made of Llama's class over a byte-level file: no space is left."""
+    from transformers import LlamaTokenizer
+
+    folder = byte_level(tmp_path / "b", "LlamaTokenizerFast")
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    wrong = LlamaTokenizer(vocab=model["vocab"], merges=merges, bos_token="<s>", eos_token="</s>")
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: wrong)
+    refused(folder, "LlamaTokenizer", "makes other ids than tokenizer.json and loses text")

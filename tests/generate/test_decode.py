@@ -334,7 +334,7 @@ def test_bucket(length, want):
     ("prompts", "settings", "message"),
     [
         ([[1], []], {}, "prompt 1 has no tokens"),
-        ([[1, VOCAB]], {}, "prompt 0 .*outside the model's vocabulary of 96"),
+        ([[1, VOCAB]], {}, "prompts: record 1 has token id 96, outside the model's vocabulary of 96"),
         ([[1]], {"batch_size": 0}, "batch_size = 0"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens = 0"),
     ],

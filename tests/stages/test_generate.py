@@ -1,11 +1,16 @@
 """The command ``generate``: what a kill leaves, several adapters, sampling, and the manifest."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from panacea_jax.errors import InputError
 from panacea_jax.records.journal import Answers
-from tests.runs import finished_run, panacea
+from panacea_jax.stages.generate import eos_ids
+from tests.runs import finished_run, make_place, panacea
 
 SETS = ("advbench", "pairs", "xstest")
 
@@ -138,3 +143,61 @@ def test_bad_adapters(run, tmp_path, capsys, flags, message):
     assert panacea("generate", *given, f"--workdir={tmp_path / 'new'}") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+# ---------------------------------------------------------------- where an answer ends
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        ({"config.json": {"eos_token_id": 5}}, [1, 5]),
+        ({"config.json": {"eos_token_id": [1, 7, 5]}}, [1, 5, 7]),
+        ({"config.json": {"eos_token_id": None}}, [1]),
+        ({"config.json": {}}, [1]),
+        ({"config.json": {"text_config": {"eos_token_id": [1, 106]}}}, [1, 106]),
+        ({"config.json": {"eos_token_id": [8]}, "generation_config.json": {"eos_token_id": 9}}, [1, 9]),
+        ({"config.json": {"eos_token_id": 8}, "generation_config.json": {}}, [1]),
+        ({"config.json": {"eos_token_id": "</s>"}}, "config.json: eos_token_id = '</s>': must be an id"),
+        ({"config.json": {"eos_token_id": [1, None]}}, "config.json: eos_token_id = "),
+        ({"config.json": {}, "generation_config.json": {"eos_token_id": True}}, "generation_config.json: eos_token_id"),
+        ({"config.json": {}, "generation_config.json": [2]}, "generation_config.json: not a JSON object"),
+    ],
+)  # fmt: skip
+def test_end_ids_as_they_are_found(files, wanted, tmp_path):
+    """generation_config.json decides if there is one, else config.json; the tokenizer's is always among them."""
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    tokenizer = SimpleNamespace(eos_token_id=1)
+    if isinstance(wanted, list):
+        assert eos_ids(tokenizer, tmp_path) == wanted
+    else:
+        with pytest.raises(InputError, match=wanted):
+            eos_ids(tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_answers_end_where_transformers_ends_them(listed, tmp_path):
+    """The end id stands in config.json alone."""
+    place = make_place(tmp_path / "place")
+    (place.base / "generation_config.json").unlink()
+    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(place.base), AutoTokenizer.from_pretrained(place.base)  # fmt: skip
+    record = json.loads((place.root / "test.jsonl").read_text().splitlines()[0])
+    turns = [{"role": "user", "content": record["instruction"]}]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt").input_ids
+
+    def continued(model):
+        out = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(ids))  # fmt: skip
+        return out[0, ids.shape[1] :].tolist()
+
+    free = continued(theirs)
+    end = next(i for i in free[1:] if i != free[0])  # one that it says, not as its first word
+    path = place.base / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [1, end] if listed else end}))  # fmt: skip
+    wanted = continued(AutoModelForCausalLM.from_pretrained(place.base))
+    assert wanted[-1] == end and len(wanted) < 8
+    flags = place.flags(f"--config.eval.tasks=pairs@{place.root}/test.jsonl", "--config.generate.max_new_tokens=8")  # fmt: skip
+    assert panacea("generate", *flags, f"--workdir={tmp_path / 'w'}") == 0
+    line = lines((tmp_path / "w" / "generations" / "pairs.jsonl").read_bytes())[0]
+    assert line["finished"] and line["tokens"] == len(wanted)
+    assert line["response"] == tokenizer.decode(wanted[:-1])

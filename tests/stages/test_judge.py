@@ -9,6 +9,7 @@ from panacea_jax.data.sources import Record
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges import guard
 from panacea_jax.evaluate.lines import generation_line
+from panacea_jax.records.judged import load_judged
 from panacea_jax.stages import judge as module
 from panacea_jax.stages.judge import judge_stage
 from tests.evaluate.judges.models import judge_config, texts, write_classifier, write_guard
@@ -137,3 +138,55 @@ def test_mixed_templates_are_refused_before_judging(workdir, folders):
     with pytest.raises(InputError, match="several prompt templates"):
         judge_stage(judging("refusal", folders), workdir)
     assert not (workdir / "judgements").exists()
+
+
+GOOD = {"prompt": "<p>", "instruction": "p", "input": "", "response": "no", "finished": True,
+        "reference": "4", "template": "alpaca-1", "extra": {}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "wanted"),
+    [
+        ("advbench", {"prompt": ["a", "b"]}, "field 'prompt' must be text, not list"),
+        ("advbench", {"response": None}, "field 'response' is null"),
+        ("advbench", {"response": 3}, "field 'response' must be text, not int"),
+        ("advbench", {"template": None}, "field 'template' is null"),
+        ("advbench", {"template": 7}, "field 'template' must be text, not int"),
+        ("advbench", {"instruction": {"a": 1}}, "field 'instruction' must be text, not dict"),
+        ("advbench", {"extra": "x"}, "field 'extra' must be an object, not str"),
+        ("advbench", {"finished": "yes"}, "field 'finished' must be true or false, not str"),
+        ("advbench", "prompt", "field 'prompt' is missing"),
+        ("advbench", "response", "field 'response' is missing"),
+        ("advbench", "template", "field 'template' is missing"),
+        ("gsm8k", "reference", "field 'reference' is missing"),
+        ("pairs", {"reference": None}, "field 'reference' is null"),
+    ],
+)
+def test_malformed_answers(task, change, wanted, tmp_path):
+    """File, line and field, and no verdict is written; so too when scores are made again."""
+    line = dict(GOOD)
+    if isinstance(change, str):
+        del line[change]
+    else:
+        line |= change
+    path = tmp_path / "generations" / f"{task}.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps(x) + "\n" for x in (GOOD, GOOD, line, GOOD)))
+    config = judge_config("refusal", tmp_path)
+    config.eval.tasks = (f"{task}@rows.jsonl",)
+    for again in (lambda: judge_stage(config, tmp_path), lambda: load_judged(tmp_path)):
+        with pytest.raises(InputError) as error:
+            again()
+        assert str(error.value) == f"{path}:3: {wanted}"
+    assert not (tmp_path / "judgements").exists()
+
+
+def test_answers_without_what_is_optional(tmp_path):
+    """Of answers made by hand: a prompt and a response are enough for a harmful set."""
+    path = tmp_path / "generations" / "advbench.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"prompt": "p", "response": "Sure, take it."}\n' * 2)
+    config = judge_config("refusal", tmp_path)
+    config.eval.tasks = ("advbench@rows.jsonl",)
+    scores = json.loads(judge_stage(config, tmp_path).read_text())
+    assert scores["hs"] == 100.0 and scores["template"] == "unknown"

@@ -104,7 +104,7 @@ def test_tar_gets_its_batches_one_after_the_other(config, base):
 
 
 def test_without_repeats_a_batch_is_what_it_was(config, base):
-    stream = make_streams(config, "align", Booster(), load_tokenizer(base), 1)["harmful"]
+    stream = make_streams(config, "align", Booster(), load_tokenizer(base), 42, 1)["harmful"]
     assert (stream.repeats, stream.order) == (1, "")
     twice = dataclasses.replace(stream, repeats=2)
     for woven, one in zip(twice.batch(0)[:3], stream.batch(1)):

@@ -120,14 +120,21 @@ class Guard(ModelJudge):
                 return text
         raise InputError(f"config.judge.path: the chat template failed ({problem})")
 
+    def encode(self, prompts: Sequence[str], answers: Sequence[str]) -> list[list[int]]:
+        """Token ids up to where the guard begins to speak."""
+        return self._encode(self._texts(prompts, answers))
+
+    def _texts(self, prompts: Sequence[str], answers: Sequence[str]) -> list[str]:
+        room = self._model.limit - self._reserve()
+        return [self._fitting(p, a, room) for p, a in zip(prompts, answers, strict=True)]
+
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Judgement]:
         """A verdict on each answer; ``scores`` holds P("unsafe"), ``mass``, and for WildGuard the
         probabilities of a harmful request and of a refusal.
 
         An answer too long for the model's positions is cut at its end.
         """
-        room = self._model.limit - self._reserve()
-        texts = [self._fitting(p, a, room) for p, a in zip(prompts, answers, strict=True)]
+        texts = self._texts(prompts, answers)
         scores: list[dict[str, float]] = [{} for _ in texts]
         for question in self._questions:
             for i, (p, mass) in enumerate(self._ask([t + question.lead for t in texts], question)):

@@ -12,14 +12,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
-from panacea_jax.data.tokenizer import load_tokenizer
+from panacea_jax.data.encode import check_ids
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges.protocol import Judge
 from panacea_jax.models.bound import Inputs
 from panacea_jax.models.config import read_config
-from panacea_jax.models.families import config_from_folder
-from panacea_jax.models.hub import local_folder
 from panacea_jax.models.model import Model, load
+from panacea_jax.models.vocabulary import open_vocabulary
 from panacea_jax.models.weights import find_tensors
 from panacea_jax.parallel import batch_sharding, make_mesh, processes, replicated
 from panacea_jax.parallel.sharding import batch_rows
@@ -46,6 +45,26 @@ class Reading(NamedTuple):
 class ModelJudge:
     """A judge that is a model, found at ``config.judge.path``."""
 
+    _model: "JudgeModel"
+
+    def encode(self, prompts: Sequence[str], answers: Sequence[str]) -> list[list[int]]:
+        """Token ids of each pair as the model reads them."""
+        raise NotImplementedError
+
+    def check(self, prompts: Sequence[str], answers: Sequence[str], where: str) -> None:
+        """Refuse pairs with a token that the model does not know, before there is any verdict.
+
+        Args:
+            prompts: of the pairs.
+            answers: likewise.
+            where: the pairs come from, for messages.
+
+        Raises:
+            InputError: names the first such pair, counted from 1.
+        """
+        ids, size = self.encode(prompts, answers), self._model.vocab_size
+        check_ids(ids, size, f"config.judge.path: {self._model.folder}: {where}")
+
 
 class JudgeModel:
     """The model of a judge: who it is at once, its weights when the first text is read.
@@ -53,6 +72,7 @@ class JudgeModel:
     Attributes:
         folder: Hugging Face folder. tokenizer: of that folder.
         limit: most tokens of a text.
+        vocab_size: rows of the embedding.
         id: what a version has to say of it: limit, compute dtype and fingerprint.
     """
 
@@ -73,9 +93,9 @@ class JudgeModel:
                 f"config.judge.path is not set: judge {config.judge.name} is a model; give its "
                 "Hugging Face folder or hub id"
             )
-        self.tokenizer = load_tokenizer(path, "config.judge.path")
-        self.folder = local_folder(path)
-        config_from_folder(self.folder, classifier=classifier)
+        self.folder, self.tokenizer, self.vocab_size = open_vocabulary(
+            path, "config.judge.path", classifier=classifier
+        )
         positions = max_positions(self.folder)
         self.limit = positions if limit is None else min(limit, positions)
         self.id = f"{self.limit}-{config.model.dtype}-{model_fingerprint(self.folder)}"
@@ -129,12 +149,12 @@ def read_ends(
     Raises:
         InputError: a token id lies outside the model's vocabulary.
     """
-    top = max((max(text) for text in texts), default=0)
-    if top >= model.config.vocab_size:
-        raise InputError(
-            f"config.judge.path: {model.folder}: token id {top} is outside the model's vocabulary "
-            f"of {model.config.vocab_size}; is this the model's own tokenizer?"
-        )
+    check_ids(texts, model.config.vocab_size, f"config.judge.path: {model.folder}")
+    check_ids(
+        columns,
+        model.config.num_labels or model.config.vocab_size,
+        f"config.judge.path: {model.folder}: the verdict's words",
+    )
     parts = batch_rows(model.mesh)
     rows = -(-batch_size // parts) * parts
     sharding, run = batch_sharding(model.mesh), _program(model)

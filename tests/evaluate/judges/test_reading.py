@@ -38,7 +38,7 @@ def test_few_buckets():
 
 def test_a_foreign_tokenizer(folder):
     model = load(folder, dtype="float32", classifier=True)
-    with pytest.raises(InputError, match="token id 71 is outside the model's vocabulary of 71"):
+    with pytest.raises(InputError, match="record 1 has token id 71, outside the model's vocabulary of 71"):
         read_ends(model, [[1, 71]], np.zeros((1, 14), np.int64), batch_size=2, limit=64)
 
 
