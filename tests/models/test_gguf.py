@@ -19,6 +19,7 @@ import transformers as tf
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
+from panacea_jax.data.template import Template
 from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.errors import InputError
 from panacea_jax.models import model as models
@@ -234,7 +235,7 @@ def test_tokenizer_and_ends(tmp_path):
     assert ours("<s>how").input_ids == [0, *theirs("<s>how", add_special_tokens=False).input_ids]
     assert ours.chat_template == theirs.chat_template == CHAT
     assert (ours.bos_token, ours.eos_token, ours.pad_token) == ("<s>", "</s>", "<pad>")
-    assert eos_ids(ours, out) == [1]
+    assert eos_ids(Template("alpaca", ours), out) == [1]
 
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"

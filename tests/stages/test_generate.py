@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from panacea_jax.data.template import Template
 from panacea_jax.errors import InputError
 from panacea_jax.records.journal import Answers
 from panacea_jax.stages.generate import eos_ids
@@ -168,12 +169,12 @@ def test_end_ids_as_they_are_found(files, wanted, tmp_path):
     """generation_config.json decides if there is one, else config.json; the tokenizer's is always among them."""
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
-    tokenizer = SimpleNamespace(eos_token_id=1)
+    template = Template("alpaca", SimpleNamespace(eos_token_id=1))
     if isinstance(wanted, list):
-        assert eos_ids(tokenizer, tmp_path) == wanted
+        assert eos_ids(template, tmp_path) == wanted
     else:
         with pytest.raises(InputError, match=wanted):
-            eos_ids(tokenizer, tmp_path)
+            eos_ids(template, tmp_path)
 
 
 @pytest.mark.parametrize("listed", [False, True])

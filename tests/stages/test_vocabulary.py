@@ -122,7 +122,7 @@ def test_padding_of_the_embedding_and_unused_tokens_are_no_problem(place, tmp_pa
 def test_from_python(place):
     """``finetune`` takes streams that were tokenised by anything."""
     model = load(place.base, dtype="float32")
-    good, bad = (Example(np.array([1, 2, last], np.int32), 1) for last in (3, model.config.vocab_size))  # fmt: skip
+    good, bad = (Example.answering(np.array([1, 2, last], np.int32), 1) for last in (3, model.config.vocab_size))  # fmt: skip
     stream = Stream("user", [good, good, bad], 2, 0, False, (4,))
     with pytest.raises(InputError, match="stream 'user': record 3 has token id"):
         streams_of(model, DEFENCES["sft"](), {"user": stream})
