@@ -319,13 +319,6 @@ def test_what_is_no_source(value, finetune):
     assert "config.data.user" in finetune(f"--config.data.user={value}")
 
 
-def test_more_records_than_there_are(finetune):
-    line = finetune("--config.data.num_examples=100")
-    assert "config.data.user" in line and "12" in line and "config.data.num_examples=100" in line
-    assert "config.data.harmful: 50 records" in finetune("--config.data.num_harmful=50")
-    assert "config.data.attack" in finetune("--config.data.poison_ratio=1")
-
-
 def test_prompts_that_leave_no_target_token(finetune):
     line = finetune("--config.data.max_length=3")
     assert "config.data.user: no target token" in line and "config.data.max_length=3" in line
@@ -439,12 +432,12 @@ def test_unsupported_architectures(finetune, base):
 def test_folders_that_are_no_model(finetune, base, tmp_path):
     assert "config.model.path is not set" in finetune("--config.model.path=")
     assert "nowhere" in finetune(f"--config.model.path={tmp_path}/nowhere")
+    (base / "tokenizer.json").rename(base / "tokenizer.model")
+    assert "tokenizer.model alone" in finetune(with_base(base))
     (base / "config.json").write_text("{")
     assert "config.json" in finetune(with_base(base))
     (base / "config.json").unlink()
-    assert "config.json" in finetune(with_base(base))
-    (base / "tokenizer.json").rename(base / "tokenizer.model")
-    assert "tokenizer.model alone" in finetune(with_base(base))
+    assert "config.json: no such file" in finetune(with_base(base))
 
 
 # ---------------------------------------------------------------- adapters

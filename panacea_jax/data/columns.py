@@ -182,8 +182,8 @@ READERS: dict[str, Callable[[_Row], Fields]] = {
     "refusals": _refusals,
     "xstest": _xstest,
     "advbench": _advbench,
-    "pairs": _pairs,
     "chat": lambda row: _chat(row, need_output=False),
+    "pairs": _pairs,
 }
 
 # Tasks whose records may be prompts alone, and the column that training needs (None: has none).

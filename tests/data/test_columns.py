@@ -12,7 +12,7 @@ def parts(task: str, **row: object) -> tuple[str, str, str, str]:
 
 
 def test_every_task_of_the_contract_is_known():
-    tasks = "gsm8k sst2 ag_news alpaca alpaca_eval beavertails refusals xstest advbench pairs chat"
+    tasks = "gsm8k sst2 ag_news alpaca alpaca_eval beavertails refusals xstest advbench chat pairs"
     assert list(READERS) == tasks.split()
 
 
