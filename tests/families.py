@@ -93,7 +93,7 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         tf.Gemma3ForCausalLM,
         {
             "head_dim": 16,
-            "query_pre_attn_scalar": 24,
+            "query_pre_attn_scalar": 4,  # attention so sharp that greedy texts wander
             "sliding_window": 5,
             "sliding_window_pattern": 3,
             "rope_parameters": {

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers as tf
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from panacea_jax.errors import InputError
@@ -18,8 +19,9 @@ from panacea_jax.models import lora, names
 from panacea_jax.models.config import read_config
 from panacea_jax.models.families import config_from_dict
 from panacea_jax.models.model import load
-from panacea_jax.models.peft import CONFIG_FILE, load_adapter, save_adapter
+from panacea_jax.models.peft import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
 from tests.families import VOCAB, build_nested, save
+from tests.runs import make_place, panacea
 
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, 17))
 # Where the decoder and its head are in a file: as published and up to transformers 4.51, and since.
@@ -122,6 +124,27 @@ def test_adapters_made_by_peft_are_read(folder, model, tmp_path):
     found = ours(model, adapter)
     np.testing.assert_allclose(found, logits(adapted), atol=1e-4)
     assert np.abs(found - ours(model)).max() > 1e-2
+
+
+def test_from_training_to_a_merged_folder(theirs, tmp_path):
+    """The command line on such a base: the adapter by its names, answers from it, and a text-only folder with it merged."""
+    place = make_place(tmp_path)
+    for file in save(theirs, tmp_path / "nested").glob("*.*"):
+        (place.base / file.name).write_bytes(file.read_bytes())
+    workdir = tmp_path / "run"
+    assert panacea("finetune", *place.flags(), f"--workdir={workdir}") == 0
+    adapter = workdir / "finetune" / "adapter"
+    with safe_open(adapter / WEIGHTS_FILE, "numpy") as file:
+        assert all(".model.language_model.layers." in name for name in file.keys())  # noqa: SIM118
+    assert panacea("generate", *place.flags(), f"--workdir={workdir}") == 0
+    flags = place.flags(f"--config.lora.init_from={adapter}")
+    assert panacea("convert", *flags, f"--out={tmp_path / 'merged'}") == 0
+    merged = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    adapted = tf.AutoModelForCausalLM.from_pretrained(place.base)
+    before = logits(adapted)
+    adapted = peft.PeftModel.from_pretrained(adapted, str(adapter))
+    np.testing.assert_allclose(logits(merged), logits(adapted), atol=1e-4, rtol=0)
+    assert np.abs(logits(merged) - before).max() > 1e-2
 
 
 def test_what_is_said_once_for_all_parts():
