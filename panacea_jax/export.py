@@ -47,7 +47,8 @@ def export_adapter(result: Result, folder: str | Path, *, without_epsilon: bool 
         raise InputError(
             "export_adapter: all parameters were trained, so there is no adapter; use export_model"
         )
-    save_adapter(params, Path(folder), str(result.model.folder or ""), note)
+    model = result.model
+    save_adapter(params, Path(folder), str(model.folder or ""), note, nested=model.config.nested)
     return Path(folder)
 
 

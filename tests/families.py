@@ -62,6 +62,19 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "max_window_layers": 1,
         },
     ),
+    "qwen3": (tf.Qwen3Config, tf.Qwen3ForCausalLM, {"head_dim": 16}),
+    "qwen3_tied": (
+        tf.Qwen3Config,
+        tf.Qwen3ForCausalLM,
+        {
+            "head_dim": 16,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 1,
+        },
+    ),
     "gemma": (tf.GemmaConfig, tf.GemmaForCausalLM, {"head_dim": 16, "num_key_value_heads": 1}),
     "gemma2": (
         tf.Gemma2Config,
@@ -74,21 +87,90 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "final_logit_softcapping": 4.0,
         },
     ),
+    # Two layers with a window to one without; bases so small that every token turns, and by another angle in each.
+    "gemma3": (
+        tf.Gemma3TextConfig,
+        tf.Gemma3ForCausalLM,
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 4,  # attention so sharp that greedy texts wander
+            "sliding_window": 5,
+            "sliding_window_pattern": 3,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            },
+        },
+    ),
+}
+
+# Published models that are settings of the families above, and new in no other way.
+SETTINGS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama3.2": (
+        tf.LlamaConfig,
+        tf.LlamaForCausalLM,
+        {
+            "tie_word_embeddings": True,
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 32.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+    ),
+    "smollm2": (
+        tf.LlamaConfig,
+        tf.LlamaForCausalLM,
+        {
+            "tie_word_embeddings": True,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+        },
+    ),
+    # 5 · 4 ≠ 48: the head size is not the width by the heads, as in Mistral Nemo.
+    "mistral_nemo": (
+        tf.MistralConfig,
+        tf.MistralForCausalLM,
+        {
+            "head_dim": 20,
+            "sliding_window": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        },
+    ),
 }
 
 
 def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A transformers model; norms and biases are random too, so that ignoring one shows."""
-    config_class, model_class, settings = FAMILIES[family]
+    config_class, model_class, settings = (FAMILIES | SETTINGS)[family]
     torch.manual_seed(seed)
-    model = model_class(config_class(**{**_COMMON, **settings, **changes})).eval()
+    return _random(model_class(config_class(**{**_COMMON, **settings, **changes}))).to(dtype)
+
+
+def build_nested(seed: int = 0) -> Any:
+    """Gemma 3 with a vision tower beside the decoder."""
+    tower = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    text = {**_COMMON, **FAMILIES["gemma3"][2]}
+    config = tf.Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=1)
+    return _random(tf.Gemma3ForConditionalGeneration(config))
+
+
+def _random(model: Any) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 parameter.add_(0.3 * torch.randn_like(parameter))
         if model.config.tie_word_embeddings:  # otherwise the last token predicts itself for ever
-            model.model.embed_tokens.weight.mul_(0.2)
-    return model.to(dtype)
+            model.get_input_embeddings().weight.mul_(0.2)
+    return model.eval()
 
 
 def save(model: Any, folder: Path, **kwargs: Any) -> Path:

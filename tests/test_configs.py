@@ -15,6 +15,7 @@ from panacea_jax.defences import DEFENCES
 from panacea_jax.defences.spec import candidates, parse_stack
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.tasks import set_names
+from panacea_jax.models.families import config_from_folder
 from panacea_jax.stages import run as pipeline
 from panacea_jax.stages.quickstart import ALIGN_STEPS, FINETUNE_STEPS
 from tests.runs import make_place
@@ -38,7 +39,8 @@ def load(recipe: str, *overrides: str) -> ConfigDict:
 
 
 def test_every_recipe_is_tested():
-    assert {path.stem for path in CONFIGS.glob("*.py")} == {*BASES, "paper", "compare", "defences"}
+    others = {"paper", "compare", "defences", "chat_models"}
+    assert {path.stem for path in CONFIGS.glob("*.py")} == {*BASES, *others}
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -124,6 +126,36 @@ def test_docstrings_name_paper_command_figures_cost_and_hardware(name: str):
     assert f"panacea run --config=configs/{name}.py:gsm8k --workdir=" in doc
     assert "as published, not measured by us" in doc
     assert re.search(r"Cost \(estimate.*Hardware \(estimate", doc, re.S)
+
+
+# Parameters that the hub gives for each model; of Gemma 3 the tower's 416,866,032 and the projector's 2,950,272 are left out.
+CHAT_MODELS = {
+    "llama3_1_8b": ("meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248),
+    "llama3_2_3b": ("meta-llama/Llama-3.2-3B-Instruct", 3_212_749_824),
+    "llama2_7b": ("meta-llama/Llama-2-7b-chat-hf", 6_738_415_616),
+    "qwen2_5_7b": ("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512),
+    "qwen3_8b": ("Qwen/Qwen3-8B", 8_190_735_360),
+    "gemma2_9b": ("google/gemma-2-9b-it", 9_241_705_984),
+    "gemma3_4b": ("google/gemma-3-4b-it", 4_300_079_472 - 416_866_032 - 2_950_272),
+}
+
+
+@pytest.mark.parametrize("variant", CHAT_MODELS)
+def test_chat_models(variant: str):
+    c, (hub_id, parameters) = load(f"chat_models.py:{variant}"), CHAT_MODELS[variant]
+    config.validate(c)
+    assert (c.model.path, c.data.template, c.align.defence.name) == (hub_id, "chat", "")
+    architecture = config_from_folder(CONFIGS / "architectures" / variant)
+    assert architecture.num_parameters() == parameters
+    doc = (CONFIGS / "chat_models.py").read_text("utf-8").split('"""')[1]
+    [row] = [line.split() for line in doc.splitlines() if line.split()[:1] == [variant] and "/" in line]  # fmt: skip
+    assert row[1] == hub_id and float(row[2]) == pytest.approx(parameters, rel=2e-3)
+
+
+def test_chat_models_are_those_of_the_recipe():
+    with pytest.raises(InputError, match=f"known are {', '.join(CHAT_MODELS)}"):
+        load("chat_models.py:llama")
+    assert {path.name for path in (CONFIGS / "architectures").iterdir()} == set(CHAT_MODELS)
 
 
 def _keys(section: ConfigDict, prefix: str = "") -> list[str]:

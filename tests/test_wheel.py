@@ -58,6 +58,7 @@ def test_what_it_holds(wheel):
     for file in (ROOT / "panacea_jax").rglob("*.py"):
         assert file.relative_to(ROOT).as_posix() in names
     assert {f"panacea_jax/recipes/{p.name}" for p in (ROOT / "configs").glob("*.py")} <= names
+    assert "panacea_jax/recipes/architectures/qwen3_8b/config.json" in names
     scripts = [p.relative_to(ROOT / "launch") for p in (ROOT / "launch").rglob("*") if p.is_file()]
     assert {f"panacea_jax/launch/{p.as_posix()}" for p in scripts} <= names
     assert "panacea_jax/py.typed" in names and any(n.endswith("licenses/LICENSE") for n in names)

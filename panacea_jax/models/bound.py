@@ -213,19 +213,24 @@ class BoundDecoder:
         slot: Int[Array, ""] | None,
     ) -> tuple[Context, Int[Array, "L"] | None]:
         """Rotary angles, mask and, where layers differ in it, the window of each layer."""
-        angle_dtype = wide(self.decoder.dtype)
-        frequencies = jnp.asarray(self.decoder.config.rope_frequencies(), angle_dtype)
-        angles = positions[..., None].astype(angle_dtype) * frequencies
+        config, angle_dtype = self.decoder.config, wide(self.decoder.dtype)
+
+        def turn(local: bool = False) -> tuple[Array, Array]:
+            frequencies = jnp.asarray(config.rope_frequencies(local), angle_dtype)
+            angles = positions[..., None].astype(angle_dtype) * frequencies
+            return jnp.cos(angles), jnp.sin(angles)
+
         distance = positions[:, :, None] - key_positions[:, None, :]
         mask = key_valid[:, None, :] & (distance >= 0)
         windows = None
-        if self.decoder.config.windows is not None:
-            if len(set(self.decoder.config.windows)) == 1:
-                mask = mask & (distance < self.decoder.config.windows[0])
+        if config.windows is not None:
+            if len(set(config.windows)) == 1:
+                mask = mask & (distance < config.windows[0])
             else:
-                windows = jnp.asarray(self.decoder.config.windows, jnp.int32)
+                windows = jnp.asarray(config.windows, jnp.int32)
         per_layer = None if windows is None else distance
-        return Context(jnp.cos(angles), jnp.sin(angles), mask, per_layer, slot, self.scale), windows
+        local = None if config.local_rope_theta is None else turn(local=True)
+        return Context(*turn(), mask, per_layer, slot, self.scale, local=local), windows
 
     def _whole_context(self, inputs: Inputs) -> tuple[Context, Int[Array, "L"] | None]:
         """The same for whole texts, one a row or one a segment, which see nothing but themselves: a fused back-end may attend."""

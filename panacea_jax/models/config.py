@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -56,14 +57,18 @@ class ModelConfig:
         o_bias: the output projection has a bias.
         mlp_bias: gate, up and down projections have a bias.
         windows: sliding window of each layer in tokens, 0 for full attention; None if all are full.
+        qk_norm: queries and keys are normed, each head by itself, before they are rotated (Qwen3, Gemma 3).
+        local_rope_theta: base of the rotary frequencies, never stretched, of the layers with a window,
+            where only some have one (Gemma 3); None: as of the others.
         scale_embeddings: embeddings are multiplied by √D (Gemma).
         unit_offset_norm: norms multiply by (1 + scale) (Gemma).
-        post_norms: norms also follow attention and MLP (Gemma 2).
+        post_norms: norms also follow attention and MLP (Gemma 2 and 3).
         attention_softcap: c in c·tanh(scores/c), or None.
         final_softcap: the same for the logits.
         query_scale: multiplier of q·k.
         num_labels: outputs of a sequence classifier's head, which takes the place of the output
             head; 0 for a language model.
+        nested: Hugging Face's model of this folder has a vision tower beside the decoder.
     """
 
     model_type: str
@@ -84,12 +89,15 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     windows: tuple[int, ...] | None = None
+    qk_norm: bool = False
+    local_rope_theta: float | None = None
     scale_embeddings: bool = False
     unit_offset_norm: bool = False
     post_norms: bool = False
     attention_softcap: float | None = None
     final_softcap: float | None = None
     num_labels: int = 0
+    nested: bool = False
 
     def matmul_parameters(self) -> int:
         """Weights that take part in a matrix product for every token (kernels and the output head,
@@ -104,6 +112,7 @@ class ModelConfig:
         """All weights; a tied head is counted once."""
         heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         per_layer = (4 if self.post_norms else 2) * self.hidden_size
+        per_layer += self.qk_norm * 2 * self.head_dim
         per_layer += self.qkv_bias * (heads + 2 * kv_heads) + self.o_bias * self.hidden_size
         per_layer += self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
         tied = self.tie_embeddings and not self.num_labels
@@ -123,12 +132,17 @@ class ModelConfig:
         keys = sum(_mean_visible(length, window) for window in windows)
         return 2.0 * self.matmul_parameters() + 4.0 * keys * self.num_heads * self.head_dim
 
-    def rope_frequencies(self) -> Float[np.ndarray, "half"]:
+    def rope_frequencies(self, local: bool = False) -> Float[np.ndarray, "half"]:
         """Angle per position of each rotated pair, ``[head_dim / 2]``, float64.
 
         RoFormer (Su et al., arXiv 2104.09864, §3.2.2), stretched as ``rope_scaling`` says.
+
+        Args:
+            local: those of ``local_rope_theta``.
         """
         exponents = np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim
+        if local and self.local_rope_theta is not None:
+            return self.local_rope_theta**-exponents
         frequencies = self.rope_theta**-exponents
         scaling = self.rope_scaling
         if scaling is None:
@@ -149,7 +163,35 @@ def _mean_visible(length: int, window: int) -> float:
     return (w * (w + 1) / 2 + (length - w) * w) / length
 
 
+# Vision-language models whose language model is one of ours, and the class of that alone.
+NESTED = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
+# What such a model's config.json says once, for all its parts.
+_SHARED = (
+    "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "tie_word_embeddings", "quantization_config",
+)  # fmt: skip
+
+
 def read_config(folder: str | PurePath) -> dict[str, Any]:
+    """``config.json`` of a Hugging Face folder's language model.
+
+    Raises:
+        InputError: as of :func:`read_whole_config`.
+    """
+    return dict(language_part(read_whole_config(folder)))
+
+
+def language_part(d: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A parsed ``config.json`` as the language model alone has it; itself where there is no vision tower."""
+    named = d.get("architectures")
+    alone = NESTED.get(str(named[0])) if isinstance(named, list) and named else None
+    text = d.get("text_config")
+    if alone is None or not isinstance(text, dict):
+        return d
+    shared = {key: d[key] for key in _SHARED if d.get(key) is not None}
+    return {**text, **shared, "architectures": [alone]}
+
+
+def read_whole_config(folder: str | PurePath) -> dict[str, Any]:
     """The parsed ``config.json`` of a Hugging Face folder.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The one decoder: Llama, Mistral, Qwen2, Gemma and Gemma 2 are settings of it.
+"""The one decoder: Llama, Mistral, Qwen2 and 3, Gemma, Gemma 2 and 3 are settings of it.
 
 A pre-norm transformer with rotary positions, grouped-query attention and a gated MLP. Its
 parameters carry Hugging Face's module names, with all layers stacked on axis 0 of each array. What
@@ -57,7 +57,7 @@ class Decoder(nnx.Module):
         self.attention = attention
         self.embed_tokens = Embedding(config)
         self.layers = DecoderLayer((config.num_layers,), config)
-        self.norm = RMSNorm((), config)
+        self.norm = RMSNorm((), config, config.hidden_size)
         self.lm_head = (
             None
             if config.tie_embeddings or config.num_labels

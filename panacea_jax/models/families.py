@@ -5,42 +5,39 @@ what the model computes and are not understood here are refused rather than igno
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
 from panacea_jax.errors import InputError
-from panacea_jax.models.config import ModelConfig, RopeScaling, read_config
-
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-}
+from panacea_jax.models.config import (
+    ModelConfig,
+    RopeScaling,
+    language_part,
+    read_whole_config,
+)
+from panacea_jax.models.reader import Reader
 
 
 def config_from_dict(
     d: Mapping[str, Any], where: str = "config.json", *, classifier: bool = False
 ) -> ModelConfig:
-    """Read a parsed ``config.json``: of a language model, or of a sequence classifier.
+    """Read a parsed ``config.json``: of a language model, alone or beside a vision tower, or of a sequence classifier.
 
     Raises:
         InputError: unknown architecture, unsupported rope kind, or a missing, mistyped or
             impossible value; names the key.
     """
     if not classifier:
-        return FAMILIES[_architecture(d, where)](_Reader(d, where))
+        text = language_part(d)
+        found = FAMILIES[_architecture(text, where)](Reader(text, where))
+        return dataclasses.replace(found, nested=text is not d)
     named = (d.get("architectures") or [f"model_type {d.get('model_type')}"])[0]
     family = str(named).replace("ForSequenceClassification", "ForCausalLM")
     if family == named or family not in FAMILIES:
         known = ", ".join(FAMILIES).replace("ForCausalLM", "ForSequenceClassification")
         raise InputError(f"{where}: {named} is no sequence classifier; known: {known}")
-    return dataclasses.replace(
-        FAMILIES[family](_Reader(d, where)), num_labels=_num_labels(d, where)
-    )
+    return dataclasses.replace(FAMILIES[family](Reader(d, where)), num_labels=_num_labels(d, where))
 
 
 def config_from_folder(folder: str | PurePath, *, classifier: bool = False) -> ModelConfig:
@@ -50,7 +47,7 @@ def config_from_folder(folder: str | PurePath, *, classifier: bool = False) -> M
         InputError: as :func:`config_from_dict`, or the file is missing or not a JSON object.
     """
     where = str(Path(folder) / "config.json")
-    return config_from_dict(read_config(folder), where, classifier=classifier)
+    return config_from_dict(read_whole_config(folder), where, classifier=classifier)
 
 
 def _num_labels(d: Mapping[str, Any], where: str) -> int:
@@ -58,68 +55,7 @@ def _num_labels(d: Mapping[str, Any], where: str) -> int:
     labels = d.get("id2label")
     if labels is not None and not (isinstance(labels, dict) and labels):
         raise InputError(f"{where}: id2label must be an object with a name for each label")
-    return len(labels) if labels else _Reader(d, where).integer("num_labels", 2)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """Typed access to the keys of one ``config.json``; null counts as absent unless a method says
-    otherwise.
-    """
-
-    d: Mapping[str, Any]
-    where: str
-
-    def fail(self, key: str, problem: str) -> InputError:
-        return InputError(f"{self.where}: {key} = {self.d.get(key)!r}: {problem}")
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.d.get(key)
-        if value is None:
-            if default is None:
-                raise InputError(f"{self.where}: {key} is missing")
-            return default
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.fail(key, "must be a positive integer")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        value = self.d.get(key)
-        return default if value is None else self._positive(key, value)
-
-    def nullable(self, key: str, default: float | None) -> float | None:
-        """A number where an explicit null means "none", unlike an absent key."""
-        value = self.d.get(key, default)
-        return None if value is None else self._positive(key, value)
-
-    def _positive(self, key: str, value: Any) -> float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value <= 0:
-            raise self.fail(key, "must be a positive number")
-        return float(value)
-
-    def flag(self, key: str, default: bool = False) -> bool:
-        value = self.d.get(key)
-        if value is not None and not isinstance(value, bool):
-            raise self.fail(key, "must be true or false")
-        return default if value is None else value
-
-    def activation(self, key: str, default: str) -> str:
-        name = self.d.get(key) or default
-        if name not in ACTIVATIONS:
-            raise self.fail(key, f"unsupported; one of {', '.join(ACTIVATIONS)}")
-        return ACTIVATIONS[name]
-
-    def layer_types(self, default: list[str]) -> list[str]:
-        """``layer_types``, checked: one of the two known words for each layer."""
-        types = self.d.get("layer_types")
-        if types is None:
-            return default
-        if not isinstance(types, list) or len(types) != len(default):
-            raise self.fail("layer_types", f"must list {len(default)} layers")
-        if not set(types) <= {"full_attention", "sliding_attention"}:
-            raise self.fail("layer_types", "knows full_attention and sliding_attention only")
-        return types
+    return len(labels) if labels else Reader(d, where).integer("num_labels", 2)
 
 
 def _architecture(d: Mapping[str, Any], where: str) -> str:
@@ -128,7 +64,8 @@ def _architecture(d: Mapping[str, Any], where: str) -> str:
         name = str(named[0])
     elif named is None or named == []:
         by_type = {name.removesuffix("ForCausalLM").lower(): name for name in FAMILIES}
-        name = by_type.get(str(d.get("model_type")), f"model_type {d.get('model_type')}")
+        kind = str(d.get("model_type"))
+        name = by_type.get(kind.removesuffix("_text"), f"model_type {kind}")
     else:
         name = str(named)
     if name not in FAMILIES:
@@ -136,7 +73,7 @@ def _architecture(d: Mapping[str, Any], where: str) -> str:
     return name
 
 
-def _common(r: _Reader, head_dim: int | None = None) -> dict[str, Any]:
+def _common(r: Reader, head_dim: int | None = None) -> dict[str, Any]:
     """Fields that all families share. ``head_dim``: the family's default where that is not
     hidden_size / heads.
     """
@@ -170,26 +107,25 @@ def _common(r: _Reader, head_dim: int | None = None) -> dict[str, Any]:
     }
 
 
-def _rope(r: _Reader) -> tuple[float, RopeScaling | None]:
+def _rope(r: Reader) -> tuple[float, RopeScaling | None]:
     """Rotary base and scaling from ``rope_scaling`` (+ ``rope_theta``) or transformers 5's
     ``rope_parameters``.
     """
-    key = "rope_scaling" if r.d.get("rope_scaling") else "rope_parameters"
-    given = r.d.get(key) or {}
-    if not isinstance(given, dict):
-        raise r.fail(key, "must be an object")
-    inner = _Reader(given, f"{r.where}: {key}")
+    inner = r.inner("rope_scaling" if r.d.get("rope_scaling") else "rope_parameters")
+    given = inner.d
     theta = inner.number("rope_theta", r.number("rope_theta", 10000.0))
     partial = inner.number("partial_rotary_factor", r.number("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise InputError(f"{r.where}: partial_rotary_factor = {partial}: not supported")
     kind = given.get("rope_type") or given.get("type") or "default"
-    if kind == "default":
-        return theta, None
-    if kind not in ("linear", "llama3"):
+    if kind not in ("default", "linear", "llama3"):
         raise InputError(
             f"{r.where}: rope_type {kind!r} is not supported; known: default, linear, llama3"
         )
+    if by_kind := [name for name, value in given.items() if isinstance(value, dict)]:
+        raise InputError(f"{inner.where}: {by_kind[0]}: this architecture has one rotary base")
+    if kind == "default":
+        return theta, None
     if given.get("factor") is None:
         raise InputError(f"{inner.where}: factor is missing")
     if kind == "linear":
@@ -212,7 +148,7 @@ def _windows(types: list[str], window: int) -> tuple[int, ...] | None:
     return windows if any(windows) else None
 
 
-def _llama(r: _Reader) -> ModelConfig:
+def _llama(r: Reader) -> ModelConfig:
     bias = r.flag("attention_bias")
     return ModelConfig(
         **_common(r),
@@ -224,7 +160,7 @@ def _llama(r: _Reader) -> ModelConfig:
     )
 
 
-def _mistral(r: _Reader) -> ModelConfig:
+def _mistral(r: Reader) -> ModelConfig:
     fields = _common(r)
     # An absent key means 4096 (v0.1's published default); an explicit null means none (v0.2 on).
     window = 0
@@ -238,8 +174,18 @@ def _mistral(r: _Reader) -> ModelConfig:
     )
 
 
-def _qwen2(r: _Reader) -> ModelConfig:
-    fields = _common(r)
+def _qwen2(r: Reader) -> ModelConfig:
+    return ModelConfig(**_qwen(r), qkv_bias=True)
+
+
+def _qwen3(r: Reader) -> ModelConfig:
+    bias = r.flag("attention_bias")
+    return ModelConfig(**_qwen(r, head_dim=128), qkv_bias=bias, o_bias=bias, qk_norm=True)
+
+
+def _qwen(r: Reader, head_dim: int | None = None) -> dict[str, Any]:
+    """What Qwen2 and Qwen3 share."""
+    fields = _common(r, head_dim)
     windows = None
     if r.flag("use_sliding_window") and r.d.get("sliding_window", 4096) is not None:
         first = r.d.get("max_window_layers", 28)
@@ -248,16 +194,15 @@ def _qwen2(r: _Reader) -> ModelConfig:
         kinds = ["full_attention", "sliding_attention"]
         default = [kinds[layer >= first] for layer in range(fields["num_layers"])]
         windows = _windows(r.layer_types(default), r.integer("sliding_window", 4096))
-    return ModelConfig(
+    return {
         **fields,
-        activation=r.activation("hidden_act", "silu"),
-        tie_embeddings=r.flag("tie_word_embeddings"),
-        qkv_bias=True,
-        windows=windows,
-    )
+        "activation": r.activation("hidden_act", "silu"),
+        "tie_embeddings": r.flag("tie_word_embeddings"),
+        "windows": windows,
+    }
 
 
-def _gemma(r: _Reader) -> ModelConfig:
+def _gemma(r: Reader) -> ModelConfig:
     bias = r.flag("attention_bias")
     # Published Gemma files say "gelu" but were trained with the tanh approximation (transformers PR
     # 29402).
@@ -273,7 +218,7 @@ def _gemma(r: _Reader) -> ModelConfig:
     )
 
 
-def _gemma2(r: _Reader) -> ModelConfig:
+def _gemma2(r: Reader) -> ModelConfig:
     bias = r.flag("attention_bias")
     fields = _common(r, head_dim=256)
     fields["query_scale"] = r.number("query_pre_attn_scalar", 256.0) ** -0.5
@@ -296,10 +241,65 @@ def _gemma2(r: _Reader) -> ModelConfig:
     )
 
 
-FAMILIES: dict[str, Callable[[_Reader], ModelConfig]] = {
+# What the published files of Gemma 3 leave out.
+_GEMMA3 = {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4}
+
+
+def _gemma3(r: Reader) -> ModelConfig:
+    r = r.changed(**{key: value for key, value in _GEMMA3.items() if r.d.get(key) is None})
+    if r.d.get("attn_logit_softcapping") is not None:
+        raise r.fail("attn_logit_softcapping", "Gemma 3 has no soft caps on its scores")
+    full, sliding = _gemma3_ropes(r)
+    bias = r.flag("attention_bias")
+    fields = _common(full, head_dim=256)
+    fields["query_scale"] = r.number("query_pre_attn_scalar", 256.0) ** -0.5
+    every = r.integer("sliding_window_pattern", 6)
+    default = [
+        "sliding_attention" if (layer + 1) % every else "full_attention"
+        for layer in range(fields["num_layers"])
+    ]
+    windows = _windows(r.layer_types(default), r.integer("sliding_window", 4096))
+    local, stretch = _rope(sliding)
+    if stretch is not None:
+        raise InputError(
+            f"{r.where}: sliding_attention has rope_type {stretch.kind!r}: only default is supported"
+        )
+    mixed = windows is not None and not all(windows)
+    if windows is not None and not mixed:
+        fields |= {"rope_theta": local, "rope_scaling": None}
+    return ModelConfig(
+        **fields,
+        activation=r.activation("hidden_activation", "gelu_pytorch_tanh"),
+        tie_embeddings=r.flag("tie_word_embeddings", True),
+        qkv_bias=bias,
+        o_bias=bias,
+        windows=windows,
+        qk_norm=True,
+        local_rope_theta=local if mixed else None,
+        scale_embeddings=True,
+        unit_offset_norm=True,
+        post_norms=True,
+        final_softcap=r.nullable("final_logit_softcapping", None),
+    )
+
+
+def _gemma3_ropes(r: Reader) -> tuple[Reader, Reader]:
+    """The file as layers with full attention see it, and as those with a window do: one rotary base each."""
+    by_kind = r.inner("rope_parameters")
+    if wrong := set(by_kind.d) - {"full_attention", "sliding_attention"}:
+        raise InputError(f"{by_kind.where}: {min(wrong)} is not a kind of layer")
+    theta, local = r.number("rope_theta", 1e6), r.number("rope_local_base_freq", 1e4)
+    full = r.changed(rope_parameters=by_kind.d.get("full_attention"), rope_theta=theta)
+    sliding = by_kind.d.get("sliding_attention")
+    return full, r.changed(rope_parameters=sliding, rope_theta=local, rope_scaling=None)
+
+
+FAMILIES: dict[str, Callable[[Reader], ModelConfig]] = {
     "LlamaForCausalLM": _llama,
     "MistralForCausalLM": _mistral,
     "Qwen2ForCausalLM": _qwen2,
+    "Qwen3ForCausalLM": _qwen3,
     "GemmaForCausalLM": _gemma,
     "Gemma2ForCausalLM": _gemma2,
+    "Gemma3ForCausalLM": _gemma3,
 }

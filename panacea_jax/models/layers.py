@@ -36,6 +36,7 @@ class Context(NamedTuple):
         slot: where new tokens come among the recent ones of the cache.
         valid: False for padding; only where sums over tokens are read.
         fused: what attends in place of the plain way where there is no cache.
+        local: cos and sin of the layers with a window, where these turn by a base of their own.
     """
 
     cos: Float[Array, "B T half"]
@@ -48,6 +49,14 @@ class Context(NamedTuple):
     readings: tuple[str, ...] = ()
     valid: Bool[Array, "B T"] | None = None
     fused: Fused | None = None
+    local: tuple[Float[Array, "B T half"], Float[Array, "B T half"]] | None = None
+
+    def angles(self, window: Int[Array, ""] | None) -> tuple[Array, Array]:
+        """Cos and sin of the rotation in a layer with this window (0: none)."""
+        if self.local is None or window is None:
+            return self.cos, self.sin
+        cos, sin = self.local
+        return jnp.where(window > 0, cos, self.cos), jnp.where(window > 0, sin, self.sin)
 
 
 def hand_out(module: nnx.Module, context: Context, name: str, value: Array) -> None:
@@ -119,12 +128,12 @@ class RMSNorm(nnx.Module):
     scale).
     """
 
-    def __init__(self, layers: tuple[int, ...], config: ModelConfig) -> None:
-        self.scale = nnx.Param(jnp.zeros((*layers, config.hidden_size)))
+    def __init__(self, layers: tuple[int, ...], config: ModelConfig, size: int) -> None:
+        self.scale = nnx.Param(jnp.zeros((*layers, size)))
         self.eps = config.rms_norm_eps
         self.unit_offset = config.unit_offset_norm
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
         """Normalise the last axis, in at least float32."""
         y = x.astype(wide(x.dtype))
         normed = y * jax.lax.rsqrt(jnp.mean(y**2, axis=-1, keepdims=True) + self.eps)
@@ -137,7 +146,7 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary positions; Qwen3 and Gemma 3 norm each head of q and k before."""
 
     def __init__(self, layers: tuple[int, ...], config: ModelConfig) -> None:
         d, heads = config.hidden_size, config.num_heads * config.head_dim
@@ -146,6 +155,8 @@ class Attention(nnx.Module):
         self.k_proj = Linear(layers, d, kv_heads, config.qkv_bias)
         self.v_proj = Linear(layers, d, kv_heads, config.qkv_bias)
         self.o_proj = Linear(layers, heads, d, config.o_bias)
+        self.q_norm = RMSNorm(layers, config, config.head_dim) if config.qk_norm else None
+        self.k_norm = RMSNorm(layers, config, config.head_dim) if config.qk_norm else None
         self.config = config
 
     def __call__(
@@ -165,8 +176,12 @@ class Attention(nnx.Module):
             y = linear(x, adapter.get(name), context)
             return y.reshape(*x.shape[:2], -1, c.head_dim)
 
-        q = rotate(project("q_proj", self.q_proj), context.cos, context.sin)
-        k = rotate(project("k_proj", self.k_proj), context.cos, context.sin)
+        def rotated(name: str, linear: Linear, norm: RMSNorm | None) -> Array:
+            y = project(name, linear)
+            return rotate(y if norm is None else norm(y), *context.angles(window))
+
+        q = rotated("q_proj", self.q_proj, self.q_norm)
+        k = rotated("k_proj", self.k_proj, self.k_norm)
         v = project("v_proj", self.v_proj)
         # Heads before slots: a decoding step then reads the cache as it lies, without a copy.
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
@@ -213,18 +228,18 @@ class MLP(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and MLP, each behind a norm and in a residual; Gemma 2 norms their outputs too."""
+    """Attention and MLP, each behind a norm and in a residual; Gemma 2 and 3 norm their outputs too."""
 
     def __init__(self, layers: tuple[int, ...], config: ModelConfig) -> None:
         self.self_attn = Attention(layers, config)
         self.mlp = MLP(layers, config)
-        self.input_layernorm = RMSNorm(layers, config)
-        # By Hugging Face's names: the norm before the MLP, except in Gemma 2, where it follows
+        self.input_layernorm = RMSNorm(layers, config, config.hidden_size)
+        # By Hugging Face's names: the norm before the MLP, except in Gemma 2 and 3, where it follows
         # attention.
-        self.post_attention_layernorm = RMSNorm(layers, config)
+        self.post_attention_layernorm = RMSNorm(layers, config, config.hidden_size)
         if config.post_norms:
-            self.pre_feedforward_layernorm = RMSNorm(layers, config)
-            self.post_feedforward_layernorm = RMSNorm(layers, config)
+            self.pre_feedforward_layernorm = RMSNorm(layers, config, config.hidden_size)
+            self.post_feedforward_layernorm = RMSNorm(layers, config, config.hidden_size)
         self.post_norms = config.post_norms
 
     def __call__(

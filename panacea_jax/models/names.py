@@ -14,6 +14,7 @@ TABLE: tuple[tuple[str, str, str], ...] = (
     ),
     ("model.layers.{layer}.{block}.{projection}.bias", "layers/{block}/{projection}/bias", "none"),
     ("model.layers.{layer}.{norm}.weight", "layers/{norm}/scale", "none"),
+    ("model.layers.{layer}.self_attn.{head_norm}.weight", "layers/self_attn/{head_norm}/scale", "none"),
     ("model.norm.weight", "norm/scale", "none"),
     ("lm_head.weight", "lm_head/kernel", "transpose"),
     ("score.weight", "score/kernel", "transpose"),
@@ -24,11 +25,22 @@ _FIELDS = {
     "block": r"self_attn|mlp",
     "projection": r"[a-z]+_proj",
     "norm": r"[a-z_]+_layernorm",
+    "head_norm": r"[qk]_norm",
 }
 
 # Tensors that some exporters write and that hold nothing to load: rotary frequencies follow from
 # config.json.
 HARMLESS = re.compile(r"(.*\.)?rotary_emb\.inv_freq$")
+
+# What a vision-language model has beside its decoder.
+VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
+# Where it has the decoder: in files as published, and in transformers since 4.52.
+_NESTED = re.compile(r"^(language_model\.model|model\.language_model)\.")
+
+
+def alone(name: str) -> str:
+    """The name that a decoder's tensor has without a vision tower beside it."""
+    return _NESTED.sub("model.", name).removeprefix("language_model.")
 
 
 def _pattern(template: str) -> re.Pattern[str]:

@@ -25,7 +25,8 @@ from panacea_jax.parallel.sharding import adapter_shardings
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _NAME = re.compile(
-    r"base_model\.model\.model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+_proj)\.lora_([AB])\.weight"
+    r"base_model\.model\.(?:model|model\.language_model|language_model\.model)\.layers"
+    r"\.(\d+)\.(self_attn|mlp)\.(\w+_proj)\.lora_([AB])\.weight"
 )
 
 # Settings that change the computation and that we do not have: a folder with one of them on is refused.
@@ -50,7 +51,12 @@ def adapter_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
 
 
 def save_adapter(
-    adapter: Adapter, folder: Path, base: str, notes: Mapping[str, str] | None = None
+    adapter: Adapter,
+    folder: Path,
+    base: str,
+    notes: Mapping[str, str] | None = None,
+    *,
+    nested: bool = False,
 ) -> None:
     """Write a PEFT folder that ``peft.PeftModel.from_pretrained`` takes. Of several processes the first writes.
 
@@ -59,11 +65,17 @@ def save_adapter(
         folder: created if missing.
         base: path or hub id of the base model, noted in the config.
         notes: further metadata of the safetensors file, see ``read_notes``.
+        nested: the base has a vision tower beside the decoder, so transformers' modules have other names.
     """
     tensors = adapter_tensors(adapter)  # in every process: each may hold a part
     if not processes.first():
         return
     folder.mkdir(parents=True, exist_ok=True)
+    targets: list[str] | str = list(adapter.targets)
+    if nested:
+        stem = "base_model.model.model."
+        tensors = {f"{stem}language_model.{n.removeprefix(stem)}": x for n, x in tensors.items()}
+        targets = rf".*language_model\..*\.({'|'.join(targets)})"  # the tower has a q_proj too
     alpha = int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha
     config = {
         "peft_type": "LORA",
@@ -72,7 +84,7 @@ def save_adapter(
         "r": adapter.rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
-        "target_modules": list(adapter.targets),
+        "target_modules": targets,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

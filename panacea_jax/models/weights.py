@@ -19,12 +19,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from panacea_jax.errors import InputError
 from panacea_jax.models import head, tensorfile
 from panacea_jax.models.adapter import Adapter, merged
-from panacea_jax.models.names import HARMLESS, to_hf, to_ours
+from panacea_jax.models.names import HARMLESS, VISION, alone, to_hf, to_ours
 from panacea_jax.models.quantise import whole
 from panacea_jax.parallel import processes
 
@@ -104,14 +105,14 @@ def _stacked(path: str) -> bool:
 
 
 def find_tensors(folder: Path) -> dict[str, tensorfile.Tensor]:
-    """Every tensor in the folder's safetensors files, by Hugging Face name.
+    """Every tensor in the folder's safetensors files, by Hugging Face name; a decoder's as it is without a vision tower.
 
     Raises:
         InputError: no such files (or pickled ones only), a damaged index or file, or a tensor the
             index promises in vain.
     """
     if (folder / _SINGLE).is_file():
-        return tensorfile.read_header(folder / _SINGLE)
+        return _alone(tensorfile.read_header(folder / _SINGLE))
     index = folder / _INDEX
     if not index.is_file():
         pickles = sorted(p.name for p in folder.glob("*") if _PICKLES.fullmatch(p.name))
@@ -136,7 +137,11 @@ def find_tensors(folder: Path) -> dict[str, tensorfile.Tensor]:
     for name, file in items:
         if name not in found:
             raise InputError(f"{folder / file}: tensor {name} is missing; {_INDEX} promises it")
-    return found
+    return _alone(found)
+
+
+def _alone(tensors: Mapping[str, tensorfile.Tensor]) -> dict[str, tensorfile.Tensor]:
+    return {alone(name): tensor for name, tensor in tensors.items()}
 
 
 def _match(
@@ -155,9 +160,11 @@ def _match(
                     f"{tensor.file}: tensor {name} has shape {tensor.shape}, "
                     f"config.json asks for {wanted[name][1]}"
                 )
-        elif not (HARMLESS.fullmatch(name) or name == head.HEAD):
+        elif not (HARMLESS.fullmatch(name) or VISION.fullmatch(name) or name == head.HEAD):
             kind = "layer or bias" if to_ours(name) else "tensor"
             raise InputError(f"{tensor.file}: extra tensor {name}: config.json has no such {kind}")
+    if vision := sum(bool(VISION.fullmatch(name)) for name in tensors):
+        logging.warning("%s: %d tensors of the vision tower are left alone: text only", folder, vision)
     found: dict[str, list[tensorfile.Tensor]] = {path: [] for path in shapes}
     for name, (path, _) in wanted.items():
         _ = tensors[name].element  # refuses one that cannot be loaded

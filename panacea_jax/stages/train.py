@@ -210,7 +210,8 @@ def export(
         lineage.clear(folder / "model")
         save_model(result.model, params, folder / "model")
     else:
-        save_adapter(params, folder / "adapter", start.base, note)
+        nested = result.model.config.nested
+        save_adapter(params, folder / "adapter", start.base, note, nested=nested)
     for kind, epsilon in (("last", result.epsilon), ("mean", epsilon_mean)):
         if epsilon is not None:
             file = "epsilon.safetensors" if kind == "last" else "epsilon_mean.safetensors"

@@ -96,6 +96,79 @@ def test_gemma_quirks():
     assert config_from_dict(off).attention_softcap is None
 
 
+GEMMA3 = {
+    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64,
+    "num_hidden_layers": 13, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32,
+}  # fmt: skip
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},  # 1, 4, 12 and 27 B say nothing of their bases
+        {"rope_scaling": LINEAR},
+        {"rope_theta": 700.0, "rope_local_base_freq": 300.0, "rope_scaling": LINEAR},
+        {
+            "rope_parameters": {
+                "full_attention": {**LINEAR, "rope_theta": 700.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            }
+        },
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 700.0}}},
+        {"sliding_window_pattern": 4, "sliding_window": 9},
+        {"layer_types": ["full_attention"] * 12 + ["sliding_attention"], "sliding_window": 9},
+        {"num_hidden_layers": 5},  # none with full attention
+        {"layer_types": ["full_attention"] * 13},
+    ],
+)
+def test_gemma3_windows_and_bases_equal_transformers(given):
+    ours = config_from_dict({**GEMMA3, **json.loads(json.dumps(given))})
+    theirs = tf.Gemma3TextConfig(**{k: v for k, v in {**GEMMA3, **given}.items() if k != "architectures"})  # fmt: skip
+    rotary = tf.models.gemma3.modeling_gemma3.Gemma3RotaryEmbedding(theirs)
+    windows = ours.windows or (0,) * ours.num_layers
+    assert list(windows) == [
+        theirs.sliding_window * (kind == "sliding_attention") for kind in theirs.layer_types
+    ]
+    assert (ours.local_rope_theta is None) == (len(set(windows)) == 1)
+    for kind in set(theirs.layer_types):
+        want = getattr(rotary, f"{kind}_inv_freq").numpy()
+        found = ours.rope_frequencies(local=kind == "sliding_attention")
+        np.testing.assert_allclose(found, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0: Gemma 3 has no"),
+        ({"rope_parameters": LINEAR}, "rope_parameters: factor is not a kind of layer"),
+        (
+            {"rope_parameters": {"sliding_attention": LINEAR}},
+            "sliding_attention has rope_type 'linear'",
+        ),
+        ({"layer_types": ["full_attention"]}, "layer_types.*13 layers"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ],
+)
+def test_gemma3_is_not_guessed(changes, message):
+    with pytest.raises(InputError, match=message):
+        config_from_dict({**GEMMA3, **changes})
+
+
+def test_one_rotary_base_by_kind_of_layer_is_for_gemma3_alone():
+    by_kind = {"full_attention": {"rope_type": "default", "rope_theta": 500.0}}
+    with pytest.raises(InputError, match="full_attention: this architecture has one rotary base"):
+        config_from_dict({**LLAMA, "rope_parameters": by_kind})
+
+
+def test_qwen3():
+    d = {**LLAMA, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    found = config_from_dict(d)
+    assert (found.head_dim, found.qk_norm, found.qkv_bias, found.o_bias) == (128, True, False, False)
+    biased = config_from_dict({**d, "attention_bias": True, "head_dim": 16})
+    assert (biased.head_dim, biased.qkv_bias, biased.o_bias) == (16, True, True)
+
+
 def _mistral(**changes):
     d = {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral", **changes}
     return config_from_dict(d)
@@ -178,9 +251,10 @@ def test_defaults_and_nulls():
     assert config.query_scale == 0.25
 
 
-def test_model_type_stands_in_for_missing_architectures():
-    d = {k: v for k, v in LLAMA.items() if k != "architectures"}
-    assert config_from_dict(d) == config_from_dict(LLAMA)
+@pytest.mark.parametrize("whole", [LLAMA, GEMMA3], ids=["llama", "gemma3"])
+def test_model_type_stands_in_for_missing_architectures(whole):
+    d = {k: v for k, v in whole.items() if k != "architectures"}
+    assert config_from_dict(d) == config_from_dict(whole)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +263,7 @@ def test_model_type_stands_in_for_missing_architectures():
         (
             {"architectures": ["GPT2LMHeadModel"]},
             r"GPT2LMHeadModel; known: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, "
-            r"GemmaForCausalLM, Gemma2ForCausalLM$",
+            r"Qwen3ForCausalLM, GemmaForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM$",
         ),
         ({"architectures": None, "model_type": "gpt2"}, "unsupported architecture .*gpt2"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn'.*llama3"),

@@ -17,7 +17,7 @@ from panacea_jax.models import model as models
 from panacea_jax.models.bound import Inputs
 from panacea_jax.models.cache import init_cache, settle
 from panacea_jax.models.config import ModelConfig
-from tests.families import FAMILIES, VOCAB, build, save
+from tests.families import FAMILIES, SETTINGS, VOCAB, build, save
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -49,7 +49,16 @@ def _apply(model):
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 def test_logits_equal_transformers(pair, side):
-    theirs, ours = pair
+    _assert_logits(*pair, side)
+
+
+@pytest.mark.parametrize("name", list(SETTINGS))
+def test_logits_of_published_settings(name, tmp_path):
+    theirs = build(name)
+    _assert_logits(theirs, models.load(save(theirs, tmp_path / name), dtype="float32"), "left")
+
+
+def _assert_logits(theirs, ours, side):
     tokens = _tokens()
     valid = np.ones(tokens.shape, bool)
     if side != "none":
@@ -100,7 +109,7 @@ def test_hidden_then_logits_of_a_slice():
     np.testing.assert_allclose(some, whole[:, -2:], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "gemma3"])
 def test_gradients_equal_transformers(family, tmp_path):
     """Full-parameter mode: the nested weights are the trainable pytree."""
     theirs = build(family)
@@ -121,6 +130,11 @@ def test_gradients_equal_transformers(family, tmp_path):
         np.testing.assert_allclose(
             got["post_attention_layernorm"]["scale"][i], norm, atol=1e-6, rtol=1e-3
         )
+        if ours.config.qk_norm:
+            norm = layer.self_attn.k_norm.weight.grad.numpy()
+            np.testing.assert_allclose(
+                got["self_attn"]["k_norm"]["scale"][i], norm, atol=1e-6, rtol=1e-3
+            )
 
 
 def _small(**changes) -> ModelConfig:
@@ -271,24 +285,24 @@ import jax, numpy as np, sys
 from panacea_jax.models import model as models
 from panacea_jax.models.bound import Inputs
 from panacea_jax.parallel import make_mesh
-folder = sys.argv[1]
 tokens = np.random.default_rng(0).integers(0, 96, (4, 9)).astype(np.int32)
-outs = []
-for mesh in (make_mesh(devices=jax.devices()[:1]), make_mesh(data=1, fsdp=2, tensor=2)):
-    m = models.load(folder, mesh=mesh, dtype="float32")
-    kernel = m.weights["layers"]["self_attn"]["q_proj"]["kernel"]
-    print(len({str(s.index) for s in kernel.addressable_shards}))
-    outs.append(np.asarray(jax.jit(lambda w, t: m.apply(w, None, t)[0])(m.weights, tokens)))
-    jax.tree.map(lambda x: x.block_until_ready(), m.weights)
-    flat = [np.asarray(x) for x in jax.tree.leaves(m.weights)]
-    outs.append(flat)
-np.testing.assert_allclose(outs[0], outs[2], atol=1e-5)
-for a, b in zip(outs[1], outs[3]):
-    np.testing.assert_array_equal(a, b)
+for folder in sys.argv[1:]:
+    outs = []
+    for mesh in (make_mesh(devices=jax.devices()[:1]), make_mesh(data=1, fsdp=2, tensor=2)):
+        m = models.load(folder, mesh=mesh, dtype="float32")
+        kernel = m.weights["layers"]["self_attn"]["q_proj"]["kernel"]
+        print(len({str(s.index) for s in kernel.addressable_shards}))
+        outs.append(np.asarray(jax.jit(lambda w, t: m.apply(w, None, t)[0])(m.weights, tokens)))
+        jax.tree.map(lambda x: x.block_until_ready(), m.weights)
+        flat = [np.asarray(x) for x in jax.tree.leaves(m.weights)]
+        outs.append(flat)
+    np.testing.assert_allclose(outs[0], outs[2], atol=1e-5)
+    for a, b in zip(outs[1], outs[3]):
+        np.testing.assert_array_equal(a, b)
 """
-    folder = save(build("gemma2"), tmp_path / "hf")
+    folders = [str(save(build(f), tmp_path / f)) for f in ("gemma2", "qwen3", "gemma3")]
     env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    assert _python(code, str(folder), env=env).split() == ["1", "4"]
+    assert _python(code, *folders, env=env).split() == ["1", "4"] * 3
 
 
 def test_float64_throughout(tmp_path):

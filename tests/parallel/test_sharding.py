@@ -43,6 +43,7 @@ def mesh(*sizes):
         ("layers/self_attn/q_proj/bias", (3, 64), (None, "tensor")),
         ("layers/self_attn/o_proj/bias", (3, 64), ()),
         ("layers/input_layernorm/scale", (3, 32), ()),
+        ("layers/self_attn/q_norm/scale", (3, 16), ()),
         ("norm/scale", (32,), ()),
     ],
 )

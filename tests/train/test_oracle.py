@@ -48,11 +48,16 @@ def setting(request, tmp_path, monkeypatch):
     wide = request.param == "float64"
     if wide:
         oracle.use_float64_throughout(monkeypatch)
+    yield from make_setting("llama2", request.param, tmp_path)
+
+
+def make_setting(family, dtype, tmp_path):
+    wide = dtype == "float64"
     with jax.enable_x64(wide):
-        base = save(build("llama2"), tmp_path / "base")
-        model = load(base, dtype=request.param)
+        base = save(build(family), tmp_path / "base")
+        model = load(base, dtype=dtype)
         adapter = lora.init(
-            model, 4, 8, ("q", "k", "v", "down"), key=jax.random.key(0), dtype=request.param
+            model, 4, 8, ("q", "k", "v", "down"), key=jax.random.key(0), dtype=dtype
         )
         # B away from zero, as after alignment: from B = 0 the gradient of A is zero at first.
         layers = jax.tree.map(
@@ -105,6 +110,19 @@ def test_panacea_with_three_ascent_steps(setting):
     ours, _, epsilon, tolerance = run_both(setting, Panacea(**kwargs), **kwargs)
     assert_close(epsilon_tensors(ours.epsilon), oracle.by_peft_name(epsilon), 10 * tolerance)
     assert_close(epsilon_tensors(ours.epsilon), oracle.by_peft_name(epsilon), 1e-8 if tolerance < 1e-6 else 1)  # fmt: skip
+
+
+@pytest.fixture(params=["qwen3", "gemma3"])
+def newer(request, tmp_path):
+    yield from make_setting(request.param, "float32", tmp_path)
+
+
+def test_sft_and_panacea_of_newer_families(newer):
+    """Single precision, since transformers keeps norms and rotary angles in it; all parameters too, the norms of q and k among them."""
+    run_both(newer, Sft())
+    ours, _, epsilon, tolerance = run_both(newer, Panacea(rho=0.5, lam=0.3), rho=0.5, lam=0.3)
+    assert_close(epsilon_tensors(ours.epsilon), oracle.by_peft_name(epsilon), 10 * tolerance)
+    test_all_parameters(newer)
 
 
 @pytest.mark.parametrize("clamp", ["reference", "none"])
