@@ -25,12 +25,18 @@ LR = 1e-3
 
 
 def examples(seed, n=23):
+    """Of one answer and, every other one, of two with something between them that is not learnt."""
     rng = np.random.default_rng(seed)
     out = []
-    for _ in range(n):
+    for number in range(n):
         length = int(rng.integers(8, 30))
         tokens = rng.integers(0, VOCAB, length).astype(np.int32)
-        out.append(Example.answering(tokens, int(rng.integers(2, length - 2))))
+        prompt = int(rng.integers(2, length - 2))
+        mask = np.arange(length) >= prompt
+        if number % 2:
+            between = (prompt + length) // 2
+            mask[between : between + 2] = False
+        out.append(Example(tokens, mask))
     return out
 
 
