@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,8 +29,6 @@ from panacea_jax.models.gguf_tokenizer import make_tokenizer
 from panacea_jax.stages.generate import eos_ids
 from tests.families import FAMILIES, build
 from tests.runs import panacea
-
-gguf = pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
 
 WORDS = ["how", "many", "loaves", "does", "the", "baker", "keep", "12"]
 TEXTS = ["how many loaves", "the  baker\n\nkeeps", " kept déjà 🙂"]
