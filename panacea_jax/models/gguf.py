@@ -26,6 +26,9 @@ from panacea_jax.models.weights import hf_shapes, save_tensors
 
 # Stored types that stay as they are; all others, the quantised ones among them, become float32.
 KEPT = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+# Keys that change what is computed; none of the families here has them.
+REFUSED = ("expert_count", "attention.scale", "attention.clamp_kqv", "attention.max_alibi_bias", "logit_scale",
+           "embedding_scale", "residual_scale")  # fmt: skip
 # Written by llama.cpp for Llama 3.1 and later: by how much each rotary frequency is divided.
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -53,7 +56,12 @@ class Family:
 
 
 def _llama(meta: Metadata, tensors: Tensors) -> Json:
+    mistral: Json = {}
+    if meta.get("attention.sliding_window") is not None:
+        window = meta.integer("attention.sliding_window")
+        mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
     return {
+        **mistral,
         "hidden_act": "silu",
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
@@ -181,6 +189,11 @@ def describe(meta: Metadata, family: Family, tensors: Tensors) -> Json:
         "tie_word_embeddings": "output.weight" not in tensors,
         **family.keys(meta, tensors),
     }
+    strange = [key for key in REFUSED if meta.get(key)]
+    if meta.get("attention.sliding_window") and "sliding_window" not in config:
+        strange.append("attention.sliding_window")
+    if strange:
+        raise InputError(f"{meta.file}: {meta.architecture}.{strange[0]} = {meta.get(strange[0])}: not supported")
     scaling = _rope_scaling(meta, tensors, config)
     return config | ({} if scaling is None else {"rope_scaling": scaling})
 

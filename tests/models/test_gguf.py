@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,8 +30,6 @@ from panacea_jax.models.gguf_tokenizer import make_tokenizer
 from panacea_jax.stages.generate import eos_ids
 from tests.families import FAMILIES, build
 from tests.runs import panacea
-
-gguf = pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
 
 WORDS = ["how", "many", "loaves", "does", "the", "baker", "keep", "12"]
 TEXTS = ["how many loaves", "the  baker\n\nkeeps", " kept déjà 🙂"]
@@ -187,6 +186,24 @@ def test_the_converted_model_computes_what_the_model_did(case, tmp_path):
     )
 
 
+def test_mistral_with_its_window(tmp_path):
+    """llama.cpp calls it a llama; where the file says the window, the model has it."""
+    theirs = model_of("mistral")
+
+    def change(keys, tensors):
+        keys["llama.attention.sliding_window"] = theirs.config.sliding_window
+
+    out = convert_gguf(write(tmp_path / "t.gguf", theirs, "llama", Q.F32, change), tmp_path / "out")
+    tokens = np.random.default_rng(0).integers(0, theirs.config.vocab_size, (1, 12))
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(tokens)).logits.numpy()
+    found = logits_of(models.load(out, dtype="float32"), tokens)
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    with pytest.raises(InputError, match=r"qwen2\.attention\.sliding_window = 5: not supported"):
+        file = write(tmp_path / "q.gguf", model_of("qwen2"), "qwen2", Q.F32, **{"qwen2.attention.sliding_window": 5})
+        convert_gguf(file, tmp_path / "never")
+
+
 def test_gemma_itself(tmp_path):
     """transformers reads no GGUF of the first Gemma; the model that was put in comes out."""
     theirs = model_of("gemma")
@@ -276,6 +293,8 @@ def test_a_sentencepiece_vocabulary(name, tmp_path):
         (lambda k, t: k.update({"llama.attention.head_count": 0}), "attention.head_count = 0: must be"),
         (lambda k, t: k.update({"llama.rope.scaling.type": "yarn"}), "rope.scaling.type yarn: not supported"),
         (lambda k, t: k.update({"llama.rope.dimension_count": 8}), "rope.dimension_count = 8"),
+        (lambda k, t: k.update({"llama.expert_count": 8}), "llama.expert_count = 8: not supported"),
+        (lambda k, t: k.update({"llama.logit_scale": 0.5}), "llama.logit_scale = 0.5: not supported"),
     ],
 )  # fmt: skip
 def test_files_that_are_refused(change, wanted, tmp_path):
