@@ -31,9 +31,10 @@ def init(
     targets: Sequence[str] = ("q", "k", "v"),
     *,
     key: Key[jax.Array, ""],
+    rslora: bool = False,
     dtype: Any = jnp.float32,
 ) -> Adapter:
-    """A fresh adapter: A uniform in ±1/√in (as PEFT), B zero, so that the model is unchanged.
+    """A fresh adapter: A uniform in ±1/√in (as PEFT), B zero, so that the model is unchanged. ``rslora`` as of :class:`Adapter`.
 
     Raises:
         InputError: rank below 1, or unknown targets.
@@ -58,4 +59,4 @@ def init(
 
     places = adapter_shardings(model.mesh, jax.eval_shape(build, key))
     layers = jax.jit(build, out_shardings=places)(key)
-    return Adapter(layers, rank=rank, alpha=float(alpha))
+    return Adapter(layers, rank=rank, alpha=float(alpha), rslora=rslora)

@@ -120,7 +120,8 @@ def fresh_adapter(model: Model, config: ConfigDict) -> Any:
     """The shapes of a fresh adapter on the mesh."""
     o = config.lora
     made = jax.eval_shape(
-        lambda key: lora.init(model, o.rank, o.alpha, o.targets, key=key), jax.random.key(0)
+        lambda key: lora.init(model, o.rank, o.alpha, o.targets, key=key, rslora=o.rslora),
+        jax.random.key(0),
     )
     places = adapter_shardings(model.mesh, made.layers)
     return dataclasses.replace(made, layers=placed(made.layers, places))

@@ -68,7 +68,7 @@ class Start:
         if self.adapter:
             return model, lora.load(self.adapter, model)
         key, o = jax.random.key(config.seed), config.lora
-        return model, lora.init(model, o.rank, o.alpha, o.targets, key=key)
+        return model, lora.init(model, o.rank, o.alpha, o.targets, key=key, rslora=o.rslora)
 
 
 def named(config: ConfigDict) -> Start:

@@ -116,7 +116,7 @@ def perplexity_stage(config: ConfigDict, workdir: Path, start: Start | None = No
             for spec in chosen
         }
         model = start.open_model(config)
-        params = lora.load(start.adapter, model) if start.adapter else None
+        params = lora.load(start.adapter, model, frozen=True) if start.adapter else None
         stage.begin()
 
         # ---- figures

@@ -38,7 +38,7 @@ from panacea_jax.workdir import StageFolder
 DECISIVE = ("seed", "model", "lora", "data", "defence", "optimizer", "train", "export")
 NEUTRAL = {"train": ("log_every",), "model": ("attention", "remat")}
 # Keys that came later, with the value at which a stage does what it did before: work directories from then go on.
-SINCE = {"defence": {"ascent_steps": 1}, "train": {"accumulate": 1}}
+SINCE = {"defence": {"ascent_steps": 1}, "train": {"accumulate": 1}, "lora": {"rslora": False}}
 
 
 def check_stage(config: ConfigDict, name: str, start: Start, prefix: str = "") -> Method:
