@@ -34,12 +34,14 @@ class Adapter:
         rank: r.
         alpha: α; the product is scaled by α/r.
         rslora: scaled by α/√r instead (Kalajdzievski, arXiv 2312.03732).
+        dropout: probability with which an entry of an adapter's input is 0 in a training step; the others are divided by 1 − dropout.
     """
 
     layers: dict[str, Any]
     rank: int = dataclasses.field(metadata={"static": True})
     alpha: float = dataclasses.field(metadata={"static": True})
     rslora: bool = dataclasses.field(default=False, metadata={"static": True})
+    dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
 
     @property
     def scale(self) -> float:

@@ -75,7 +75,7 @@ def save_adapter(
         "base_model_name_or_path": base,
         "r": adapter.rank,
         "lora_alpha": alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": adapter.dropout,
         "target_modules": list(adapter.targets),
         "bias": "none",
         "fan_in_fan_out": False,

@@ -38,7 +38,11 @@ from panacea_jax.workdir import StageFolder
 DECISIVE = ("seed", "model", "lora", "data", "defence", "optimizer", "train", "export")
 NEUTRAL = {"train": ("log_every",), "model": ("attention", "remat")}
 # Keys that came later, with the value at which a stage does what it did before: work directories from then go on.
-SINCE = {"defence": {"ascent_steps": 1}, "train": {"accumulate": 1}, "lora": {"rslora": False}}
+SINCE: dict[str, dict[str, Any]] = {
+    "defence": {"ascent_steps": 1},
+    "train": {"accumulate": 1},
+    "lora": {"rslora": False, "dropout": 0.0},
+}
 
 
 def check_stage(config: ConfigDict, name: str, start: Start, prefix: str = "") -> Method:
@@ -64,6 +68,10 @@ def check_stage(config: ConfigDict, name: str, start: Start, prefix: str = "") -
         defence.check(start.full_parameters)
     except InputError as error:  # it does not know where its section stands
         raise InputError(str(error).replace("config.", f"config.{prefix}", 1)) from error
+    if start.full_parameters and config.lora.dropout:
+        raise InputError(
+            f"config.lora.dropout = {config.lora.dropout}: drops an adapter's inputs; config.{prefix}train.full_parameters has none"
+        )
     merged = config.lora.policy == "merged" and name == "finetune"
     if start.full_parameters and start.adapter and not merged:
         raise InputError(
