@@ -215,7 +215,7 @@ def _regex(value: Any) -> bool:
         return False
 
 
-def _by_name(value: Any, least: float) -> bool:
+def _by_name(value: Any, least: float | int) -> bool:
     good = isinstance(value, dict) and _names(list(value))
     return good and all(isinstance(x, int | float) and x >= least for x in value.values())
 

@@ -29,13 +29,13 @@ def reloaded(base, folder):
 
 
 def peft_adapter(base, folder, **settings):
-    """An adapter made by peft, with B moved away from where it starts; returns peft's logits."""
+    """An adapter made by peft, moved away from where it starts; returns peft's logits."""
     torch.manual_seed(1)
     config = peft.LoraConfig(**{"task_type": "CAUSAL_LM", "lora_dropout": 0.0, **settings})
     adapted = peft.get_peft_model(torch_model(base), config)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+            if "lora_" in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
     adapted.save_pretrained(str(folder))
     return logits(adapted)

@@ -56,7 +56,7 @@ def test_a_base_that_lost_a_part_through_every_command(place, tmp_path, init):
     folder = tmp_path / "adapter"
     trained_by_peft(place, folder, target_modules=QV, init_lora_weights=init)
     right = nll_by_peft(place, folder)
-    assert abs(right - nll(place, bare(place))) > 0.1
+    assert abs(right - nll(place, bare(place))) > 0.01
 
     # ---- perplexity, merged
     found = nll_by_us(place, tmp_path / "p", f"--config.generate.adapter={folder}")
