@@ -15,8 +15,8 @@ from jaxtyping import Array, Key, UInt32
 
 from panacea_jax.data.batches import Batch
 
-# Apart from what a method makes of the step's key.
-_DROPOUT = 0x64726F70
+# Numbers that lead apart from what a method makes of the step's key, and passes apart from the layers' masks, which are counted from 0.
+_DROPOUT, _PASS = 0x64726F70, 2**30
 
 
 def with_dropout(
@@ -25,11 +25,11 @@ def with_dropout(
     """The batches of a step, with keys where ``params`` is an adapter with dropout."""
     if not getattr(params, "dropout", 0.0):
         return batches
-    key = jax.random.fold_in(key, _DROPOUT)
-    keys = dict(zip(sorted(batches), jax.random.split(key, len(batches))))
+    keys = jax.random.split(jax.random.fold_in(key, _DROPOUT), len(batches))
+    by_row = jax.vmap(jax.random.fold_in, (None, 0))  # whatever rows of padding come behind
     return {
-        name: batch._replace(dropout=_raw(jax.random.split(keys[name], len(batch.tokens))))
-        for name, batch in batches.items()
+        name: batch._replace(dropout=_raw(by_row(keys[i], jnp.arange(len(batch.tokens)))))
+        for i, (name, batch) in enumerate(sorted(batches.items()))
     }
 
 
@@ -38,7 +38,8 @@ def again(batch: Any, number: int | Array) -> Any:
     if getattr(batch, "dropout", None) is None:
         return batch
     rows = jax.random.wrap_key_data(jnp.asarray(batch.dropout))
-    return batch._replace(dropout=_raw(jax.vmap(jax.random.fold_in, (0, None))(rows, number)))
+    of_pass = jax.vmap(jax.random.fold_in, (0, None))(rows, _PASS + number)
+    return batch._replace(dropout=_raw(of_pass))
 
 
 def without_dropout(batch: Batch) -> Batch:

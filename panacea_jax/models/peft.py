@@ -13,26 +13,20 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from panacea_jax.errors import InputError
 from panacea_jax.models.adapter import BLOCK_OF, Adapter
 from panacea_jax.models.model import Model, abstract_model
-from panacea_jax.models.names import to_hf, to_ours
+from panacea_jax.models.peft_base import check_copy, lost_factors
 from panacea_jax.models.peft_config import CONFIG_FILE, PeftConfig, read_peft_config
 from panacea_jax.models.precision import wide
-from panacea_jax.models.quantise import whole
-from panacea_jax.models.tensorfile import Entry
-from panacea_jax.models.weights import entries
 from panacea_jax.parallel import processes
 from panacea_jax.parallel.sharding import adapter_shardings
 from panacea_jax.progress import Progress
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _FACTOR = re.compile(
     r"base_model\.model\.(model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+_proj))\.lora_([AB])\.weight"
 )
@@ -121,7 +115,7 @@ def load_adapter(folder: str | PurePath, model: Model, *, frozen: bool = False) 
             if not config.adapts(match[1]):
                 raise InputError(f"{where}: {name}: {config.path.name} does not adapt that module")
         else:
-            _check_copy(name, tensor, model, where)
+            check_copy(name, tensor, model, where)
     if not factors:
         raise InputError(f"{where}: holds no LoRA factors")
     modules = _modules(config, model)
@@ -201,35 +195,6 @@ def _check_factors(
                 raise InputError(f"{where}: {name} has shape {found.shape}, the base wants {shape}")
 
 
-def _check_copy(name: str, tensor: np.ndarray, model: Model, where: Path) -> None:
-    """That a tensor which is no factor is the base's own, as peft stores it for ``modules_to_save`` and beside new tokens."""
-    shapes = abstract_model(model.config)[1]
-    path, layer, _ = to_ours(name.removeprefix(_PREFIX)) or ("", None, "")
-    if path == "lm_head/kernel" and path not in shapes:
-        path = "embed_tokens/embedding"  # tied
-    if path not in shapes or "_proj/" in path:
-        raise InputError(f"{where}: {name} is not a LoRA factor of a projection of this model")
-    if model.weights is None:
-        return
-    base = _of_base(model, path, layer, "comparing a module")
-    if not np.array_equal(tensor.astype(base.dtype), base.values()):
-        raise InputError(
-            f"{where}: {name} is not the base's: modules that were trained or resized whole (modules_to_save) are not supported; "
-            "merge the adapter with peft and give that model as the base"
-        )
-
-
-def _of_base(model: Model, path: str, layer: int | None, what: str) -> Entry:
-    """A tensor of the base as Hugging Face keeps it; of several processes all must ask for its values.
-
-    Raises:
-        InputError: ``what`` needs it and it is quantised.
-    """
-    array = whole(flatten_dict(model.weights, sep="/")[path], what)
-    name, _ = to_hf(path, layer)
-    return next(e for e in entries(unflatten_dict({path: array}, sep="/")) if e.name == name)
-
-
 def _stack(
     factors: Mapping[tuple[str, str], np.ndarray],
     modules: list[_Module],
@@ -252,32 +217,11 @@ def _stack(
             pair["a"][m.layer, :, : m.rank] = factors[m.name, "A"].T
             pair["b"][m.layer, : m.rank] = factors[m.name, "B"].T.astype(dtype) * share
             if init:
-                a, b = _lost(init, m, model)
+                path = f"layers/{BLOCK_OF[m.target]}/{m.target}/kernel"
+                a, b = lost_factors(init, model, path, m.layer, m.rank, m.scale)
                 pair["a"][m.layer, :, widest : widest + m.rank] = a
                 pair["b"][m.layer, widest : widest + m.rank] = -share * b
                 bar.advance()
     if init or len({(m.rank, m.scale) for m in modules}) > 1:
         return Adapter(layers, rank, alpha=scale * rank)
     return Adapter(layers, rank, config.alpha(modules[0].name), config.rslora)
-
-
-def _lost(
-    init: str, module: _Module, model: Model
-) -> tuple[Float[np.ndarray, "in r"], Float[np.ndarray, "r out"]]:
-    """Factors whose scaled product peft took from a weight when it made the adapter, and takes again whenever it loads it.
-
-    PiSSA (arXiv 2404.02948): the r largest singular values; OLoRA (arXiv 2406.01775): the first r columns of W = QR. Their product does
-    not depend on the signs that a decomposition chooses.
-    """
-    rank = module.rank
-    if model.weights is None:
-        return np.full(module.shape["A"][::-1], np.nan), np.full(module.shape["B"][::-1], np.nan)
-    path = f"layers/{BLOCK_OF[module.target]}/{module.target}/kernel"
-    entry = _of_base(model, path, module.layer, f"an adapter made with init_lora_weights={init}")
-    weight = entry.values().astype(np.float32)
-    if init == "pissa":
-        left, values, right = np.linalg.svd(weight, full_matrices=False)
-        root = np.sqrt(values[:rank] / module.scale)
-        return (root[:, None] * right[:rank]).T, (left[:, :rank] * root).T
-    q, r = np.linalg.qr(weight)
-    return r[:rank].T, q[:, :rank].T

@@ -149,24 +149,21 @@ def read_peft_config(folder: Path) -> PeftConfig:
     path = folder / CONFIG_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        kind, rank, _ = values["peft_type"], int(values["r"]), float(values["lora_alpha"])
+        if values["peft_type"] != "LORA":
+            raise InputError(f"{path}: peft_type = {values['peft_type']!r}: only LORA is supported")
+        rank, _ = int(values["r"]), float(values["lora_alpha"])
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; not a PEFT adapter folder") from error
     except (ValueError, KeyError, TypeError) as error:
-        kind = values.get("peft_type", "LORA") if isinstance(values, dict) else "LORA"
-        if kind != "LORA":
-            raise InputError(f"{path}: peft_type = {kind!r}; only LORA is supported") from error
         raise InputError(
             f"{path}: not a LoRA configuration ({type(error).__name__}: {error})"
         ) from error
-    if kind != "LORA" or rank < 1:
-        raise InputError(
-            f"{path}: peft_type {kind}, r {rank}; only LoRA with r of 1 or more is supported"
-        )
+    if rank < 1:
+        raise InputError(f"{path}: r = {rank}: a rank is at least 1")
     for key, value in values.items():
         if key not in HANDLED and key not in HARMLESS and not _off(key, value):
             why = REFUSED.get(key, "a key that is not known here")
-            raise InputError(f"{path}: {key} = {value!r} is not supported: {why}")
+            raise InputError(f"{path}: {key} = {value!r:.80} is not supported: {why}")
     config = PeftConfig(path, values)
     _check_init(config)
     _check_modules(config)

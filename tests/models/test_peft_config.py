@@ -100,7 +100,7 @@ def test_a_key_of_a_later_peft(tmp_path):
     ("changes", "said"),
     [
         ({"peft_type": "IA3", "r": None}, "peft_type = 'IA3'"),
-        ({"peft_type": "LOHA"}, "peft_type LOHA"),
+        ({"peft_type": "LOHA"}, "peft_type = 'LOHA'"),
         ({"target_modules": None}, "target_modules = None: expected names or a regular expression"),
         ({"target_modules": "(q_proj"}, "target_modules = "),
         ({"exclude_modules": [1]}, "exclude_modules = "),
@@ -195,6 +195,14 @@ def test_the_form_that_foreign_adapters_take(base, model, tmp_path):
                 lora.load(folder, model)
 
 
+def test_without_weights_only_shapes_are_known(base, model, tmp_path):
+    """What `doctor` counts bytes of: nobody can compute with it by mistake."""
+    peft_adapter(base, tmp_path / "a", r=4, lora_alpha=8, **KINDS["pissa"])
+    shapes = lora.load(tmp_path / "a", dataclasses.replace(model, weights=None))
+    for x, y in zip(jax.tree.leaves(shapes), jax.tree.leaves(lora.load(tmp_path / "a", model))):
+        assert x.shape == y.shape and np.isnan(x).any() and not np.isnan(y).any()
+
+
 def test_adapters_without_patterns_are_loaded_bit_for_bit(base, model, tmp_path):
     peft_adapter(base, tmp_path / "a", r=4, lora_alpha=8, target_modules=QV, use_rslora=True)
     adapter = lora.load(tmp_path / "a", model)
@@ -261,6 +269,9 @@ def test_copies_that_are_not_the_base_s_are_refused(base, model, tmp_path):
     path = tmp_path / "a" / WEIGHTS_FILE
     name = "base_model.model.lm_head.weight"
     good = load_file(path)
+    save_file({**good, "base_model.model.model.layers.9.input_layernorm.weight": good[name][0]}, path)  # fmt: skip
+    with pytest.raises(InputError, match="layers.9.input_layernorm.weight is not a LoRA factor"):
+        lora.load(tmp_path / "a", model)
     for wrong in (good[name] + 1e-3, good[name][:-1].copy()):
         save_file({**good, name: wrong}, path)
         with pytest.raises(InputError, match=f"{name} is not the base's: .*modules_to_save"):
