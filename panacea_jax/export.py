@@ -123,6 +123,8 @@ def save_epsilon(epsilon: Any, path: Path, metadata: dict[str, str]) -> None:
     """Write ``epsilon.safetensors``; an adapter's rank and α go into its metadata. Of several processes the first writes."""
     if isinstance(epsilon, Adapter):
         metadata = metadata | {"rank": str(epsilon.rank), "alpha": str(epsilon.alpha)}
+        if epsilon.rslora:
+            metadata["rslora"] = "True"
     if processes.first():
         path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, _epsilon_entries(epsilon), metadata)

@@ -3,12 +3,13 @@
 It shares nothing with our code but the batches (numpy arrays) and the folders on disk.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama import modeling_llama
 
 
@@ -59,6 +60,26 @@ def loss(model, batch) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits[mask], tokens[:, 1:][mask])
 
 
+def answers_loss(model, base: Path, source: Path, max_length: int = 256) -> tuple[float, int]:
+    """Σ of −log p over output and EOS of instruction/output pairs in chat form, and their number; one record at a time."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    total, tokens = 0.0, 0
+    for line in source.read_text().splitlines():
+        record = json.loads(line)
+        turns = [{"role": "user", "content": record["instruction"]}]
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        whole = prompt + record["output"] + tokenizer.eos_token
+        start = len(tokenizer(prompt, add_special_tokens=False).input_ids)
+        ids = tokenizer(whole, add_special_tokens=False).input_ids[:max_length]
+        labels = [-100] * min(start, len(ids)) + ids[start:]
+        n = sum(label != -100 for label in labels)
+        if n:
+            with torch.no_grad():
+                value = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
+            total, tokens = total + n * float(value), tokens + n
+    return total, tokens
+
+
 def gradients(model, value: torch.Tensor) -> list[torch.Tensor]:
     params = list(trainable(model).values())
     found = torch.autograd.grad(value, params, allow_unused=True)
@@ -100,7 +121,17 @@ def panacea_gradient(
     return [a - lam * (c - b) for a, b, c in zip(g, h, h2)], epsilon
 
 
-def train(model, batches, *, lr: float, weight_decay: float, rho=None, lam=None, clamp=True, ascent_steps=1):
+def train(
+    model,
+    batches,
+    *,
+    lr: float,
+    weight_decay: float,
+    rho=None,
+    lam=None,
+    clamp=True,
+    ascent_steps=1,
+):
     """Ten or so steps; ``batches`` yields (user, harmful). Returns the last ε by name (None for SFT)."""
     params = trainable(model)
     optimizer = torch.optim.AdamW(

@@ -60,6 +60,8 @@ def get_config(variant: str = "") -> ConfigDict:
         "lora": {
             "rank": 32,
             "alpha": 4.0,
+            "rslora": False,  # True: scaled by α/√r in place of α/r
+            "dropout": 0.0,  # of the adapter's inputs, in training steps
             "targets": ("q", "k", "v"),
             "init_from": "",  # PEFT folder to go on from; "": a fresh adapter, or in a run the alignment stage's
             "policy": "single",  # that adapter is trained on; "merged": it becomes part of the base, and a fresh one is trained

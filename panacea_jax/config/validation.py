@@ -61,6 +61,8 @@ def validate(config: ConfigDict) -> None:
     _at_least(config.lora.rank, "lora.rank", 1)
     one_of(config.lora.policy, "lora.policy", LORA_POLICIES)
     require(0 < config.lora.alpha < math.inf, "lora.alpha", config.lora.alpha, "a positive number")
+    dropout = config.lora.dropout
+    require(0 <= dropout < 1, "lora.dropout", dropout, "a probability of 0 or more, below 1")
     data = config.data
     require(
         0 <= data.poison_ratio <= 1,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int32, UInt32
 
 from panacea_jax.data.encode import Example
 from panacea_jax.data.order import indices
@@ -31,12 +31,14 @@ class Batch(NamedTuple):
         valid: True on real tokens; rows of padding are False throughout.
         segments: In packed rows the number of each token's record, 1, 2, … from the left, 0 where
             not valid; None where a row is one record.
+        dropout: In a training step with dropout a raw random key for each row, else None.
     """
 
     tokens: Int32[Any, "B T"]
     loss_mask: Bool[Any, "B T"]
     valid: Bool[Any, "B T"]
     segments: Int32[Any, "B T"] | None = None
+    dropout: UInt32[Any, "B _"] | None = None
 
     @property
     def records(self) -> Any:

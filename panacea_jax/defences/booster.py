@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from panacea_jax.defences.dropout import again
 from panacea_jax.defences.loss import Loss
 from panacea_jax.defences.protocol import (
     Batches,
@@ -44,7 +45,7 @@ def harmful_gain(
     sphere = to_sphere(alpha)
     step, _ = sphere.update(h, sphere.init(w))
     attacked = jax.tree.map(jnp.subtract, w, step)
-    loss_attacked, h_attacked = jax.value_and_grad(loss_fn)(attacked, batch)
+    loss_attacked, h_attacked = jax.value_and_grad(loss_fn)(attacked, again(batch, 1))
     difference = jax.tree.map(jnp.subtract, h, h_attacked)
     return difference, {
         "harmful_loss": loss,

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from panacea_jax.defences.dropout import without_dropout
 from panacea_jax.defences.loss import Loss
 from panacea_jax.defences.protocol import (
     Anchor,
@@ -78,7 +79,7 @@ class Kl(Anchored):
             # Position t predicts token t + 1; the last one predicts nothing.
             return loss_fn.bind(w).logits(hidden[:, :-1])
 
-        teacher = logits(state.start, loss_fn.forward(state.start, batch).hidden)
+        teacher = logits(state.start, loss_fn.forward(state.start, without_dropout(batch)).hidden)
 
         def total(w: Params) -> tuple[Float[Array, ""], Metrics]:
             hidden = loss_fn.forward(w, batch).hidden

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from panacea_jax.defences.dropout import without_dropout
 from panacea_jax.defences.loss import Loss
 from panacea_jax.defences.protocol import (
     Anchor,
@@ -90,7 +91,8 @@ class Ldifs(Anchored):
     ) -> Gradient:
         """``∇ [L_task(w) + Σ_l q_l]``."""
         batch = batches["user"]
-        reference = loss_fn.forward(state.start, batch, readings=(FEATURES,)).readings[FEATURES]
+        still = without_dropout(batch)
+        reference = loss_fn.forward(state.start, still, readings=(FEATURES,)).readings[FEATURES]
 
         def total(w: Params) -> tuple[Float[Array, ""], Metrics]:
             hidden, readings = loss_fn.forward(w, batch, readings=(FEATURES,))

@@ -86,7 +86,9 @@ class Loss:
         """Hidden states and, of ``bound.READINGS`` and ``bound.SQUARES``, the activations asked for."""
         if self.accumulate > 1:
             return _forward_in_parts(self, params, batch, offsets, readings)
-        inputs = Inputs.of(batch.tokens, batch.valid, segments=batch.segments)
+        inputs = Inputs.of(
+            batch.tokens, batch.valid, segments=batch.segments, dropout=batch.dropout
+        )
         return Forward(*self.bind(params).inspect(inputs, offsets, readings, self.remat))
 
     def hidden_states(

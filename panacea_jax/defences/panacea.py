@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from panacea_jax.defences.dropout import again
 from panacea_jax.defences.loss import Loss, sum_gradient
 from panacea_jax.defences.protocol import (
     Batches,
@@ -146,21 +147,23 @@ class Panacea(Defence):
         held = jax.tree.map(jnp.zeros_like, params) if self.every > 1 else ()
         return PanaceaState(zeros, copy, held, measured, jnp.zeros((), jnp.int32))
 
-    def _ascend(self, w: Params, h: Params, harmful_gradient: Callable[[Params], Params]) -> Params:
+    def _ascend(
+        self, w: Params, h: Params, harmful_gradient: Callable[[Params, int], Params]
+    ) -> Params:
         """ε: ``ρ h / (‖h‖ + 1e-7)``, and from there ``ascent_steps`` − 1 projected steps.
 
         Args:
             w: where ε is added.
             h: the harmful gradient there.
-            harmful_gradient: the same elsewhere.
+            harmful_gradient: the same elsewhere, in the pass of that number.
         """
         rho = jnp.asarray(self.rho) if isinstance(self.rho, tuple) else self.rho
         sphere = to_sphere(rho)
         epsilon, _ = sphere.update(h, sphere.init(w))
         ascent = optax.chain(to_sphere(rho), onto_ball(rho))
         state = ascent.init(epsilon)
-        for _ in range(self.ascent_steps - 1):
-            h = harmful_gradient(jax.tree.map(jnp.add, w, epsilon))
+        for number in range(1, self.ascent_steps):
+            h = harmful_gradient(jax.tree.map(jnp.add, w, epsilon), number)
             update, state = ascent.update(h, state, epsilon)
             epsilon = optax.apply_updates(epsilon, update)
         return epsilon
@@ -171,14 +174,14 @@ class Panacea(Defence):
         """``h`` at w, ``ε`` from it, ``h'`` at w + ε, and ``h' − h``."""
 
         def perturbed_loss(w: Params) -> tuple[Float[Array, ""], Float[Array, ""]]:
-            loss = loss_fn(w, batch)
+            loss = loss_fn(w, again(batch, self.ascent_steps))
             if self.clamp == "none":
                 return loss, loss
             # At exactly 5 the gradient still flows, as in torch.clamp.
             return jnp.where(loss <= HARMFUL_LOSS_CLAMP, loss, HARMFUL_LOSS_CLAMP), loss
 
         loss, h = jax.value_and_grad(loss_fn)(w, batch)
-        epsilon = self._ascend(w, h, lambda at: jax.grad(loss_fn)(at, batch))
+        epsilon = self._ascend(w, h, lambda at, n: jax.grad(loss_fn)(at, again(batch, n)))
         (_, loss_perturbed), h_perturbed = jax.value_and_grad(perturbed_loss, has_aux=True)(
             jax.tree.map(jnp.add, w, epsilon)
         )
@@ -241,7 +244,7 @@ class Panacea(Defence):
         if self.final_epsilon == "last":
             return state
 
-        def whole_gradient(w: Params) -> Params:
+        def whole_gradient(w: Params, _: int = 0) -> Params:
             total, tokens = None, jnp.zeros(())
             for batch in sets["harmful"]:
                 gradient, count = sum_gradient(loss, w, batch)

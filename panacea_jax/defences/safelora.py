@@ -132,7 +132,8 @@ class SafeLora(Method):
             InputError: ``base`` is not set, has not the same matrices, or does not differ from the aligned model; too many modules
                 are asked for.
         """
-        shift = load_adapter(self.aligned, loss.model) if self.aligned else None
+        model = dataclasses.replace(loss.model, weights=loss.weights)
+        shift = load_adapter(self.aligned, model, frozen=True) if self.aligned else None
         tensors = self._base_tensors()
         state = SafeLoraState({}, {})
         for target in params.targets:

@@ -27,6 +27,7 @@ import optax
 from jaxtyping import Array, Float, Key
 
 from panacea_jax.data.batches import Batch, deinterleave
+from panacea_jax.defences.dropout import again, without_dropout
 from panacea_jax.defences.loss import Loss
 from panacea_jax.defences.protocol import (
     Anchor,
@@ -135,7 +136,7 @@ class Tar(Anchored):
         self, loss: Loss, params: Params, batch: Batch, start: Params
     ) -> tuple[Params, Metrics]:
         """``∇ L_retain``, and what to log."""
-        reference, _ = loss.hidden_states(start, batch)
+        reference, _ = loss.hidden_states(start, without_dropout(batch))
         # At the start itself the distance is 0 and so is its gradient; rounding alone would make unit vectors of it.
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(start))
         moved = jnp.stack([jnp.any(a != b) for a, b in pairs]).any()
@@ -167,16 +168,17 @@ class Tar(Anchored):
             updates, moments = adversary.update(g, moments, theta)
             return (optax.apply_updates(theta, updates), moments), value
 
-        def stretch(carry: Any, xs: tuple[Batch, Array]) -> tuple[Any, tuple[Array, Array]]:
+        def stretch(carry: Any, xs: tuple[Batch, Array, Array]) -> tuple[Any, tuple[Array, Array]]:
             attacked, total = carry
-            batches, weight = xs
+            batches, weight, steps = xs
             attacked, losses = jax.lax.scan(step, attacked, batches)
-            value, g = jax.value_and_grad(negative_entropy, argnums=1)(loss, attacked[0], held_out)
+            look = jax.value_and_grad(negative_entropy, argnums=1)
+            value, g = look(loss, attacked[0], again(held_out, steps))
             total = jax.tree.map(lambda t, x: t + weight.astype(x.dtype) * x, total, g)
             return (attacked, total), (losses, value)
 
         start = ((params, adversary.init(params)), jax.tree.map(jnp.zeros_like, params))
-        (_, total), (losses, values) = jax.lax.scan(stretch, start, (attack, weights))
+        (_, total), (losses, values) = jax.lax.scan(stretch, start, (attack, weights, after))
         first, last = losses.ravel()[0], losses.ravel()[-1]
         return total, {
             "harmful_loss": first,

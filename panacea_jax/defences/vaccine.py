@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from panacea_jax.defences.dropout import again
 from panacea_jax.defences.loss import Loss
 from panacea_jax.defences.protocol import (
     Batches,
@@ -53,15 +54,16 @@ def perturbed_gradient(
 ) -> tuple[Params, Metrics]:
     """The gradient by ``params`` at activations moved ρ up the loss, and what to log; with ``layers`` only those are moved."""
 
-    def at(offsets: Float[Array, "S B T D"], params: Params) -> Float[Array, ""]:
+    def at(offsets: Float[Array, "S B T D"], params: Params, batch: Any) -> Float[Array, ""]:
         return loss(params, batch, offsets if layers is None else SomeOffsets(offsets, layers))
 
-    value, at_outputs = jax.value_and_grad(at)(no_offsets(loss, batch, layers), params)
+    value, at_outputs = jax.value_and_grad(at)(no_offsets(loss, batch, layers), params, batch)
     # Norms in float32: a sum over B·T·D·L squares is more than bfloat16 can count.
     up = at_outputs.astype(wide(at_outputs.dtype))
     sphere = to_sphere(rho)
     offsets, _ = sphere.update(up, sphere.init(up))
-    moved, grads = jax.value_and_grad(at, argnums=1)(offsets.astype(at_outputs.dtype), params)
+    second = jax.value_and_grad(at, argnums=1)
+    moved, grads = second(offsets.astype(at_outputs.dtype), params, again(batch, 1))
     metrics = {"loss": value, "loss_perturbed": moved, "norm_outputs": optax.tree.norm(up)}
     return grads, metrics
 

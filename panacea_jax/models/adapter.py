@@ -5,6 +5,7 @@ base weights. A defence treats the adapter like any other set of parameters.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -32,16 +33,20 @@ class Adapter:
         layers: ``{"self_attn": {"q_proj": {"a": [L, in, r], "b": [L, r, out]}, …}, "mlp": {…}}``, chosen targets only.
         rank: r.
         alpha: α; the product is scaled by α/r.
+        rslora: scaled by α/√r instead (Kalajdzievski, arXiv 2312.03732).
+        dropout: probability with which an entry of an adapter's input is 0 in a training step; the others are divided by 1 − dropout.
     """
 
     layers: dict[str, Any]
     rank: int = dataclasses.field(metadata={"static": True})
     alpha: float = dataclasses.field(metadata={"static": True})
+    rslora: bool = dataclasses.field(default=False, metadata={"static": True})
+    dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
 
     @property
     def scale(self) -> float:
-        """α/r."""
-        return self.alpha / self.rank
+        """α/r, or α/√r."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     @property
     def targets(self) -> tuple[str, ...]:

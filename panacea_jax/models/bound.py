@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from panacea_jax.models.adapter import BLOCK_OF
 from panacea_jax.models.cache import KVCache, Layers, num_slots
 from panacea_jax.models.decoder import Decoder
 from panacea_jax.models.fused import choose_backend, fused_attention
@@ -51,12 +52,14 @@ class Inputs:
         positions: position of each token in its text.
         valid: False for padding: no query sees it.
         segments: numbers of the texts that share a row; a query sees keys of its own only. None: one text a row.
+        dropout: raw random key of each row, for the masks of the adapter's inputs. None: no dropout.
     """
 
     tokens: Int[Array, "B T"]
     positions: Int[Array, "B T"]
     valid: Bool[Array, "B T"]
     segments: Int[Array, "B T"] | None = None
+    dropout: UInt32[Array, "B _"] | None = None
 
     @classmethod
     def of(
@@ -66,6 +69,7 @@ class Inputs:
         *,
         positions: Int[Array, "B T"] | None = None,
         segments: Int[Array, "B T"] | None = None,
+        dropout: UInt32[Array, "B _"] | None = None,
         first: int | Int[Array, "B 1"] = 0,
     ) -> "Inputs":
         """With what is not given filled in.
@@ -75,6 +79,7 @@ class Inputs:
             valid: by default all are.
             positions: by default each token's index among the valid ones of its row, or in its segment, counted from ``first`` on.
             segments: by default one text a row.
+            dropout: by default none.
             first: position of the first token.
         """
         if valid is None:
@@ -83,7 +88,7 @@ class Inputs:
             positions = segment_positions(segments)
         elif positions is None:
             positions = default_positions(valid) + first
-        return cls(tokens, positions, valid, segments)
+        return cls(tokens, positions, valid, segments, dropout)
 
 
 def default_positions(valid: Bool[Array, "B T"]) -> Int[Array, "B T"]:
@@ -107,12 +112,14 @@ class BoundDecoder:
         adapter: LoRA factors ``{"self_attn": {"q_proj": {"a": [L, in, r], "b": [L, r, out]}, …}, "mlp": …}``, or None.
         scale: α/r of the adapter, or of each row's.
         mesh: devices.
+        dropout: of the adapter's inputs, where the texts bring keys for it.
     """
 
     decoder: Decoder
     adapter: Mapping[str, Any] | None
     scale: Any
     mesh: Mesh
+    dropout: float = 0.0
 
     def hidden(
         self, inputs: Inputs, cache: KVCache | None = None, unstacked: Any = None
@@ -171,8 +178,11 @@ class BoundDecoder:
         """
         x = self.embed(inputs.tokens)
         context, windows = self._whole_context(inputs)
-        context = context._replace(readings=readings, valid=inputs.valid)
-        x, _, read = self._scan_layers(x, context, windows, offsets=offsets, remat=remat)
+        context = context._replace(readings=readings, valid=inputs.valid, dropout=self.dropout)
+        factors = self._factors(inputs.dropout)
+        x, _, read = self._scan_layers(
+            x, context, windows, factors=factors, offsets=offsets, remat=remat
+        )
         return self.norm(x), read
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -194,6 +204,20 @@ class BoundDecoder:
         """
         stacked = (nnx.split(self.decoder.layers)[1], dict(self.adapter or {}))
         return tuple(_of_layer(stacked, i) for i in range(self.decoder.config.num_layers))
+
+    def _factors(self, keys: UInt32[Array, "B _"] | None) -> dict[str, Any]:
+        """The adapter's factors; with dropout also raw keys ``[L, B, …]``, different in every layer, projection and row."""
+        factors = dict(self.adapter or {})
+        if keys is None or not self.dropout:
+            return factors
+        rows, n = jax.random.wrap_key_data(keys), self.decoder.config.num_layers
+        for number, (target, block) in enumerate(BLOCK_OF.items()):
+            if target in factors.get(block, {}):
+                numbers = number * n + jnp.arange(n)
+                fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
+                own = {"keys": jax.random.key_data(fold(rows, numbers))}
+                factors[block] = factors[block] | {target: factors[block][target] | own}
+        return factors
 
     def _by_rows(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Keep the residual stream split by rows like the batch.
@@ -257,6 +281,7 @@ class BoundDecoder:
         windows: Int[Array, "L"] | None,
         *,
         keep: bool = False,
+        factors: Mapping[str, Any] | None = None,
         offsets: Offsets | None = None,
         remat: str | None = None,
         shared: Layers = (),
@@ -284,7 +309,13 @@ class BoundDecoder:
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         with jax.named_scope("layers"):
             stack = jax.tree.map(lambda *x: jnp.stack(x), *shared) if shared else None
-            xs = (stacked, dict(self.adapter or {}), windows, offset_xs, stack)
+            xs = (
+                stacked,
+                dict(self.adapter or {} if factors is None else factors),
+                windows,
+                offset_xs,
+                stack,
+            )
             x, (kv, read) = jax.lax.scan(body, x, xs)
         return x, tuple(_of_layer(kv, i) for i in range(n)) if keep else None, read
 

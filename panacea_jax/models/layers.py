@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from panacea_jax.models.attention import attend, attend_in_parts
 from panacea_jax.models.cache import KeysValues, Slots, write_slots
@@ -37,6 +37,7 @@ class Context(NamedTuple):
         valid: False for padding; only where sums over tokens are read.
         fused: what attends in place of the plain way where there is no cache.
         local: cos and sin of the layers with a window, where these turn by a base of their own.
+        dropout: of the inputs of adapters that bring keys for it.
     """
 
     cos: Float[Array, "B T half"]
@@ -50,6 +51,7 @@ class Context(NamedTuple):
     valid: Bool[Array, "B T"] | None = None
     fused: Fused | None = None
     local: tuple[Float[Array, "B T half"], Float[Array, "B T half"]] | None = None
+    dropout: float = 0.0
 
     def angles(self, window: Int[Array, ""] | None) -> tuple[Array, Array]:
         """Cos and sin of the rotation in a layer with this window (0: none)."""
@@ -71,6 +73,15 @@ def hand_out_squares(module: nnx.Module, context: Context, name: str, x: Float[A
         squares = jnp.square(x.astype(wide(x.dtype)))
         squares = jnp.where(context.valid[..., None], squares, 0)
         hand_out(module, context, name, jnp.sum(squares, axis=(0, 1)))
+
+
+def drop(
+    x: Float[Array, "B T D"], keys: UInt32[Array, "B _"], rate: float
+) -> Float[Array, "B T D"]:
+    """Dropout with one raw key for each row: an entry is 0 with probability ``rate``, else divided by 1 − rate."""
+    rows = jax.random.wrap_key_data(keys)
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(rows)
+    return jnp.where(kept, x / (1 - rate), 0)
 
 
 def rotate(
@@ -105,7 +116,7 @@ class Linear(nnx.Module):
         adapter: Mapping[str, Any] | None,
         context: Context,
     ) -> Float[Array, "B T F"]:
-        """Apply to ``x``; ``adapter`` is ``{"a": [D, r], "b": [r, F]}`` or None."""
+        """Apply to ``x``; ``adapter`` is ``{"a": [D, r], "b": [r, F]}``, where ``x`` is dropped for it with ``"keys": [B, …]``, or None."""
         hand_out_squares(self, context, "input_squares", x)
         kernel = self.kernel[...]
         if isinstance(kernel, Quantised):
@@ -115,7 +126,8 @@ class Linear(nnx.Module):
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if adapter is not None:
-            low = x @ adapter["a"].astype(x.dtype)
+            kept = drop(x, adapter["keys"], context.dropout) if "keys" in adapter else x
+            low = kept @ adapter["a"].astype(x.dtype)
             hand_out_squares(self, context, "low_squares", low)
             scale = jnp.asarray(context.scale, x.dtype)
             b = adapter["b"].astype(x.dtype)

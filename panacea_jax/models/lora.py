@@ -31,15 +31,20 @@ def init(
     targets: Sequence[str] = ("q", "k", "v"),
     *,
     key: Key[jax.Array, ""],
+    rslora: bool = False,
+    dropout: float | int = 0.0,
     dtype: Any = jnp.float32,
 ) -> Adapter:
-    """A fresh adapter: A uniform in ±1/√in (as PEFT), B zero, so that the model is unchanged.
+    """A fresh adapter: A uniform in ±1/√in (as PEFT), B zero, so that the model is unchanged. ``rslora``, ``dropout`` as of
+    :class:`Adapter`.
 
     Raises:
-        InputError: rank below 1, or unknown targets.
+        InputError: rank below 1, a dropout that is no probability, or unknown targets.
     """
     if rank < 1:
         raise InputError(f"config.lora.rank = {rank}: a rank is at least 1")
+    if not 0 <= dropout < 1:
+        raise InputError(f"config.lora.dropout = {dropout}: a probability of 0 or more, below 1")
     names = target_names(targets)
     all_shapes = abstract_model(model.config)[1]
     shapes = {name: all_shapes[f"layers/{BLOCK_OF[name]}/{name}/kernel"] for name in names}
@@ -58,4 +63,4 @@ def init(
 
     places = adapter_shardings(model.mesh, jax.eval_shape(build, key))
     layers = jax.jit(build, out_shardings=places)(key)
-    return Adapter(layers, rank=rank, alpha=float(alpha))
+    return Adapter(layers, rank, float(alpha), rslora, float(dropout))

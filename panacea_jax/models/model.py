@@ -65,7 +65,8 @@ class Model:
                 None for the bare base.
         """
         full, adapter, scale = split_params(weights, params)
-        return BoundDecoder(nnx.merge(self.graphdef, full), adapter, scale, self.mesh)
+        dropout = getattr(params, "dropout", 0.0)
+        return BoundDecoder(nnx.merge(self.graphdef, full), adapter, scale, self.mesh, dropout)
 
     def apply(
         self,

@@ -4,12 +4,12 @@ PEFT names a factor ``base_model.model.model.layers.<l>.<block>.<projection>.lor
 ours are stacked over layers and transposed.
 """
 
+import dataclasses
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,20 +19,18 @@ from safetensors.numpy import load_file, save_file
 from panacea_jax.errors import InputError
 from panacea_jax.models.adapter import BLOCK_OF, Adapter
 from panacea_jax.models.model import Model, abstract_model
+from panacea_jax.models.peft_base import check_copy, lost_factors
+from panacea_jax.models.peft_config import CONFIG_FILE, PeftConfig, read_peft_config
 from panacea_jax.models.precision import wide
 from panacea_jax.parallel import processes
 from panacea_jax.parallel.sharding import adapter_shardings
+from panacea_jax.progress import Progress
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_NAME = re.compile(
-    r"base_model\.model\.(?:model|model\.language_model|language_model\.model)\.layers"
-    r"\.(\d+)\.(self_attn|mlp)\.(\w+_proj)\.lora_([AB])\.weight"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_FACTOR = re.compile(
+    r"base_model\.model\.((model|model\.language_model|language_model\.model)\.layers"
+    r"\.(\d+)\.(self_attn|mlp)\.(\w+_proj))\.lora_([AB])\.weight"
 )
-
-# Settings that change the computation and that we do not have: a folder with one of them on is refused.
-_UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "fan_in_fan_out",
-                "lora_bias", "layer_replication", "exclude_modules", "target_parameters",
-                "alora_invocation_tokens", "use_qalora")  # fmt: skip
 
 
 def adapter_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
@@ -83,13 +81,13 @@ def save_adapter(
         "base_model_name_or_path": base,
         "r": adapter.rank,
         "lora_alpha": alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": adapter.dropout,
         "target_modules": targets,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "use_rslora": False,
+        "use_rslora": adapter.rslora,
     }
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt", **(notes or {})})
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -101,15 +99,87 @@ def read_notes(folder: str | PurePath) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def load_adapter(folder: str | PurePath, model: Model) -> Adapter:
+def load_adapter(folder: str | PurePath, model: Model, *, frozen: bool = False) -> Adapter:
     """Load a PEFT LoRA folder onto the model's mesh, in float32 (or float64 when it holds that).
 
+    Ranks and scales that differ from module to module become those of the largest rank, with zeros beside the smaller ones and the rest
+    of the scale in B. An adapter for a base that lost a part of itself (PiSSA, OLoRA) becomes one of twice the rank for the whole base.
+
+    Args:
+        folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
+        model: the base. Where its weights are None only shapes count: factors that follow from the weights are NaN.
+        frozen: it will not be trained, hence it may hold zeros where nothing is adapted.
+
     Raises:
-        InputError: a missing or pickle-only folder, a variant of LoRA that is not supported, or factors that do not fit the base.
+        InputError: a missing or pickle-only folder, a variant of LoRA that is not supported, factors that do not fit the base; one that
+            is uneven and to be trained.
     """
     folder = Path(folder)
-    config = _read_config(folder)
-    if not (folder / WEIGHTS_FILE).is_file():
+    config = read_peft_config(folder)
+    where = folder / WEIGHTS_FILE
+    factors, stem = {}, "model"
+    for name, tensor in _tensors(folder).items():
+        match = _FACTOR.fullmatch(name)
+        if match and BLOCK_OF.get(match[5]) == match[4]:
+            factors[match[1], match[6]], stem = tensor, match[2]
+            if int(match[3]) >= model.config.num_layers:
+                raise InputError(f"{where}: {name}: the base has {model.config.num_layers} layers")
+            if not config.adapts(match[1]):
+                raise InputError(f"{where}: {name}: {config.path.name} does not adapt that module")
+        else:
+            check_copy(name, tensor, model, where)
+    if not factors:
+        raise InputError(f"{where}: holds no LoRA factors")
+    modules = _modules(config, model, stem)
+    _check_factors(factors, modules, where)
+    targets, ranks = {m.target for m in modules}, {m.rank for m in modules}
+    even = len(modules) == len(targets) * model.config.num_layers and len(ranks) == 1
+    if not (even or frozen):
+        raise InputError(
+            f"{folder}: its layers or ranks differ from module to module, which training does not keep; `panacea convert` "
+            "(or for finetune config.lora.policy = merged) makes it part of the base"
+        )
+    adapter = _stack(factors, modules, config, model)
+    places = adapter_shardings(model.mesh, adapter.layers)
+    return dataclasses.replace(adapter, layers=jax.device_put(adapter.layers, places))
+
+
+class _Module(NamedTuple):
+    """An adapted projection of one layer.
+
+    Attributes:
+        name: in transformers.
+        layer, target: where it is here.
+        shape: of A and of B, as peft keeps them.
+        rank, scale: r, and what the product is multiplied by.
+    """
+
+    name: str
+    layer: int
+    target: str
+    shape: dict[str, tuple[int, int]]
+    rank: int
+    scale: float
+
+
+def _modules(config: PeftConfig, model: Model, stem: str) -> list[_Module]:
+    """Every module that the configuration adapts, targets in the order of the table; ``stem`` is where transformers has the layers."""
+    found = []
+    shapes = abstract_model(model.config)[1]
+    for target, block in BLOCK_OF.items():
+        _, d_in, d_out = shapes[f"layers/{block}/{target}/kernel"]
+        for layer in range(model.config.num_layers):
+            name = f"{stem}.layers.{layer}.{block}.{target}"
+            if config.adapts(name):
+                r = config.rank(name)
+                shape = {"A": (r, d_in), "B": (d_out, r)}
+                found.append(_Module(name, layer, target, shape, r, config.scale(name)))
+    return found
+
+
+def _tensors(folder: Path) -> dict[str, np.ndarray]:
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
         pickled = (folder / "adapter_model.bin").exists()
         why = (
             "has pickled weights only (refused; save it as safetensors)"
@@ -118,68 +188,52 @@ def load_adapter(folder: str | PurePath, model: Model) -> Adapter:
         )
         raise InputError(f"{folder}: {why}")
     try:
-        tensors = load_file(folder / WEIGHTS_FILE)
+        return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder / WEIGHTS_FILE}: damaged or truncated ({error})") from error
-    rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    if config.get("use_rslora"):
-        alpha *= math.sqrt(rank)  # rank-stabilised LoRA scales by α/√r
-    layers = _stack(tensors, folder, rank, model)
-    places = adapter_shardings(model.mesh, layers)
-    return Adapter(jax.device_put(layers, places), rank=rank, alpha=alpha)
+        raise InputError(f"{path}: damaged or truncated ({error})") from error
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        kind, rank, _ = config["peft_type"], int(config["r"]), float(config["lora_alpha"])
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; not a PEFT adapter folder") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: not a LoRA configuration ({type(error).__name__}: {error})"
-        ) from error
-    if kind != "LORA" or rank < 1:
-        raise InputError(
-            f"{path}: peft_type {kind}, r {rank}; only LoRA with r of 1 or more is supported"
-        )
-    on = [key for key in _UNSUPPORTED if config.get(key)]
-    if on or config.get("bias", "none") != "none":
-        raise InputError(f"{path}: {', '.join(on) or 'bias'} is set, which is not supported")
-    return config
+def _check_factors(
+    factors: Mapping[tuple[str, str], np.ndarray], modules: list[_Module], where: Path
+) -> None:
+    """That every adapted module has both factors, in the shapes that fit the base."""
+    for module in modules:
+        for letter, shape in module.shape.items():
+            name = f"{module.name}.lora_{letter}"
+            found = factors.get((module.name, letter))
+            if found is None:
+                raise InputError(f"{where}: {name} is missing")
+            if found.shape != shape:
+                raise InputError(f"{where}: {name} has shape {found.shape}, the base wants {shape}")
 
 
-def _stack(tensors: dict[str, np.ndarray], folder: Path, rank: int, model: Model) -> dict[str, Any]:
-    """Per-layer PEFT factors → stacked ones, each checked against the base."""
-    where = folder / WEIGHTS_FILE
-    found: dict[tuple[str, str], dict[int, np.ndarray]] = {}
-    for name, tensor in tensors.items():
-        match = _NAME.fullmatch(name)
-        if not match or BLOCK_OF.get(match[3]) != match[2]:
-            raise InputError(f"{where}: {name} is not a LoRA factor of a projection of this model")
-        found.setdefault((match[3], match[4]), {})[int(match[1])] = tensor
+def _stack(
+    factors: Mapping[tuple[str, str], np.ndarray],
+    modules: list[_Module],
+    config: PeftConfig,
+    model: Model,
+) -> Adapter:
+    """Factors by module → an adapter of one rank and one scale, with zeros where a module has less."""
+    init, n = config.changes_base, model.config.num_layers
+    widest, scale = max(m.rank for m in modules), max((m.scale for m in modules), key=abs)
+    rank = 2 * widest if init else widest
+    dtype = np.result_type(*(wide(tensor.dtype) for tensor in factors.values()))
     layers: dict[str, Any] = {}
-    for target in sorted({target for target, _ in found}, key=list(BLOCK_OF).index):
-        _, d_in, d_out = abstract_model(model.config)[1][f"layers/{BLOCK_OF[target]}/{target}/kernel"]
-        for letter, shape in (("A", (rank, d_in)), ("B", (d_out, rank))):
-            by_layer = found.get((target, letter), {})
-            for layer in sorted(by_layer.keys() | set(range(model.config.num_layers))):
-                name = f"layers.{layer}.{BLOCK_OF[target]}.{target}.lora_{letter}"
-                if layer not in by_layer:
-                    raise InputError(f"{where}: {name} is missing")
-                if layer >= model.config.num_layers:
-                    raise InputError(
-                        f"{where}: {name}: the base has {model.config.num_layers} layers"
-                    )
-                if by_layer[layer].shape != shape:
-                    raise InputError(
-                        f"{where}: {name} has shape {by_layer[layer].shape}, the base wants {shape}"
-                    )
-            stacked = np.stack([by_layer[i].T for i in range(model.config.num_layers)])
-            layers.setdefault(BLOCK_OF[target], {}).setdefault(target, {})[letter.lower()] = (
-                stacked.astype(wide(stacked.dtype))
-            )
-    if not layers:
-        raise InputError(f"{where}: holds no LoRA factors")
-    return layers
+    with Progress(f"what {init} took from the base", len(modules) if init else 0) as bar:
+        for m in modules:
+            block = layers.setdefault(BLOCK_OF[m.target], {})
+            (_, d_in), (d_out, _) = m.shape["A"], m.shape["B"]
+            empty = {"a": np.zeros((n, d_in, rank), dtype), "b": np.zeros((n, rank, d_out), dtype)}
+            pair = block.setdefault(m.target, empty)
+            share = m.scale / scale if scale else 1.0
+            pair["a"][m.layer, :, : m.rank] = factors[m.name, "A"].T
+            pair["b"][m.layer, : m.rank] = factors[m.name, "B"].T.astype(dtype) * share
+            if init:
+                path = f"layers/{BLOCK_OF[m.target]}/{m.target}/kernel"
+                a, b = lost_factors(init, model, path, m.layer, m.rank, m.scale)
+                pair["a"][m.layer, :, widest : widest + m.rank] = a
+                pair["b"][m.layer, widest : widest + m.rank] = -share * b
+                bar.advance()
+    if init or len({(m.rank, m.scale) for m in modules}) > 1:
+        return Adapter(layers, rank, alpha=scale * rank)
+    return Adapter(layers, rank, config.alpha(modules[0].name), config.rslora)

@@ -91,7 +91,16 @@ def abstract_step(
     weights = None if full else base
     backend = choose_backend(c.attention, model, c.dtype, target or mesh.devices.flat[0]).name
     return AbstractStep(
-        static, defence, optimizer, shardings, state, weights, batches, key, backend, c.remat,
+        static,
+        defence,
+        optimizer,
+        shardings,
+        state,
+        weights,
+        batches,
+        key,
+        backend,
+        c.remat,
         config.train.accumulate,
     )
 
@@ -120,7 +129,10 @@ def fresh_adapter(model: Model, config: ConfigDict) -> Any:
     """The shapes of a fresh adapter on the mesh."""
     o = config.lora
     made = jax.eval_shape(
-        lambda key: lora.init(model, o.rank, o.alpha, o.targets, key=key), jax.random.key(0)
+        lambda key: lora.init(
+            model, o.rank, o.alpha, o.targets, key=key, rslora=o.rslora, dropout=o.dropout
+        ),
+        jax.random.key(0),
     )
     places = adapter_shardings(model.mesh, made.layers)
     return dataclasses.replace(made, layers=placed(made.layers, places))

@@ -1,5 +1,6 @@
 """The command ``convert``: a base, with an adapter and an ε if given, or a GGUF file, as one Hugging Face folder."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -60,7 +61,7 @@ def write_merged(base: str, adapter: str, epsilon: Path | None, out: Path, mesh:
     """
     kept = stored_dtype(read_config(local_folder(base)))
     model = load(base, mesh=mesh, dtype="float32", weights_dtype=kept)
-    params = lora.load(adapter, model) if adapter else None
+    params = lora.load(adapter, model, frozen=True) if adapter else None
     if epsilon is not None:
         if params is None:
             raise InputError(
@@ -80,4 +81,4 @@ def _add(params: Adapter, epsilon: object, path: Path) -> Adapter:
         raise InputError(
             f"{path}: was made for an adapter of other shapes than {params.targets}, r {params.rank}"
         )
-    return Adapter(jax.tree.map(jnp.add, params.layers, epsilon), params.rank, params.alpha)
+    return dataclasses.replace(params, layers=jax.tree.map(jnp.add, params.layers, epsilon))

@@ -66,9 +66,12 @@ class Start:
         if self.full_parameters:
             return full_parameters(model)
         if self.adapter:
-            return model, lora.load(self.adapter, model)
+            loaded = lora.load(self.adapter, model)
+            return model, dataclasses.replace(loaded, dropout=config.lora.dropout)
         key, o = jax.random.key(config.seed), config.lora
-        return model, lora.init(model, o.rank, o.alpha, o.targets, key=key)
+        return model, lora.init(
+            model, o.rank, o.alpha, o.targets, key=key, rslora=o.rslora, dropout=o.dropout
+        )
 
 
 def named(config: ConfigDict) -> Start:

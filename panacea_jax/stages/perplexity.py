@@ -83,7 +83,7 @@ def perplexity_stage(config: ConfigDict, workdir: Path, start: Start | None = No
             found = (example.tokens for example in encoded[names[spec]])
             check_ids(found, vocab_size, f"{_KEY}: {spec}")
         model = start.open_model(config)
-        params = lora.load(start.adapter, model) if start.adapter else None
+        params = lora.load(start.adapter, model, frozen=True) if start.adapter else None
         stage.begin()
 
         # ---- figures

@@ -44,6 +44,7 @@ NEUTRAL = {"train": ("log_every",), "model": ("attention", "remat")}
 SINCE: dict[str, dict[str, object]] = {
     "defence": {"ascent_steps": 1, "masks": "mended"},
     "train": {"accumulate": 1, "validate_every": 0, "patience": 0},
+    "lora": {"rslora": False, "dropout": 0.0},
     "data": {
         "format": "", "columns": (), "validation": 0.0, "max_cut": 1.0, "thinking": False, "date": "", "special_tokens": "text",
         "loss_on": "all",
@@ -74,6 +75,10 @@ def check_stage(config: ConfigDict, name: str, start: Start, prefix: str = "") -
         defence.check(start.full_parameters)
     except InputError as error:  # it does not know where its section stands
         raise InputError(str(error).replace("config.", f"config.{prefix}", 1)) from error
+    if start.full_parameters and config.lora.dropout:
+        raise InputError(
+            f"config.lora.dropout = {config.lora.dropout}: drops an adapter's inputs; config.{prefix}train.full_parameters has none"
+        )
     merged = config.lora.policy == "merged" and name == "finetune"
     if start.full_parameters and start.adapter and not merged:
         raise InputError(

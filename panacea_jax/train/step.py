@@ -11,6 +11,7 @@ from jaxtyping import Array, Int, Key
 
 from panacea_jax.data.batches import Batch
 from panacea_jax.defences import Defence, Loss
+from panacea_jax.defences.dropout import with_dropout
 from panacea_jax.defences.protocol import Metrics
 from panacea_jax.models.model import Model
 from panacea_jax.train.optimizer import Partial, where_trained
@@ -108,6 +109,7 @@ def make_step(
     ) -> tuple[TrainState, Metrics]:
         loss_fn = Loss(static, weights, accumulate=accumulate)
         key = jax.random.fold_in(key, state.step)
+        batches = with_dropout(batches, state.params, key)
         with jax.named_scope("defence"):
             grads, inner, metrics = defence.gradient(
                 loss_fn, state.params, batches, state.defence_state, key

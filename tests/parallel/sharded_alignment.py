@@ -24,12 +24,14 @@ METHODS = {
     "repnoise": RepNoise(alpha=0.5, beta=0.5),
     "tar": Tar(inner_steps=2, inner_every=1, inner_learning_rate=1e-3),
 }
+DROPOUT = {"booster": 0.3}
 
 
-def train(folder, mesh, defence):
+def train(folder, mesh, defence, dropout):
     """Two steps on three rows, which four parts fill up with a row of padding."""
     model = load(folder, mesh=mesh, dtype="float32")
-    start = lora.init(model, 2, 4, ("q", "o", "up", "down"), key=jax.random.key(0))
+    targets = ("q", "o", "up", "down")
+    start = lora.init(model, 2, 4, targets, key=jax.random.key(0), dropout=dropout)
     repeats = defence.streams["harmful"].repeats if "harmful" in defence.streams else 1
     rows = batch_rows(mesh)
     streams = {
@@ -51,9 +53,9 @@ def main(folder, names):
     devices = jax.devices()
     found = {"devices": len(devices)}
     for name in names:
-        defence = METHODS[name]
-        _, sharded = train(folder, make_mesh(1, 4, 2), defence)
-        start, single = train(folder, make_mesh(1, 1, 1, devices=devices[:1]), defence)
+        what = METHODS[name], DROPOUT.get(name, 0.0)
+        _, sharded = train(folder, make_mesh(1, 4, 2), *what)
+        start, single = train(folder, make_mesh(1, 1, 1, devices=devices[:1]), *what)
         found[name] = {"error": error(sharded, single), "moved": error(start, single)}
     print(json.dumps(found))
 

@@ -1,4 +1,4 @@
-"""Booster, Booster + Vaccine, RepNoise and TAR on fsdp 4 × tensor 2 train what one device does."""
+"""Booster, Booster + Vaccine, RepNoise and TAR on fsdp 4 × tensor 2 train what one device does, Booster with LoRA dropout."""
 
 import pytest
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from panacea_jax.stages import perplexity
 from tests import runs, torch_oracle
@@ -26,27 +25,12 @@ def place_and_run(tmp_path_factory):
 
 
 def oracle(place: runs.Place, adapter: Path | None, source: Path, max_length: int):
-    """Σ of −log p over output and EOS, and their number; one record at a time."""
-    tokenizer = AutoTokenizer.from_pretrained(place.base)
+    """Σ of −log p over output and EOS, and their number."""
     if adapter is None:
         model = torch_oracle.load_full(place.base, torch.float64)
     else:
         model = torch_oracle.load(place.base, adapter, torch.float64)
-    total, tokens = 0.0, 0
-    for line in source.read_text().splitlines():
-        record = json.loads(line)
-        turns = [{"role": "user", "content": record["instruction"]}]
-        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        whole = prompt + record["output"] + tokenizer.eos_token
-        start = len(tokenizer(prompt, add_special_tokens=False).input_ids)
-        ids = tokenizer(whole, add_special_tokens=False).input_ids[:max_length]
-        labels = [-100] * min(start, len(ids)) + ids[start:]
-        n = sum(label != -100 for label in labels)
-        if n:
-            with torch.no_grad():
-                loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
-            total, tokens = total + n * float(loss), tokens + n
-    return total, tokens
+    return torch_oracle.answers_loss(model, place.base, source, max_length)
 
 
 @pytest.mark.parametrize(("adapted", "max_length"), [(False, 32), (True, 32), (True, 12)])
