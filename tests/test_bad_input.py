@@ -439,12 +439,12 @@ def test_unsupported_architectures(finetune, base):
 def test_folders_that_are_no_model(finetune, base, tmp_path):
     assert "config.model.path is not set" in finetune("--config.model.path=")
     assert "nowhere" in finetune(f"--config.model.path={tmp_path}/nowhere")
+    (base / "tokenizer.json").rename(base / "tokenizer.model")
+    assert "tokenizer.model alone" in finetune(with_base(base))
     (base / "config.json").write_text("{")
     assert "config.json" in finetune(with_base(base))
     (base / "config.json").unlink()
-    assert "config.json" in finetune(with_base(base))
-    (base / "tokenizer.json").rename(base / "tokenizer.model")
-    assert "tokenizer.model alone" in finetune(with_base(base))
+    assert "config.json: no such file" in finetune(with_base(base))
 
 
 # ---------------------------------------------------------------- adapters

@@ -76,7 +76,7 @@ def write(file: Path, theirs, arch: str, kind, change=None, **settings) -> Path:
     if arch == "gemma2":
         keys |= {"attention.sliding_window": c.sliding_window, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}  # fmt: skip
     if arch == "gemma3":
-        keys |= {"attention.sliding_window": c.sliding_window}
+        keys |= {"attention.sliding_window": c.sliding_window, "rope.scaling.type": "linear", "rope.scaling.factor": 8.0}
     keys = {f"{arch}.{name}": value for name, value in keys.items()} | settings
     names = gguf.get_tensor_name_map(
         {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[arch], c.num_hidden_layers
@@ -139,7 +139,7 @@ CASES = {
     "biases": ("llama_biased", "llama", {"rope_parameters": rope(500.0)}),
     "qwen2": ("qwen2", "qwen2", {}),
     "gemma2": ("gemma2", "gemma2", {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}),
-    "qwen3": ("qwen3", "qwen3", {}),
+    "qwen3": ("qwen3", "qwen3", {"head_dim": 128}),  # transformers does not read the file's
     "gemma3": ("gemma3", "gemma3", {"query_pre_attn_scalar": 16, "num_hidden_layers": 6, "sliding_window_pattern": 6, "rope_parameters": {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, "sliding_attention": rope(10000.0)}}),
 }  # fmt: skip
