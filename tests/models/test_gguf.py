@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import gguf
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -145,7 +146,7 @@ CASES = {
 }  # fmt: skip
 CASES = {name: case for name, case in CASES.items() if case[0] in FAMILIES}
 FILES = [(case, kind) for case in CASES for kind in (Q.F32, Q.Q8_0)]
-FILES += [("llama", Q.F16), ("llama", Q.Q4_1), ("qwen2", Q.Q4_1)]
+FILES += [("llama", Q.F16), ("llama", Q.BF16), ("llama", Q.Q4_1), ("qwen2", Q.Q4_1)]
 
 
 def logits_of(ours, tokens: np.ndarray) -> np.ndarray:
@@ -167,8 +168,8 @@ def test_what_transformers_makes_of_the_file(case, kind, tmp_path):
             np.testing.assert_allclose(tensor.astype(np.float32), wanted[name], atol=1e-6, err_msg=name)
         if kind == Q.F32:  # and nothing was lost on the way
             np.testing.assert_allclose(tensor, theirs.state_dict()[name], atol=1e-6, err_msg=name)
-    kept = {np.dtype(np.float16), np.dtype(np.float32)} if kind == Q.F16 else {np.dtype(np.float32)}
-    assert {t.dtype for t in found.values()} == kept
+    kept = {Q.F16: np.dtype(np.float16), Q.BF16: np.dtype(ml_dtypes.bfloat16)}.get(kind, np.dtype(np.float32))
+    assert {t.dtype for t in found.values()} == {kept, np.dtype(np.float32)}  # norms are not quantised
 
 
 @pytest.mark.parametrize("case", list(CASES))
