@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import gguf
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -77,7 +78,7 @@ def write(file: Path, theirs, arch: str, kind, change=None, **settings) -> Path:
     if arch == "gemma2":
         keys |= {"attention.sliding_window": c.sliding_window, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}  # fmt: skip
     if arch == "gemma3":
-        keys |= {"attention.sliding_window": c.sliding_window}
+        keys |= {"attention.sliding_window": c.sliding_window, "rope.scaling.type": "linear", "rope.scaling.factor": 8.0}
     keys = {f"{arch}.{name}": value for name, value in keys.items()} | settings
     names = gguf.get_tensor_name_map(
         {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[arch], c.num_hidden_layers
@@ -140,13 +141,13 @@ CASES = {
     "biases": ("llama_biased", "llama", {"rope_parameters": rope(500.0)}),
     "qwen2": ("qwen2", "qwen2", {}),
     "gemma2": ("gemma2", "gemma2", {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}),
-    "qwen3": ("qwen3", "qwen3", {}),
+    "qwen3": ("qwen3", "qwen3", {"head_dim": 128}),  # transformers does not read the file's
     "gemma3": ("gemma3", "gemma3", {"query_pre_attn_scalar": 16, "num_hidden_layers": 6, "sliding_window_pattern": 6, "rope_parameters": {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, "sliding_attention": rope(10000.0)}}),
 }  # fmt: skip
 CASES = {name: case for name, case in CASES.items() if case[0] in FAMILIES}
 FILES = [(case, kind) for case in CASES for kind in (Q.F32, Q.Q8_0)]
-FILES += [("llama", Q.F16), ("llama", Q.Q4_1), ("qwen2", Q.Q4_1)]
+FILES += [("llama", Q.F16), ("llama", Q.BF16), ("llama", Q.Q4_1), ("qwen2", Q.Q4_1)]
 
 
 def logits_of(ours, tokens: np.ndarray) -> np.ndarray:
@@ -168,8 +169,8 @@ def test_what_transformers_makes_of_the_file(case, kind, tmp_path):
             np.testing.assert_allclose(tensor.astype(np.float32), wanted[name], atol=1e-6, err_msg=name)
         if kind == Q.F32:  # and nothing was lost on the way
             np.testing.assert_allclose(tensor, theirs.state_dict()[name], atol=1e-6, err_msg=name)
-    kept = {np.dtype(np.float16), np.dtype(np.float32)} if kind == Q.F16 else {np.dtype(np.float32)}
-    assert {t.dtype for t in found.values()} == kept
+    kept = {Q.F16: np.dtype(np.float16), Q.BF16: np.dtype(ml_dtypes.bfloat16)}.get(kind, np.dtype(np.float32))
+    assert {t.dtype for t in found.values()} == {kept, np.dtype(np.float32)}  # norms are not quantised
 
 
 @pytest.mark.parametrize("case", list(CASES))

@@ -48,8 +48,8 @@ def prompts(stream, step):
 
 def test_pairs_share_the_prompt_in_every_row_of_every_epoch(config, base):
     tokenizer = load_tokenizer(base)
-    paired = make_streams(config, "align", RepNoise(), tokenizer, 1)
-    own = make_streams(config, "align", RepNoise(paired=False), tokenizer, 1)
+    paired = make_streams(config, "align", RepNoise(), tokenizer, len(tokenizer), 1)
+    own = make_streams(config, "align", RepNoise(paired=False), tokenizer, len(tokenizer), 1)
     same = []
     for step in range(8):
         assert prompts(paired["user"], step) == prompts(paired["harmful"], step)
@@ -92,9 +92,9 @@ def test_tar_gets_its_batches_one_after_the_other(config, base):
     tokenizer = load_tokenizer(base)
     config.train.harmful_batch_size = 3
     defence = Tar(inner_steps=3, inner_every=1)
-    plain = make_streams(config, "align", Booster(), tokenizer, 2)["harmful"]
-    several = make_streams(config, "align", defence, tokenizer, 2)["harmful"]
-    assert make_streams(config, "align", defence, tokenizer, 2)["user"].repeats == 1
+    plain = make_streams(config, "align", Booster(), tokenizer, len(tokenizer), 2)["harmful"]
+    several = make_streams(config, "align", defence, tokenizer, len(tokenizer), 2)["harmful"]
+    assert make_streams(config, "align", defence, tokenizer, len(tokenizer), 2)["user"].repeats == 1
     for step in range(3):
         batch = several.batch(step)
         assert batch.tokens.shape == (4 * plain.rows, plain.batch(0).tokens.shape[1])
@@ -104,7 +104,8 @@ def test_tar_gets_its_batches_one_after_the_other(config, base):
 
 
 def test_without_repeats_a_batch_is_what_it_was(config, base):
-    stream = make_streams(config, "align", Booster(), load_tokenizer(base), 42, 1)["harmful"]
+    tokenizer = load_tokenizer(base)
+    stream = make_streams(config, "align", Booster(), tokenizer, len(tokenizer), 1)["harmful"]
     assert (stream.repeats, stream.order) == (1, "")
     twice = dataclasses.replace(stream, repeats=2)
     for woven, one in zip(twice.batch(0)[:3], stream.batch(1)):
