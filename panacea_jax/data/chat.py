@@ -114,11 +114,20 @@ def _content(value: Any, place: str) -> str:
         value = "".join(parts)
     if not isinstance(value, str):
         raise InputError(f"{place} must be text or a list of text parts, not {value!r:.40}")
+    return valid_unicode(value, place)
+
+
+def valid_unicode(text: str, place: str) -> str:
+    """The text itself.
+
+    Raises:
+        InputError: it holds half a surrogate pair, as JSON can escape one.
+    """
     try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair
+        text.encode()
+    except UnicodeEncodeError as error:
         raise InputError(f"{place} is not valid Unicode text") from error
-    return value
+    return text
 
 
 def _part(part: Any, place: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from panacea_jax.data import categories
-from panacea_jax.data.chat import Turn, read_chat
+from panacea_jax.data.chat import Turn, read_chat, valid_unicode
 from panacea_jax.errors import InputError
 
 SST2_INSTRUCTION = "Analyze the sentiment of the input, and respond only positive or negative"
@@ -74,11 +74,7 @@ def _text(row: _Row, name: str) -> str:
     if not isinstance(value, str):
         what = "null" if value is None else type(value).__name__
         raise InputError(f"field {name!r} must be text, not {what}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair
-        raise InputError(f"field {name!r} is not valid Unicode text") from error
-    return value
+    return valid_unicode(value, f"field {name!r}")
 
 
 def _optional(row: _Row, name: str) -> str:
