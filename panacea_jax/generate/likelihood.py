@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from panacea_jax.data.encode import check_ids
 from panacea_jax.evaluate.judges.reading import padded_batches
 from panacea_jax.models.bound import Inputs
 from panacea_jax.models.model import Model
@@ -36,7 +37,11 @@ def log_likelihoods(
         texts: token ids, at least one each.
         starts: place of the first token that counts, at least 1: what stands before it is given. At the end of the text: 0.0, True.
         batch_size: rows read together, rounded up to what the mesh divides.
+
+    Raises:
+        InputError: an id that the model has no row of its embedding for.
     """
+    check_ids(texts, model.config.vocab_size, "texts")
     parts = batch_rows(model.mesh)
     rows = -(-batch_size // parts) * parts
     run = _program(dataclasses.replace(model, weights=None, folder=None))

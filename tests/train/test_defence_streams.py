@@ -10,6 +10,7 @@ from panacea_jax.config import get_config
 from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.defences import Booster, RepNoise, Tar
 from panacea_jax.errors import InputError
+from panacea_jax.stages.rendering import make_template
 from panacea_jax.stages.streams import make_streams, stage_records
 from tests.tiny import write_model
 
@@ -37,6 +38,13 @@ def config(base, tmp_path):
     return config
 
 
+def made(config, defence, tokenizer, rows):
+    """The streams of the alignment stage."""
+    streams, held_out = make_streams(config, "align", defence, make_template(config, tokenizer), len(tokenizer), rows)
+    assert held_out == []
+    return streams
+
+
 def prompts(stream, step):
     """The prompt of each row, as token ids."""
     batch = stream.batch(step)
@@ -48,8 +56,8 @@ def prompts(stream, step):
 
 def test_pairs_share_the_prompt_in_every_row_of_every_epoch(config, base):
     tokenizer = load_tokenizer(base)
-    paired = make_streams(config, "align", RepNoise(), tokenizer, len(tokenizer), 1)
-    own = make_streams(config, "align", RepNoise(paired=False), tokenizer, len(tokenizer), 1)
+    paired = made(config, RepNoise(), tokenizer, 1)
+    own = made(config, RepNoise(paired=False), tokenizer, 1)
     same = []
     for step in range(8):
         assert prompts(paired["user"], step) == prompts(paired["harmful"], step)
@@ -92,9 +100,9 @@ def test_tar_gets_its_batches_one_after_the_other(config, base):
     tokenizer = load_tokenizer(base)
     config.train.harmful_batch_size = 3
     defence = Tar(inner_steps=3, inner_every=1)
-    plain = make_streams(config, "align", Booster(), tokenizer, len(tokenizer), 2)["harmful"]
-    several = make_streams(config, "align", defence, tokenizer, len(tokenizer), 2)["harmful"]
-    assert make_streams(config, "align", defence, tokenizer, len(tokenizer), 2)["user"].repeats == 1
+    plain = made(config, Booster(), tokenizer, 2)["harmful"]
+    several = made(config, defence, tokenizer, 2)["harmful"]
+    assert made(config, defence, tokenizer, 2)["user"].repeats == 1
     for step in range(3):
         batch = several.batch(step)
         assert batch.tokens.shape == (4 * plain.rows, plain.batch(0).tokens.shape[1])
@@ -105,7 +113,7 @@ def test_tar_gets_its_batches_one_after_the_other(config, base):
 
 def test_without_repeats_a_batch_is_what_it_was(config, base):
     tokenizer = load_tokenizer(base)
-    stream = make_streams(config, "align", Booster(), tokenizer, len(tokenizer), 1)["harmful"]
+    stream = made(config, Booster(), tokenizer, 1)["harmful"]
     assert (stream.repeats, stream.order) == (1, "")
     twice = dataclasses.replace(stream, repeats=2)
     for woven, one in zip(twice.batch(0)[:3], stream.batch(1)):
