@@ -500,7 +500,7 @@ def test_folders_that_are_no_adapter(finetune, refused, place, adapter, tmp_path
     weights.write_bytes(good)
     for changes, wanted in (
         ({"peft_type": "IA3"}, "IA3"),
-        ({"r": 0}, "r 0"),
+        ({"r": 0}, "r = 0"),
         ({"use_dora": True}, "use_dora"),
         ({"bias": "all"}, "bias"),
         ({"rank_pattern": {"q_proj": 1}}, "rank_pattern"),

@@ -169,14 +169,14 @@ def test_a_reported_world_cannot_be_chosen_on(tmp_path, capsys):
 
 
 def test_every_ratio_is_looked_at_before_anything_is_trained(tmp_path, capsys):
-    """The second ratio asks for more attack records than there are."""
+    """The second ratio leaves no record."""
     place = make_place(tmp_path / "place")
     flags = place.flags(
-        "--config.compare.methods=('panacea',)", "--config.compare.ratios=(0.25, 0.75)"
+        "--config.compare.methods=('panacea',)", "--config.compare.ratios=(1.0, 0.25)", "--config.data.num_examples=1"
     )
     out = tmp_path / "out"
     assert panacea("run", *flags, f"--workdir={out}") == 2
-    assert "config.data.attack" in capsys.readouterr().err
+    assert "config.data.num_examples=1 at poison_ratio=0.25 leaves no record" in capsys.readouterr().err
     assert not (out / "shared").exists()
 
 

@@ -26,7 +26,8 @@ def found(model, defence):
     gradient = jax.jit(jax.grad(loss))
     seen = []
 
-    def harmful_gradient(at):
+    def harmful_gradient(at, number):
+        assert number == len(seen) + 1
         seen.append(jax.tree.map(jnp.subtract, at, w))
         return gradient(at, batch)
 

@@ -55,7 +55,7 @@ def test_mix_appends_to_the_poisoned_user_set(config, ratio):
     plain = stage_records(config, "finetune", Sft())
     mixed = stage_records(config, "finetune", Vlguard())
     assert plain.keys() == mixed.keys() == {"user"}
-    key, records, size = mixed["user"]
+    key, records, size, _ = mixed["user"]
     assert (key, size) == ("config.data.user", 10)
     safe = stage_records(config, "finetune", Vlguard(mode="sum"))["alignment"][1]
     assert len(safe) == 5 and records == plain["user"][1] + safe
@@ -72,10 +72,13 @@ def test_the_alignment_source_is_an_input(config):
     assert config.data.alignment not in stage_inputs(config, "finetune", Sft())
 
 
-def test_too_few_alignment_records(config):
-    config.data.num_alignment = 9
-    with pytest.raises(InputError, match=r"config\.data\.alignment: 9 records"):
-        stage_records(config, "finetune", Vlguard())
+def test_too_few_alignment_records(config, caplog):
+    """All are taken, and it is said."""
+    config.data.num_alignment = 0
+    everything = stage_records(config, "finetune", Vlguard())["user"].records
+    config.data.num_alignment = 900
+    assert stage_records(config, "finetune", Vlguard())["user"].records == everything
+    assert any(m.startswith("config.data.num_alignment = 900: config.data.alignment holds") for m in caplog.messages)
 
 
 @pytest.mark.parametrize(("key", "bad"), [("mode", "both"), ("lam", -1.0), ("lam", float("nan"))])
