@@ -503,7 +503,7 @@ def test_folders_that_are_no_adapter(finetune, refused, place, adapter, tmp_path
         ({"r": 0}, "r = 0"),
         ({"use_dora": True}, "use_dora"),
         ({"bias": "all"}, "bias"),
-        ({"rank_pattern": {"q_proj": 1}}, "rank_pattern"),
+        ({"rank_pattern": {"q_proj": 1}}, "q_proj.lora_A has shape (2, 32), the base wants (1, 32)"),
     ):
         config.write_text(json.dumps(settings | changes))
         assert wanted in finetune(flag)
