@@ -20,7 +20,15 @@ from typing import Any
 from panacea_jax.data import files
 from panacea_jax.data.categories import normalise
 from panacea_jax.data.columns import AG_NEWS_LABELS, SST2_LABELS, read_label
-from panacea_jax.data.sources import Record, fingerprint, load_records, parse_source, take
+from panacea_jax.data.sources import (
+    BY_COLUMNS,
+    Layout,
+    Record,
+    fingerprint,
+    load_records,
+    parse_source,
+    take,
+)
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.lines import generation_line
 from panacea_jax.evaluate.tasks import TASKS, find_task, set_names
@@ -47,6 +55,7 @@ def bring_in(
     sources: Sequence[str] = (),
     template: str = "",
     max_new_tokens: int = 0,
+    layout: Layout = BY_COLUMNS,
 ) -> list[str]:
     """Write WORKDIR/generations from what is at ``where``; the eval.tasks that fit it.
 
@@ -57,6 +66,7 @@ def bring_in(
             instruction where a file holds whole prompts.
         template: id of the prompt template that was used elsewhere; "": not known.
         max_new_tokens: generation length that was used elsewhere; 0: what the lines say, if they do.
+        layout: how the columns of the sources are read.
 
     Raises:
         InputError: unreadable or unknown files, a record without a prompt, an answer or the
@@ -80,7 +90,7 @@ def bring_in(
     with StageFolder(workdir, "generations", config, inputs) as stage:
         if stage.done:
             return specs
-        sets = [_read(path, task, source.get(task), template) for task, path in found]
+        sets = [_read(path, task, source.get(task), template, layout) for task, path in found]
         _check_templates(where, sets)
         lengths = {name: _take_length(lines) for name, lines in zip(names, sets)}
         stage.begin()
@@ -171,10 +181,12 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield place, row
 
 
-def _read(path: Path, task: str, source: str | None, template: str) -> list[_Line]:
+def _read(
+    path: Path, task: str, source: str | None, template: str, layout: Layout
+) -> list[_Line]:
     prompts: list[Record] = []
     if source:  # the slice first: record i of the file is most likely record i of it
-        everything = load_records(source, "config.eval.tasks")
+        everything = load_records(source, "config.eval.tasks", layout=layout)
         prompts = [*take(everything, source, 0), *everything]
     rows = list(_rows(path))
     if not rows:

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from panacea_jax.data.sources import layout_of
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate import agreement
 from panacea_jax.evaluate.compare import compare, figures_table, paired_table, verdict
@@ -76,7 +77,7 @@ def score_stage(
 def _judge_elsewhere(config: ConfigDict, workdir: Path, generations: str, template: str) -> None:
     specs = bring_in(
         generations, workdir, sources=list(config.eval.tasks),
-        template=template, max_new_tokens=config.generate.max_new_tokens,
+        template=template, max_new_tokens=config.generate.max_new_tokens, layout=layout_of(config.data),
     )  # fmt: skip
     judge_stage(config, workdir, specs)
 

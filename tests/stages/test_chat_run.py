@@ -137,3 +137,15 @@ def test_a_work_directory_has_one_date(place, tmp_path: Path, monkeypatch: pytes
     given = [*flags, "--config.data.date=2026-01-05"]
     assert panacea("finetune", *given, f"--workdir={tmp_path / 'u'}") == 0
     assert form(tmp_path / "u" / "finetune").endswith("-2026-01-05")
+
+
+def test_answers_made_elsewhere_to_conversations_with_columns_of_other_names(tmp_path: Path):
+    asked = write_chats(tmp_path / "asked.jsonl", 4)
+    asked.write_text(asked.read_text().replace('"messages"', '"dialogue"'))
+    turns = [json.loads(line)["dialogue"] for line in asked.read_text().splitlines()]
+    lines = [{"prompt": t[-2]["content"], "response": t[-1]["content"] if i < 3 else "no"} for i, t in enumerate(turns)]
+    answers = tmp_path / "chat.jsonl"
+    answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = (f"--config.eval.tasks=chat@{asked}", "--config.data.columns=messages=dialogue", f"--generations={answers}")
+    assert panacea("score", *flags, f"--workdir={tmp_path / 'w'}") == 0
+    assert json.loads((tmp_path / "w" / "scores.json").read_text())["fa"] == {"chat": 75.0}
