@@ -65,6 +65,18 @@ def test_adapters_made_by_peft_give_the_same_logits(base, model, ours, tmp_path,
     assert np.abs(theirs - ours(None)).max() > 1e-2
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_families_with_norms_of_heads_both_ways(tmp_path, family):
+    base = save(build(family), tmp_path / "base")
+    model = load(base, dtype="float32")
+    theirs = peft_adapter(base, tmp_path / "theirs", r=2, lora_alpha=4, target_modules=ALL)
+    adapter = lora.load(tmp_path / "theirs", model)
+    ours = jax.jit(lambda weights, x: model.apply(weights, x, jnp.asarray(TOKENS))[0])
+    np.testing.assert_allclose(ours(model.weights, adapter), theirs, atol=1e-4)
+    save_adapter(adapter, tmp_path / "ours", str(base))
+    np.testing.assert_allclose(reloaded(base, tmp_path / "ours"), theirs, atol=1e-5)
+
+
 def random_adapter(model, targets, rank=2, alpha=3.0):
     fresh = lora.init(model, rank, alpha, targets, key=jax.random.key(5))
     leaves, tree = jax.tree.flatten(fresh)
