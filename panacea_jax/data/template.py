@@ -1,7 +1,7 @@
 """From a record to text: ONE class for training, generation and judging.
 
 A defence is measured on prompts of the form it was trained on, so nothing else builds a prompt. Text that a record brings never
-becomes a control token, unless asked for: here the user may be the attacker, and one ``<|im_end|>`` in a record would end its turn.
+becomes a control token, unless asked for (`special`).
 """
 
 import datetime
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from panacea_jax.data.sources import Record, Turn
+from panacea_jax.data.special import SpecialTokens
 from panacea_jax.errors import InputError
 
 TEMPLATES = ("alpaca", "chat")
@@ -23,9 +24,6 @@ _TASK = "Below is an instruction that describes a task"
 _CONTEXT = ", paired with an input that provides further context"
 _REQUEST = ". Write a response that appropriately completes the request.\n\n"
 
-# A control token that a record spells out is this noncharacter and a private one with the token's number, until it is tokenised as the
-# text it is. The noncharacter itself, should a record hold it, is replaced likewise.
-_MARK, _FIRST = "\ufdd0", 0xF0000
 _KEY = "config.data.template"
 # How a template asks for the date.
 _CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
@@ -66,6 +64,7 @@ class Template:
             raise InputError(f"{_KEY}: unknown {name!r}; known: {' '.join(TEMPLATES)}")
         self.tokenizer = tokenizer
         self._alpaca, self._thinking = name == "alpaca", thinking
+        self._special = SpecialTokens(tokenizer)
         self._as_text = special_tokens == "text"
         source = "" if self._alpaca else _chat_template(tokenizer)
         day = datetime.date.fromisoformat(date) if date else datetime.date.today()
@@ -110,16 +109,14 @@ class Template:
         last = len(turns) - 1
         chosen = [i for i, turn in enumerate(turns) if turn.role == "assistant" and (loss_on == "all" or i == last)]
         answers = tuple(self._answer(turns, i, text) for i in chosen)
-        if not self._ends(text):
+        if not self._special.ends(text):
             text += self.tokenizer.eos_token
             answers = (*answers[:-1], (answers[-1][0], len(text)))
         return Conversation(text, answers)
 
     def plain(self, text: str) -> str:
         """A marked text as people read it."""
-        if not self._as_text:
-            return text
-        return re.sub(f"{_MARK}(.)", lambda found: self._specials[ord(found[1]) - _FIRST], text)
+        return self._special.plain(text) if self._as_text else text
 
     def end_ids(self) -> list[int]:
         """Ids of the control token with which the template ends an answer; none where it has no such mark, or cannot be asked."""
@@ -128,7 +125,7 @@ class Template:
         try:
             turns = [Turn("user", "a"), Turn("assistant", "b")]
             text = self._chat(turns)
-            found = self._pattern.search(text, *self._answer(turns, 1, text))
+            found = self._special.own.search(text, *self._answer(turns, 1, text))
         except InputError:
             return []
         return [] if found is None else [int(self.tokenizer.convert_tokens_to_ids(found.group()))]
@@ -141,75 +138,17 @@ class Template:
         Raises:
             InputError: a control token that a record spells out is no text to this tokenizer.
         """
-        # A chat template writes BOS itself; the Alpaca text leaves it to the tokenizer. Callers cut: truncation inside a fast
-        # tokenizer is shared state, on which threads would race.
-        ordinary = [not self._as_text or _MARK not in text for text in texts]
-        asked = [text for text, plain in zip(texts, ordinary) if plain]
-        found = iter(self._tokenise(asked, add_special_tokens=self._alpaca) if asked else ())
-        return [next(found) if plain else self._marked_ids(text) for text, plain in zip(texts, ordinary)]
-
-    def _tokenise(self, texts: Sequence[str], **settings: Any) -> list[list[int]]:
-        ids: list[list[int]] = self.tokenizer(list(texts), verbose=False, **settings).input_ids
+        # A chat template writes BOS itself; the Alpaca text leaves it to the tokenizer.
+        if self._as_text:
+            return self._special.ids(texts, add_special_tokens=self._alpaca)
+        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=self._alpaca, verbose=False).input_ids
         return ids
-
-    def _marked_ids(self, text: str) -> list[int]:
-        """The text in pieces between the template's own control tokens; what a piece spells out stays text."""
-        ids: list[int] = []
-        if self._alpaca:  # what the tokenizer puts first
-            ids += self.tokenizer("", add_special_tokens=True).input_ids
-        end = 0
-        for found in [*self._pattern.finditer(text), None]:
-            piece = self.plain(text[end : found.start() if found else len(text)])
-            if piece:
-                ids += self._piece(piece, first=not end)
-            if found:
-                ids.append(int(self.tokenizer.convert_tokens_to_ids(found.group())))
-                end = found.end()
-        return ids
-
-    def _piece(self, piece: str, first: bool) -> list[int]:
-        # Some tokenizers put a blank before a text that stands first; a newline takes it instead.
-        lead = "" if first or self._stands_alone else "\n"
-        texts = [lead + piece, lead] if lead else [piece]
-        ids, *skipped = self._tokenise(texts, add_special_tokens=False, split_special_tokens=True)
-        ids = ids[len(skipped[0]) :] if skipped else ids
-        control = {int(i) for i in self.tokenizer.convert_tokens_to_ids(self._specials[1:])} - {self.tokenizer.unk_token_id}
-        if wrong := control.intersection(ids):
-            token = self.tokenizer.convert_ids_to_tokens(min(wrong))
-            raise InputError(
-                f"its text holds {token!r}, a control token that this tokenizer cannot write as text; take it out, or set "
-                "config.data.special_tokens=as_is"
-            )
-        return ids
-
-    @functools.cached_property
-    def _stands_alone(self) -> bool:
-        """Whether a piece has the same ids by itself as after a control token."""
-        [alone, after] = self._tokenise(["a", self.tokenizer.eos_token + "a"], add_special_tokens=False)
-        return after[1:] == alone
 
     # ---- parts
 
-    @functools.cached_property
-    def _specials(self) -> list[str]:
-        """What is marked: the mark itself, and the control tokens."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        return [_MARK, *sorted({token.content for token in added if token.special}, key=len, reverse=True)]
-
-    @functools.cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        """Control tokens, of two the longer one."""
-        return re.compile("|".join(map(re.escape, self._specials[1:])) or r"(?!)")
-
-    @functools.cached_property
-    def _to_mark(self) -> re.Pattern[str]:
-        return re.compile("|".join(map(re.escape, self._specials)))
-
     def _marked(self, text: str) -> str:
-        """A record's text with its control tokens marked."""
-        if not self._as_text:
-            return text
-        return self._to_mark.sub(lambda found: _MARK + chr(_FIRST + self._specials.index(found.group())), text)
+        """A record's text, as the template gets it."""
+        return self._special.mark(text) if self._as_text else text
 
     def _messages(self, record: Record) -> list[Turn]:
         """The turns before the answer, marked."""
@@ -273,7 +212,7 @@ class Template:
         # answer follows what both have in common, and ends in a control token.
         same = _common(before, text)
         start = text.rfind(content, 0, same + len(content)) if content else -1
-        ended = self._pattern.match(text, start + len(content))
+        ended = self._special.own.match(text, start + len(content))
         if content and len(self._chat(turns[:i])) <= start <= same and ended:
             rest = text[ended.end() :]
             return start, ended.end() + len(rest) - len(rest.lstrip())
@@ -281,11 +220,6 @@ class Template:
             f"{_KEY}: where the chat template {self.id} begins and ends an answer cannot be told, because it writes the turns before an "
             "answer otherwise once the answer is there"
         )
-
-    def _ends(self, text: str) -> bool:
-        """Whether the text ends in a control token, but for white space."""
-        text = text.rstrip()
-        return any(text.endswith(token) for token in self._specials[1:])
 
 
 def _common(a: str, b: str) -> int:

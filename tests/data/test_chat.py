@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from panacea_jax.data.chat import Turn, read_chat
 from panacea_jax.data.encode import Example, encode, encode_prompt
 from panacea_jax.data.sources import Layout, Record, load_records
+from panacea_jax.data.special import SpecialTokens
 from panacea_jax.data.template import Template
 from panacea_jax.errors import InputError
 from tests.data.chat_templates import CONTROL, FAMILIES
@@ -170,7 +171,7 @@ def test_sentencepiece_keeps_its_blanks(llama2):
     template = Template("alpaca", llama2)
     plain = Record("name the mill", "", "the old mill", "", {})
     whole = encode(plain, template, 256).tokens.tolist()
-    assert template._marked_ids(template.conversation(plain).text) == whole
+    assert SpecialTokens(llama2)._in_pieces(template.conversation(plain).text, True) == whole
     dirty = Record("name </s> the mill", "", "the <s>old mill", "", {})
     example = encode(dirty, template, 256)
     assert [i for i in example.tokens.tolist() if i in (1, 2)] == [1, 2]
@@ -323,7 +324,7 @@ def test_of_a_pasted_book_only_the_beginning_is_tokenised(tokenizers, monkeypatc
     template, long = Template("alpaca", tokenizers["qwen2.5"]), Record("a", "", TEXT * 5000, "", {})
     whole = template.ids([template.conversation(long).text])[0][:64]
     seen: list[int] = []
-    monkeypatch.setattr(Template, "_tokenise", _counting(Template._tokenise, seen))
+    monkeypatch.setattr(SpecialTokens, "_tokenise", _counting(SpecialTokens._tokenise, seen))
     example = encode(long, template, 64)
     assert example.tokens.tolist() == whole and example.cut
     assert max(seen) <= 64 * 64

@@ -169,7 +169,7 @@ def test_end_ids_as_they_are_found(files, wanted, tmp_path):
     """generation_config.json decides if there is one, else config.json; the tokenizer's is always among them."""
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
-    template = Template("alpaca", SimpleNamespace(eos_token_id=1))
+    template = Template("alpaca", SimpleNamespace(eos_token_id=1, added_tokens_decoder={}))
     if isinstance(wanted, list):
         assert eos_ids(template, tmp_path) == wanted
     else:
