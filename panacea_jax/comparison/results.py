@@ -117,8 +117,9 @@ def _whole_passes(defence: Method, manifest: _Json, folder: Path) -> float:
 
 def _seconds(stage: Path, steps: int) -> float | None:
     """Steps times their median duration over the logged stretches; the first stretch, which compiles, does not count."""
-    lines = (stage / "metrics.jsonl").read_text("utf-8").splitlines()
-    found = [json.loads(line)["step_seconds"] for line in lines[1:]]
+    rows = map(json.loads, (stage / "metrics.jsonl").read_text("utf-8").splitlines())
+    # Of steps only: losses on held-out records have lines of their own.
+    found = [row["step_seconds"] for row in rows if "step_seconds" in row][1:]
     return steps * statistics.median(found) if found else None
 
 
