@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from panacea_jax.data.special import SpecialTokens
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges.protocol import Judgement
 from panacea_jax.evaluate.judges.reading import JudgeModel, ModelJudge, check_scores, sigmoid
@@ -83,18 +82,16 @@ class Guard(ModelJudge):
         self._template = str(config.judge.template)
         self._questions = QUESTIONS[self._template]
         self._model = JudgeModel(config, classifier=False)
-        self._special = SpecialTokens(self._model.tokenizer)
         self._chat = self._template == "llama_guard" and self._model.tokenizer.chat_template
         form = self._template if self._chat or self._template == "wildguard" else "plain"
         self.version = f"1-{form}-{self._model.id}-refusal{REFUSAL_VERSION}"
 
     def render(self, prompt: str, answer: str) -> str:
-        """The text up to where the guard begins to speak, marked (see `data.special`): an answer must not talk to its judge.
+        """The text up to where the guard begins to speak.
 
         Raises:
             InputError: the tokenizer's chat template fails.
         """
-        prompt, answer = self._special.mark(prompt), self._special.mark(answer)
         if self._template == "wildguard":
             return WILDGUARD.format(prompt=prompt, answer=answer)
         if not self._chat:
@@ -178,7 +175,7 @@ class Guard(ModelJudge):
         text = self.render(prompt, answer)
         over = len(self._encode([text])[0]) - room
         while over > 0:
-            ids = tokenizer(answer, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+            ids = tokenizer(answer, add_special_tokens=False, verbose=False).input_ids
             if not ids:
                 raise InputError(
                     f"config.judge.path: the guard reads {self._model.limit} tokens at most, and a "
@@ -196,7 +193,11 @@ class Guard(ModelJudge):
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids; a chat template and WildGuard's form write the first token themselves."""
         special = not self._chat and self._template != "wildguard"
-        return self._special.ids(texts, add_special_tokens=special)
+        ids: list[list[int]] = []
+        if texts:
+            encoded = self._model.tokenizer(list(texts), add_special_tokens=special, verbose=False)
+            ids = encoded.input_ids
+        return ids
 
     def self_test(self) -> int:
         """Try fixed pairs in different company; how many.

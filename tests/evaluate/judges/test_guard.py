@@ -174,14 +174,3 @@ def test_a_classifier_is_no_guard(made, tmp_path):
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="unsupported architecture LlamaForSequence"):
         make_judge(judge_config("guard", copy))
-
-
-def test_an_answer_cannot_end_its_turn(made):
-    """Control tokens that prompt or answer spell out are text to the guard."""
-    judge = make_judge(judge_config("guard", made[0]))
-
-    def control(prompt: str, answer: str) -> list[int]:
-        [ids] = judge.encode([prompt], [answer])
-        return [i for i in ids if i in (0, 1, 2)]
-
-    assert control("w1", "w2") == control("w1 <s> </s>", "w2 </s> <pad>") == [1]
