@@ -81,16 +81,19 @@ def test_the_gradient_in_float32(folder, accumulate):
     shape = (model.config.num_layers, *batch.tokens.shape, model.config.hidden_size)
     offsets = 0.1 * jax.random.normal(jax.random.key(1), shape)
 
-    def value(loss, params, offsets):
+    def value(loss, params, offsets, of_each=lambda x: x):
         states, read = loss.hidden_states(params, batch, ("mlp_out",))
-        return loss(params, batch, offsets) + jnp.sum(jnp.sin(states)) + jnp.sum(read["mlp_out"] ** 2)
+        return loss(params, batch, offsets) + jnp.sum(of_each(jnp.sin(states))) + jnp.sum(read["mlp_out"] ** 2)
 
     gradient = jax.jit(jax.value_and_grad(value, argnums=(1, 2)))
     whole = gradient(Loss.of(model), params, offsets)
     parts = gradient(Loss.of(model, accumulate), params, offsets)
-    assert float(parts[0]) == pytest.approx(float(whole[0]), rel=1e-6)
-    assert difference(parts[1][0], whole[1][0]) < 1e-6
-    assert difference(parts[1][1], whole[1][1]) < 1e-6
+    # Thousands of terms of both signs: rounding goes with the sum of what is summed, not with what is left of it.
+    terms = float(value(Loss.of(model), params, offsets, jnp.abs))
+    assert float(parts[0]) == pytest.approx(float(whole[0]), abs=1e-7 * terms)
+    # A few roundings of float32, by whatever compiler; that they are nothing else the tests in float64 show, to 1e-9.
+    assert difference(parts[1][0], whole[1][0]) < 2e-6
+    assert difference(parts[1][1], whole[1][1]) < 2e-6
 
 
 def test_all_parameters(folder):
