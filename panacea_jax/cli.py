@@ -174,7 +174,6 @@ PROCESS_FLAGS = {
 }
 
 
-
 class Flag(NamedTuple):
     """A flag of some commands: what ``--help`` says, and the default, whose type is the flag's."""
 

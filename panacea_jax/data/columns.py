@@ -151,7 +151,7 @@ def _beavertails(row: _Row) -> Fields:
     return Fields(prompt, "", response, "", ("prompt", "response"), harms)
 
 
-def _chat(row: _Row, need_output: bool, layout: str = "") -> Fields:
+def _chat(row: _Row, need_output: bool = False, layout: str = "") -> Fields:
     chat = read_chat(row, need_output, layout)
     asked = next(turn.content for turn in reversed(chat.turns) if turn.role == "user")
     # One turn of the user is an instruction like any other's.
@@ -178,7 +178,7 @@ READERS: dict[str, Callable[[_Row], Fields]] = {
     "refusals": _refusals,
     "xstest": _xstest,
     "advbench": _advbench,
-    "chat": lambda row: _chat(row, need_output=False),
+    "chat": _chat,
     "pairs": _pairs,
 }
 

@@ -81,14 +81,18 @@ class SpecialTokens:
         texts = [lead + piece, lead] if lead else [piece]
         ids, *skipped = self._tokenise(texts, add_special_tokens=False, split_special_tokens=True)
         ids = ids[len(skipped[0]) :] if skipped else ids
-        control = {int(i) for i in self.tokenizer.convert_tokens_to_ids(self._marked[1:])} - {self.tokenizer.unk_token_id}
-        if wrong := control.intersection(ids):
+        if wrong := self._control.intersection(ids):
             token = self.tokenizer.convert_ids_to_tokens(min(wrong))
             raise InputError(
                 f"its text holds {token!r}, a control token that this tokenizer cannot write as text; take it out, or set "
                 "config.data.special_tokens=as_is"
             )
         return ids
+
+    @functools.cached_property
+    def _control(self) -> set[int]:
+        """Ids that no text may have; that of an unknown word is none."""
+        return {int(i) for i in self.tokenizer.convert_tokens_to_ids(self._marked[1:])} - {self.tokenizer.unk_token_id}
 
     @functools.cached_property
     def _stands_alone(self) -> bool:

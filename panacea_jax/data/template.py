@@ -202,7 +202,8 @@ class Template:
             InputError: it cannot be told.
         """
         content = turns[i].content.strip()
-        before, after = self._chat(turns[:i], open_answer=True), self._chat(turns[: i + 1])
+        before = self._chat(turns[:i], open_answer=True)
+        after = text if i == len(turns) - 1 else self._chat(turns[: i + 1])
         if text.startswith(after) and after.startswith(before):
             start, end = len(before), len(after)
             lead = text[start:end].partition(content)[0] if content else ""

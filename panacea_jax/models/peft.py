@@ -223,16 +223,18 @@ def _stack(
         for m in modules:
             block = layers.setdefault(BLOCK_OF[m.target], {})
             (_, d_in), (d_out, _) = m.shape["A"], m.shape["B"]
-            empty = {"a": np.zeros((n, d_in, rank), dtype), "b": np.zeros((n, rank, d_out), dtype)}
-            pair = block.setdefault(m.target, empty)
+            if m.target not in block:
+                shapes = {"a": (n, d_in, rank), "b": (n, rank, d_out)}
+                block[m.target] = {name: np.zeros(shape, dtype) for name, shape in shapes.items()}
+            pair = block[m.target]
             share = m.scale / scale if scale else 1.0
             pair["a"][m.layer, :, : m.rank] = factors[m.name, "A"].T
             pair["b"][m.layer, : m.rank] = factors[m.name, "B"].T.astype(dtype) * share
             if init:
                 path = f"layers/{BLOCK_OF[m.target]}/{m.target}/kernel"
-                a, b = lost_factors(init, model, path, m.layer, m.rank, m.scale)
-                pair["a"][m.layer, :, widest : widest + m.rank] = a
-                pair["b"][m.layer, widest : widest + m.rank] = -share * b
+                lost_a, lost_b = lost_factors(init, model, path, m.layer, m.rank, m.scale)
+                pair["a"][m.layer, :, widest : widest + m.rank] = lost_a
+                pair["b"][m.layer, widest : widest + m.rank] = -share * lost_b
                 bar.advance()
     if init or len({(m.rank, m.scale) for m in modules}) > 1:
         return Adapter(layers, rank, alpha=scale * rank)

@@ -71,7 +71,7 @@ REFUSED = {
     "monteclora_config": "sampled factors",
 }
 
-# init_lora_weights: the base is left alone by these, and loses the product of the first factors by those, see ``base_part``.
+# init_lora_weights: the base is left alone by these, and loses the product of the first factors by those, see ``peft_base.lost_factors``.
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 BASE_INITS = ("pissa", "olora")
 # The change of the base by any other is random or needs data: peft itself cannot make it again from the file.
