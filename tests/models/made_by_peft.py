@@ -39,3 +39,12 @@ def peft_adapter(base, folder, **settings):
                 parameter.add_(0.05 * torch.randn_like(parameter))
     adapted.save_pretrained(str(folder))
     return logits(adapted)
+
+
+def draw_b(adapted):
+    """B of a fresh adapter, which peft makes zero."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn_like(parameter))

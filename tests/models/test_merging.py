@@ -12,6 +12,7 @@ from panacea_jax.models import model as models
 from panacea_jax.models.adapter import BLOCK_OF
 from panacea_jax.stages.convert import write_merged
 from tests.families import FAMILIES, VOCAB, build, save
+from tests.models.made_by_peft import draw_b
 
 TOKENS = torch.tensor(np.random.default_rng(0).integers(0, VOCAB, (2, 9)))
 
@@ -34,11 +35,7 @@ def test_the_merged_folder_computes_what_peft_does(family, targets, tmp_path):
     adapted = peft.get_peft_model(
         opened(base), peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, lora_dropout=0.0)
     )
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(0.1 * torch.randn_like(parameter))
+    draw_b(adapted)
     adapted.save_pretrained(str(tmp_path / "a"))
     model = models.load(base, dtype="float32")
     write_merged(str(base), str(tmp_path / "a"), None, tmp_path / "out", model.mesh)

@@ -21,6 +21,7 @@ from panacea_jax.models.families import config_from_dict
 from panacea_jax.models.model import load
 from panacea_jax.models.peft import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
 from tests.families import VOCAB, build_nested, save
+from tests.models.made_by_peft import draw_b
 from tests.runs import make_place, panacea
 
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, 17))
@@ -112,11 +113,7 @@ def test_adapters_made_by_peft_are_read(folder, model, tmp_path):
     base = tf.AutoModelForCausalLM.from_pretrained(folder)
     targets = r".*language_model.*\.(k_proj|up_proj)"
     adapted = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(0.1 * torch.randn_like(parameter))
+    draw_b(adapted)
     adapted.save_pretrained(str(tmp_path / "a"))
     assert json.loads((tmp_path / "a" / CONFIG_FILE).read_text())["target_modules"] == targets
     adapter = load_adapter(tmp_path / "a", model)

@@ -25,17 +25,6 @@ from tests.models.made_by_peft import ALL, TOKENS, peft_adapter, reloaded
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A transformers model with grouped heads, so that no two projections have the same shape by chance."""
-    return save(build("llama3.1"), tmp_path_factory.mktemp("base") / "llama")
-
-
-@pytest.fixture(scope="module")
-def model(base):
-    return load(base, dtype="float32")
-
-
-@pytest.fixture(scope="module")
 def ours(model):
     """Our logits of an adapter, compiled once an adapter's structure."""
     forward = jax.jit(lambda weights, params, tokens: model.apply(weights, params, tokens)[0])

@@ -24,16 +24,6 @@ QV = ["q_proj", "v_proj"]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save(build("llama3.1"), tmp_path_factory.mktemp("base") / "llama")
-
-
-@pytest.fixture(scope="module")
-def model(base):
-    return load(base, dtype="float32")
-
-
-@pytest.fixture(scope="module")
 def ours(model):
     """Our logits with an adapter merged, compiled once for all."""
     forward = jax.jit(lambda weights, tokens: model.apply(weights, None, tokens)[0])
