@@ -1,10 +1,13 @@
 """The section ``defence``: the hyper-parameters of every method, and the method that a section describes."""
 
+import ast
 import dataclasses
+from abc import ABC
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import FieldReference
 
 from panacea_jax.defences import DEFENCES, Method
@@ -28,6 +31,36 @@ def one_of(value: str, key: str, choices: tuple[str, ...]) -> None:
     require(value in choices, key, value, f"one of {', '.join(choices)}")
 
 
+class Setting(ABC):
+    """The type of a key that takes a number, a word or several numbers, as the methods that have it say (ρ: 0.25, "auto")."""
+
+
+class _SettingParser(flags.ArgumentParser[Any]):
+    """``0.25``, ``auto``, ``(0.1,0.2)``; numbers are floats, as in keys that take nothing else."""
+
+    syntactic_help = "a number, a word or (several,numbers)"
+
+    def parse(self, argument: Any) -> Any:
+        """The value written."""
+        try:
+            value = ast.literal_eval(argument) if isinstance(argument, str) else argument
+        except (SyntaxError, ValueError):
+            return argument
+        return as_setting(value)
+
+
+for _kind in (float, int, str, tuple):
+    Setting.register(_kind)
+config_flags.register_flag_parser_for_type(Setting, _SettingParser())  # type: ignore[type-abstract]
+
+
+def as_setting(value: Any) -> Any:
+    """A whole number as a float, several numbers as a tuple of floats: what was written and what was read again are the same."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(as_setting, value))
+    return float(value) if type(value) is int else value
+
+
 class _Lookup(NamedTuple):
     """An operation of a ``FieldReference``: ``fn(value, *args)``, with references among ``args`` resolved."""
 
@@ -45,7 +78,9 @@ def defence_defaults(name: str) -> ConfigDict:
     section = ConfigDict({"name": chosen})
     for key, kind in all_hyper_parameters().items():
         # The value only gives the type: what is read is what the lookup returns, until the key is set.
-        section[key] = FieldReference(kind(), op=_Lookup(_own_default, (chosen, key)))
+        section[key] = FieldReference(
+            "" if kind is Setting else kind(), kind, op=_Lookup(_own_default, (chosen, key))
+        )
     return section
 
 
@@ -55,16 +90,28 @@ def all_hyper_parameters() -> dict[str, type]:
     kinds: Iterable[Any] = DEFENCES.values()
     for kind_of_defence in kinds:
         for field in dataclasses.fields(kind_of_defence):
-            hints = {get_origin(h) or h for h in get_args(field.type) or (field.type,)}
-            literal = get_origin(field.type) is Literal
-            kind = (
-                str
-                if literal or str in hints
-                else next(t for t in (float, int, bool, tuple) if t in hints)
-            )
-            if found.setdefault(field.name, kind) is not kind:
-                raise TypeError(f"defence.{field.name}: two methods disagree about its type")
+            kind = _kind_of(field.type)
+            known = found.setdefault(field.name, kind)
+            if known is not kind:
+                if {known, kind} != {float, Setting}:
+                    raise TypeError(f"defence.{field.name}: two methods disagree about its type")
+                found[field.name] = Setting
     return found
+
+
+def _hints(hint: Any) -> set[type]:
+    """The types that a hyper-parameter may have: of ``float | int``, of ``tuple[float, ...]``."""
+    return {get_origin(h) or h for h in get_args(hint) or (hint,)}
+
+
+def _kind_of(hint: Any) -> type:
+    """The one type that ml_collections is told of it."""
+    if get_origin(hint) is Literal:
+        return str
+    hints = _hints(hint)
+    if str in hints:
+        return Setting if float in hints else str
+    return next(t for t in (float, int, bool, tuple) if t in hints)
 
 
 def method_defaults(name: str) -> dict[str, Any]:
@@ -81,7 +128,7 @@ def defence_section(part: Part) -> ConfigDict:
     section = defence_defaults(part.name)
     for name, value in part.settings:
         try:
-            section[name] = value
+            section[name] = as_setting(value) if all_hyper_parameters()[name] is Setting else value
         except (TypeError, ValueError) as error:
             raise InputError(f"config.defence.{name} = {value!r}: {error}") from error
     return section.lock()
@@ -104,6 +151,8 @@ def make_defence(section: ConfigDict, prefix: str = "") -> Method:
     for key, hint in fields.items():
         if get_origin(hint) is Literal:
             one_of(chosen[key], f"{prefix}defence.{key}", get_args(hint))
+        elif isinstance(chosen[key], (str, tuple)) and type(chosen[key]) not in _hints(hint):
+            require(False, f"{prefix}defence.{key}", chosen[key], f"{section.name} takes a number here")  # fmt: skip
     try:
         return kind(**chosen)
     except InputError as error:  # the method does not know where its section stands

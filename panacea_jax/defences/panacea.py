@@ -96,7 +96,7 @@ class Panacea(Defence):
             the gradient over the whole harmful set.
     """
 
-    rho: float | int | tuple[float, ...] = 1.0
+    rho: float | int | tuple[float, ...] | str = 1.0
     lam: float | int = 1e-3
     ascent_steps: int = 1
     every: int = 1

@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from panacea_jax.config import make_defence
+from panacea_jax.config.methods import Setting, all_hyper_parameters, as_setting
 from panacea_jax.data.batches import Stream
 from panacea_jax.data.encode import Example
 from panacea_jax.defences import Defence, Method
@@ -94,6 +95,8 @@ def decisive(config: ConfigDict, start: Start) -> dict[str, Any]:
     out = {k: v.to_dict() if isinstance(v, ConfigDict) else v for k, v in part.items()}
     out["model"]["path"], out["lora"]["init_from"] = start.base, start.adapter
     out["train"]["full_parameters"] = start.full_parameters
+    settings = [key for key, kind in all_hyper_parameters().items() if kind is Setting]
+    out["defence"] |= {key: as_setting(out["defence"][key]) for key in settings}
     if out["defence"].get("aligned") == "":
         out["defence"]["aligned"] = start.aligned
     for section, since in SINCE.items():
