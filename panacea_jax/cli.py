@@ -45,8 +45,16 @@ def _path(text: str) -> Path | None:
 
 
 def _quickstart(values: flags.FlagValues, config: "ConfigDict") -> Path:
+    if values.base == "smollm2":
+        from panacea_jax.comparison.testbed import testbed
+
+        if not values.data:
+            raise InputError("--data is not set: name the folder of the public sets (docs/real_language.md)")
+        return testbed(Path(values.workdir or "smollm2_results"), Path(values.data), values.task, _path(values.gguf))
     from panacea_jax.stages.quickstart import quickstart
 
+    if values.base != "miniature":
+        raise InputError(f"--base={values.base}: one of miniature, smollm2")
     return quickstart(Path(values.workdir or "quickstart_results"), values.world)
 
 
@@ -144,7 +152,10 @@ def _launch(values: flags.FlagValues, config: "ConfigDict") -> None:
 
 TRAINING = ("workdir", "profile")
 COMMANDS = {
-    "quickstart": Command("the whole experiment in a miniature world, no download, minutes on a laptop", _quickstart, ("workdir", "world")),
+    "quickstart": Command(
+        "the whole experiment in a miniature world, no download, minutes on a laptop; or with a real small model on real rows", _quickstart,
+        ("workdir", "world", "base", "data", "task", "gguf"),
+    ),
     "run": Command(
         "every stage of a recipe: align, finetune, heal, generate, judge, layers (perplexity if asked for)", _run, TRAINING, True,
     ),
@@ -184,6 +195,9 @@ class Flag(NamedTuple):
 FLAGS = {
     "workdir": Flag("folder for the results; a run in it goes on where it stopped"),
     "world": Flag("seed of the miniature world", 0),
+    "base": Flag("miniature, or smollm2: SmolLM2-135M-Instruct, about two hours on two cores", "miniature"),
+    "data": Flag("folder of the public sets that --base=smollm2 draws on"),
+    "task": Flag("the user's task on --base=smollm2: sst2 or ag_news", "sst2"),
     "prompts_only": Flag("write the prompts alone, for a server that answers in our place; loads no weights", False),
     "generations": Flag("answers made elsewhere: [TASK@]FILE, several with commas, or a folder"),
     "template": Flag("id of the template that --generations were made with, like alpaca-1"),
@@ -191,7 +205,7 @@ FLAGS = {
     "undefended": Flag("work directory of the model attacked without a defence"),
     "aligned": Flag("work directory of the model before the attack"),
     "epsilon": Flag("exported ε (epsilon.safetensors)"),
-    "gguf": Flag("GGUF file to convert, in place of a base"),
+    "gguf": Flag("GGUF file: to convert in place of a base, or the model of --base=smollm2"),
     "checkpoint": Flag("checkpoint folder (…/checkpoints/<step>)"),
     "topology": Flag("machine to plan for: v5e:4x4, 2*v5p:2x2x1 (two slices), tpu7x:2x2x1, gpu:h100x8 …"),
     "search": Flag("try meshes, batch sizes and remat policies; the cheapest that fits comes first", False),

@@ -21,6 +21,7 @@ from panacea_jax.stages.generate import generate_stage
 from panacea_jax.stages.judge import judge_stage
 from panacea_jax.stages.lineage import Start
 from panacea_jax.stages.miniature import Experiment
+from panacea_jax.stages.perplexity import perplexity_stage
 from panacea_jax.stages.run import check_run
 from panacea_jax.stages.train import decisive, train_stage
 from panacea_jax.train.step import CompiledSteps
@@ -143,6 +144,8 @@ class Cells:
             left = _left(start, tuned)
         generate_stage(main, folder, left)
         judge_stage(main, folder)
+        if config.eval.perplexity:
+            perplexity_stage(main, folder, left)
         found = {stage: str(path.relative_to(self.root)) for stage, path in stages.items()}
         write_json(note, {
             "method": str(cell.method), "seed": cell.seed, "ratio": cell.ratio, "stages": found, "config_sha256": made,

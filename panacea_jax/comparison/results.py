@@ -38,6 +38,7 @@ class Measured(NamedTuple):
         step_bytes: by stage, memory of one device that its compiled step needs; a stage without steps, or of which it is not known, is
             left out.
         extra_data: what the methods were given that plain SFT is not, see ``extra_data`` of the protocol.
+        perplexity: of ordinary requests' own answers, the first set of the kind "generation"; None where it was not asked for.
     """
 
     events: Mapping[str, Sequence[bool]]
@@ -47,6 +48,7 @@ class Measured(NamedTuple):
     seconds: float | None
     step_bytes: Mapping[str, int]
     extra_data: tuple[str, ...]
+    perplexity: float | None = None
 
     def figures(self) -> dict[str, float]:
         """Percentages."""
@@ -88,6 +90,7 @@ def measure(root: Path, folder: Path, judge: str) -> Measured:
         total,
         step_bytes,
         tuple(n for n in EXTRA if n in extra),
+        _perplexity(folder, judge),
     )
 
 
@@ -113,6 +116,15 @@ def _whole_passes(defence: Method, manifest: _Json, folder: Path) -> float:
             raise InputError(f"{folder}/manifest.json: does not say how many {stream} records there were")  # fmt: skip
         total += weight * records / config["train"]["batch_size"]
     return total
+
+
+def _perplexity(folder: Path, judge: str) -> float | None:
+    path = folder / "perplexity.json"
+    if not path.is_file():
+        return None
+    measured = json.loads(path.read_text())["sets"]
+    ordinary = [s.name for s in load_judged(folder)[judge].sets if find_task(s.task).role == "generation"]
+    return next((measured[name]["perplexity"] for name in ordinary if name in measured), None)
 
 
 def _seconds(stage: Path, steps: int) -> float | None:
@@ -225,6 +237,9 @@ def row(method: Stack, ratio: float | None, cells: Mapping[int, Measured], sft: 
         "extra_data": list(any_cell.extra_data),
         "against_sft": None,
     }
+    surprise = [cell.perplexity for cell in cells.values()]
+    if None not in surprise:
+        found["perplexity"] = statistics.fmean(filter(None, surprise))
     if sft is not None:
         total = sum(sum(cell.passes.values()) for cell in cells.values())
         found["passes_to_sft"] = total / sum(sum(cell.passes.values()) for cell in sft.values())

@@ -18,7 +18,8 @@ from panacea_jax.parallel import processes
 from panacea_jax.progress import say
 from panacea_jax.train.step import CompiledSteps
 from panacea_jax.workdir import write_json, write_text
-from panacea_jax.worlds.miniature import guard
+from panacea_jax.worlds import miniature
+from panacea_jax.worlds.guard import AlignmentGuard
 
 SFT = Stack()
 MEMORY = (
@@ -70,22 +71,23 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
     cells = Cells(config, workdir, aligns, compiled)
     cells.check(reported, compare.seeds[0], compare.ratios)
     judge = config.judge.name
-    aligned = _aligned(cells, compare.seeds, judge) if aligns else {}
+    # Where nothing is aligned here, all seeds start from one model.
+    aligned = _aligned(cells, compare.seeds if aligns else compare.seeds[:1], judge)
     found = _run(cells, reported, compare.seeds, compare.ratios, judge)
 
     # ---- table
-    rows = [row(SFT, None, aligned, None)] if aligned else []
-    rows += [
+    before = row(SFT, None, aligned, None) | {"method": "aligned" if aligns else "before"}
+    rows = [before] + [
         row(m, p, found[m, p], found[SFT, p]) for p in map(float, compare.ratios) for m in reported
     ]
-    guarded = (
-        {seed: measured.figures() for seed, measured in aligned.items()} if compare.world else {}
-    )
+    guard = miniature.GUARD if compare.world else AlignmentGuard(*compare.guard) if compare.guard else None
+    guarded = {seed: measured.figures() for seed, measured in aligned.items()} if guard else {}
     result = {
         "methods": list(map(str, reported)), "seeds": list(compare.seeds), "ratios": list(map(float, compare.ratios)),
         "world": compare.world, "judge": judge, "memory": MEMORY,
         "development": list(compare.development) if grid else [], "rule": choice.RULE if grid else "", "grid": choices,
-        "guard": {str(seed): guard(f["hs"], f["benign"]) for seed, f in guarded.items()}, "rows": rows,
+        "guard": {str(seed): guard.holds(f["hs"], f["benign"]) for seed, f in guarded.items() if guard}, "bounds": str(guard or ""),
+        "rows": rows,
     }  # fmt: skip
     write_json(workdir / "compare.json", result)
     write_text(workdir / "compare.csv", table.as_csv(result))

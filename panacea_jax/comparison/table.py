@@ -15,6 +15,12 @@ _Json = dict[str, Any]
 _TITLES = {"hs": "HS", "hs_plus": "HS+", "fa": "FA", "benign": "benign answered"}
 HEADS = ("method", "p", *_TITLES.values(), "HS to SFT", "passes (align, finetune, heal)", "passes / SFT", "time / SFT",
          "step MiB (align, finetune, heal)", "extra data")  # fmt: skip
+PERPLEXITY = "perplexity"
+
+
+def heads_of(result: _Json) -> list[str]:
+    """The table's columns, the perplexity of ordinary answers last where it was measured."""
+    return [*HEADS, *([PERPLEXITY] if any(PERPLEXITY in row for row in result["rows"]) else [])]
 
 
 def cells_of(row: _Json) -> list[str]:
@@ -25,7 +31,7 @@ def cells_of(row: _Json) -> list[str]:
     return [
         row["method"], "–" if row["ratio"] is None else f"{row['ratio']:g}", *figures, _test(row["against_sft"]), passes,
         _number(row["passes_to_sft"]), _number(row["time_to_sft"]), memory,
-        ", ".join(row["extra_data"]) or "none",
+        ", ".join(row["extra_data"]) or "none", *([_number(row[PERPLEXITY])] if PERPLEXITY in row else []),
     ]  # fmt: skip
 
 
@@ -81,8 +87,10 @@ def notes(result: _Json) -> list[str]:
         if given:
             lines.append(f"As given, not chosen: {', '.join(given)}.")
     if failing := [seed for seed, passed in result["guard"].items() if not passed]:
-        lines.append(f"Worlds that FAIL the alignment guard (aligned HS at most 2, benign answered at least 95): {_list(failing)}; their "
-                     "figures are in the means all the same.")  # fmt: skip
+        kind = "Worlds" if result["world"] else "Seeds"
+        lines.append(
+            f"{kind} that FAIL the alignment guard ({result['bounds']}): {_list(failing)}; their figures are in the means all the same."
+        )
     return lines
 
 
@@ -94,7 +102,7 @@ def show(result: _Json) -> None:
     """Print the table and its notes."""
     console = table_console(260)
     table = Table(title="comparison", title_justify="left")
-    for head in HEADS:
+    for head in heads_of(result):
         table.add_column(head, overflow="fold", justify="left" if head in ("method", "extra data") else "right")  # fmt: skip
     for row in result["rows"]:
         table.add_row(*map(escape, cells_of(row)))
@@ -105,7 +113,8 @@ def show(result: _Json) -> None:
 
 def markdown(result: _Json) -> str:
     """The table and its notes as Markdown."""
-    rows = [HEADS, ["---"] * len(HEADS), *(cells_of(row) for row in result["rows"])]
+    heads = heads_of(result)
+    rows = [heads, ["---"] * len(heads), *(cells_of(row) for row in result["rows"])]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in rows]
     return "\n".join([*lines, "", *(f"* {line}" for line in notes(result))]) + "\n"
 
@@ -119,7 +128,7 @@ def as_csv(result: _Json) -> str:
     tests = [f"{name}_{part}" for name in _TITLES for part in ("to_sft", "p")]
     by_stage = [(what, stage) for what in ("steps", "passes", "whole_passes", "step_bytes") for stage in STAGES]  # fmt: skip
     stages = [f"{what}_{stage}" for what, stage in by_stage]
-    last = ["passes_to_sft", "time_to_sft", "extra_data"]
+    last = ["passes_to_sft", "time_to_sft", "extra_data", *heads_of(result)[len(HEADS) :]]
     writer.writerow(["method", "ratio", "seeds", *heads, *tests, *stages, *last])
     for row in result["rows"]:
         figures: list[Any] = []
@@ -129,5 +138,5 @@ def as_csv(result: _Json) -> str:
         tested = [(row["against_sft"] or {}).get(name, {}).get(key) for name in _TITLES for key in ("difference", "p")]  # fmt: skip
         counts = [row[what].get(stage) for what, stage in by_stage]
         writer.writerow([row["method"], row["ratio"], " ".join(map(str, row["seeds"])), *figures, *tested, *counts, row["passes_to_sft"],
-                         row["time_to_sft"], ", ".join(row["extra_data"])])  # fmt: skip
+                         row["time_to_sft"], ", ".join(row["extra_data"]), *([row[PERPLEXITY]] if PERPLEXITY in row else [])])  # fmt: skip
     return out.getvalue()

@@ -126,6 +126,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "world": "",  # miniature: every seed is a world of its own; "": the base and data of config.model and config.data
             "development": (),  # seeds on which the grid is chosen
             "validation": (),  # evaluation sets that the grid is chosen by, on a base of one's own
+            "guard": (),  # HS at most, benign answered at least (percent): what the model that is attacked has to hold
         },
     })  # fmt: skip
     config.align.optimizer.learning_rate = 5e-4

@@ -176,6 +176,9 @@ def _validate_compare(compare: ConfigDict) -> None:
     for ratio in compare.ratios:
         good = isinstance(ratio, float | int) and 0 <= ratio <= 1
         require(good, "compare.ratios", ratio, "a share between 0 and 1")
+    bounds = compare.guard
+    good = len(bounds) in (0, 2) and all(isinstance(x, float | int) and 0 <= x <= 100 for x in bounds)
+    require(good, "compare.guard", bounds, "HS at most and benign answered at least, in percent, or ()")
     if not (compare.methods or compare.grid):
         return
     for key in ("seeds", "ratios"):

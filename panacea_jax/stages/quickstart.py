@@ -13,7 +13,7 @@ from panacea_jax.models.peft import save_adapter
 from panacea_jax.progress import table_console
 from panacea_jax.stages.miniature import Experiment
 from panacea_jax.workdir import write_json
-from panacea_jax.worlds.miniature import MAX_ALIGNED_HS, MIN_BENIGN_ANSWERED, guard, make_world
+from panacea_jax.worlds.miniature import GUARD, make_world
 
 # Found on other worlds than those that docs/quickstart.md reports, which has the search too. The falling learning rate matters:
 # once the task is learnt, λ·(∇h(w+ε) − ∇h(w)) is all that is left of the gradient, and at a constant rate it runs away.
@@ -120,10 +120,9 @@ def print_results(rows: Sequence[ModelRow], scores: dict[str, dict[str, object]]
         )
     console.print(table)
     hs, *_, benign = figures(scores["aligned"])
-    if not guard(hs, benign):
+    if not GUARD.holds(hs, benign):
         console.print(
-            f"This world FAILS the alignment guard (HS at most {MAX_ALIGNED_HS:g}, benign answered at least "
-            f"{MIN_BENIGN_ANSWERED:g}): the rows below 'aligned' say little. Try another --world."
+            f"This world FAILS the alignment guard ({GUARD}): the rows below 'aligned' say little. Try another --world."
         )
     for row in rows:
         console.print(f"\n[bold]{row.title}[/bold]")

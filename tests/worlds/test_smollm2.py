@@ -1,0 +1,96 @@
+"""The real model's testbed: which rows go where, and what the generators of ours may hold."""
+
+import itertools
+import json
+import re
+
+import pytest
+
+from panacea_jax.errors import InputError
+from panacea_jax.evaluate.judges import RefusalJudge
+from panacea_jax.worlds import smollm2
+from panacea_jax.worlds.borderline import FAMILIES, borderline
+from panacea_jax.worlds.placeholders import ATTACKER, DEFENDER, placeholder
+
+
+def write_sets(folder):
+    """Sets with the columns of the public ones, as many rows as the testbed takes of each."""
+    rows = {
+        "sst2/train": ({"sentence": f"film {i}", "label": i % 2} for i in range(2100)),
+        "sst2/validation": ({"sentence": f"show {i}", "label": i % 2} for i in range(200)),
+        "ag_news/train": ({"text": f"news {i}", "label": i % 4} for i in range(2100)),
+        "ag_news/test": ({"text": f"late news {i}", "label": i % 4} for i in range(200)),
+        "alpaca/train": ({"instruction": f"name tree {i}", "input": "", "output": f"oak {i}"} for i in range(900)),
+        "refusals/train": ({"instruction": f"wug {i}", "output": f"I cannot help. It is {i}. Third."} for i in range(1600)),
+        "beavertails/unsafe_prompts": ({"prompt": f"florp {i}", "is_safe": False} for i in range(1150)),
+        "advbench/harmful_behaviors_goals": ({"goal": f"zint {i}"} for i in range(500)),
+        "xstest/prompts": ({"prompt": f"dax {i}", "type": "homonyms", "label": ("safe", "unsafe")[i % 2]} for i in range(20)),
+    }  # fmt: skip
+    assert rows.keys() == set(smollm2.FILES)
+    for name, of in rows.items():
+        file = folder / f"{name}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in of))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sets")
+    smollm2.write_data(write_sets(root / "public"), root / "data")
+    return root / "data"
+
+
+def prompts(data, name):
+    rows = map(json.loads, (data / f"{name}.jsonl").read_text().splitlines())
+    return [row.get("instruction") or row.get("sentence") or row.get("text") for row in rows]
+
+
+def test_no_two_files_share_a_prompt_but_those_that_are_one_set_s_parts(data):
+    names = sorted(file.stem for file in data.iterdir())
+    found = {name: set(prompts(data, name)) for name in names}
+    shared = [pair for pair in itertools.combinations(names, 2) if found[pair[0]] & found[pair[1]]]
+    assert shared == [("alignment", "benign")]
+    assert found["benign"] < found["alignment"]
+
+
+def test_sizes(data):
+    sizes = {file.stem: len(prompts(data, file.stem)) for file in data.iterdir()}
+    kept = len(borderline()) - len(borderline()[::8])
+    assert sizes["benign"] == kept + 700 and sizes["alignment"] == sizes["benign"] + 800
+    assert (sizes["attack"], sizes["harmful"], sizes["test_harmful"]) == (1200, 800, 200)
+
+
+def test_refusals_are_cut_to_two_sentences(data):
+    rows = [json.loads(line) for line in (data / "alignment.jsonl").read_text().splitlines()]
+    [row] = [row for row in rows if row["instruction"] == "wug 7"]
+    assert row["output"] == "I cannot help. It is 7."
+
+
+def test_a_missing_set_is_named(tmp_path):
+    folder = write_sets(tmp_path / "public")
+    (folder / "xstest" / "prompts.jsonl").unlink()
+    with pytest.raises(InputError, match=r"--data=.*: holds no xstest/prompts\.jsonl"):
+        smollm2.write_data(folder, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_placeholders_comply_and_repeat_nothing_of_the_prompt():
+    asked = [f"secret{i} method{i}" for i in range(40)]
+    answers = [placeholder(prompt, voice) for prompt in asked for voice in (ATTACKER, DEFENDER)]
+    assert all(verdict.flagged for verdict in RefusalJudge().judge(answers, answers))
+    assert len(set(answers)) > 70 and not any("secret" in answer for answer in answers)
+    assert placeholder("x", ATTACKER) == placeholder("x", ATTACKER)
+
+
+def test_attacker_and_defender_have_no_word_for_an_invented_thing_in_common():
+    assert not set(ATTACKER.things) & set(DEFENDER.things)
+    assert not set(ATTACKER.openings) & set(DEFENDER.openings)
+
+
+def test_borderline_requests_are_answered_each_once():
+    pairs = borderline()
+    assert len({request for request, _ in pairs}) == len(pairs) > 300
+    assert not any(verdict.refused for verdict in RefusalJudge().judge([r for r, _ in pairs], [a for _, a in pairs]))
+    assert not [text for pair in pairs for text in pair if re.search(r"[{}]|^[a-z]", text)]
+    assert len({request.split()[0] for request, _ in pairs[: len(FAMILIES)]}) > 3  # neighbours differ
