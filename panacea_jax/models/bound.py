@@ -196,7 +196,7 @@ class BoundDecoder:
 
     def logits(self, x: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """Logits of any slice of the final hidden states, in at least float32."""
-        return self.decoder.logits(x)
+        return self.decoder.head(x)
 
     def unstack(self) -> tuple[Any, ...]:
         """Weights and factors of each layer, cut out of their stacks. A loop over tokens does so once, before it begins: inside, every

@@ -7,7 +7,7 @@ compiler's.
 import jax
 
 from panacea_jax.data.batches import Batch
-from panacea_jax.defences.loss import CHUNK
+from panacea_jax.defences.cross_entropy import CHUNK, WHOLE
 from panacea_jax.defences.protocol import passes_as_received
 from panacea_jax.parallel.mesh import slices_of
 from panacea_jax.parallel.sharding import batch_rows
@@ -125,5 +125,5 @@ def _of_a_pass(step: AbstractStep, batch: Batch) -> tuple[float, float]:
         kept = inside
     else:
         kept = c.num_layers * (inside - scores * (step.remat == "dots"))
-    chunk = tokens * min(1, CHUNK / length)
+    chunk = tokens if length <= WHOLE else min(tokens, CHUNK)
     return c.num_layers * stream + kept, chunk * c.vocab_size / tensor * (2 * 4 + width)
