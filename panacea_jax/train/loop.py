@@ -117,7 +117,10 @@ def finetune(
     full = not isinstance(params, Adapter)
     # Kept to measure how far training moved; with all parameters it would be too dear.
     origin = None if full or donate else params
-    scale = {} if full else {"lora_scale": params.scale}
+    adapter = params if isinstance(params, Adapter) else None
+    adapted: dict[str, Any] = {} if adapter is None else {"lora_scale": adapter.scale}
+    if adapter is not None and adapter.numbers is not None:
+        adapted["lora_layers"] = list(adapter.numbers)
     state = init_state(params, defence, optimizer, donate)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step_fn = (compiled or CompiledSteps()).find(model, defence, optimizer, shardings, accumulate)
@@ -145,7 +148,7 @@ def finetune(
 
     def save() -> None:
         if checkpoints is not None:
-            meta = {"seed": seed, "step_bytes": step_bytes, **scale, **watch.notes()}
+            meta = {"seed": seed, "step_bytes": step_bytes, **adapted, **watch.notes()}
             meta |= held_out.notes() if held_out is not None else {}
             with jax.transfer_guard("allow"):
                 checkpoints.save(state, meta)
