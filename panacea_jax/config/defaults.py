@@ -34,6 +34,7 @@ def _train() -> ConfigDict:
         "steps": 0,  # 0: from epochs
         "full_parameters": False,
         "accumulate": 1,  # micro-batches that a batch is taken in: less memory, the same step
+        "cache_frozen": True,  # with lora.layers: what the layers below make of a record is computed once and kept on the host
         "log_every": 10,
         "validate_every": 0,  # steps between two looks at the records held out by data.validation; 0: an epoch
         "patience": 0,  # looks without a lower loss after which training stops; 0: never

@@ -41,7 +41,7 @@ from panacea_jax.workdir import StageFolder
 
 # Which configuration sections decide the outcome of a stage: a change of any other may resume it.
 DECISIVE = ("seed", "model", "lora", "data", "defence", "optimizer", "train", "export")
-NEUTRAL = {"train": ("log_every",), "model": ("attention", "remat")}
+NEUTRAL = {"train": ("log_every", "cache_frozen"), "model": ("attention", "remat")}
 # Keys that came later, with the value at which a stage does what it did before: work directories from then go on.
 SINCE: dict[str, dict[str, object]] = {
     "defence": {"ascent_steps": 1, "masks": "mended"},
@@ -210,6 +210,7 @@ def _train(
         model, params, defence, streams,
         optimizer=optimizer_of(o, rate, defence), steps=steps, seed=config.seed, log_every=config.train.log_every,
         accumulate=config.train.accumulate, checkpoints=checkpoints, folder=folder, donate=donate,
+        cache_frozen=config.train.cache_frozen,
         compiled=compiled, profile=profile, learning_rate=rate,
         held_out=HeldOut(held_out, config.train.batch_size, every, config.train.patience) if held_out else None,
     )  # fmt: skip
