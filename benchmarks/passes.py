@@ -83,9 +83,9 @@ def _batch(seed: int, several: int) -> Batch:
     return Batch(jnp.asarray(tokens, jnp.int32), jnp.asarray(response), jnp.ones(tokens.shape, bool))  # fmt: skip
 
 
-def step_flops(model: Model, defence: Any) -> float:
-    """FLOPs of the compiled step."""
-    params = lora.init(model, RANK, 4, ("q", "k", "v"), key=jax.random.key(1))
+def step_flops(model: Model, defence: Any, layers: str = "") -> float:
+    """FLOPs of the compiled step, with an adapter of all or some layers."""
+    params = lora.init(model, RANK, 4, ("q", "k", "v"), key=jax.random.key(1), layers=layers)
     # A method that leaves layers out of a step has an optimizer of its own.
     partial = {"partial": True} if defence.partial else {}
     optimizer = make_optimizer(1e-3, **partial)

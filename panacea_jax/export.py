@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from panacea_jax.errors import InputError
@@ -120,29 +120,35 @@ def _epsilon_entries(epsilon: Any) -> list[Entry]:
 
 
 def save_epsilon(epsilon: Any, path: Path, metadata: dict[str, str]) -> None:
-    """Write ``epsilon.safetensors``; an adapter's rank and α go into its metadata. Of several processes the first writes."""
+    """Write ``epsilon.safetensors``; an adapter's rank, α and layers go into its metadata. Of several processes the first writes."""
     if isinstance(epsilon, Adapter):
         metadata = metadata | {"rank": str(epsilon.rank), "alpha": str(epsilon.alpha)}
         if epsilon.rslora:
             metadata["rslora"] = "True"
+        if epsilon.numbers is not None:
+            metadata["layers"] = ",".join(map(str, epsilon.numbers))
     if processes.first():
         path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, _epsilon_entries(epsilon), metadata)
 
 
-def load_epsilon(path: Path) -> dict[str, Any]:
-    """An exported ε as a nested tree on the host: adapter factors, or all weights under their own names.
+def load_epsilon(path: Path) -> dict[str, Any] | Adapter:
+    """An exported ε on the host: adapter factors, or all weights under their own names.
 
     Returns:
-        ``{"self_attn": {"q_proj": {"a": [L, in, r], "b": [L, r, out]}}, …}`` or a weight tree with ``layers``.
+        ``{"self_attn": {"q_proj": {"a": [L, in, r], "b": [L, r, out]}}, …}`` or a weight tree with ``layers``; of some layers only an
+        :class:`Adapter`, which knows them by number.
 
     Raises:
         InputError: unreadable, or the names are not those of an exported ε.
     """
     try:
         tensors = load_file(path)
+        with safe_open(path, framework="numpy") as file:
+            notes = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read as safetensors ({error})") from error
+    numbers = tuple(map(int, notes["layers"].split(","))) if "layers" in notes else None
     rows: dict[str, dict[int | None, np.ndarray]] = {}
     for name, value in tensors.items():
         where = _locate(name)
@@ -152,13 +158,22 @@ def load_epsilon(path: Path) -> dict[str, Any]:
         rows.setdefault(tree_path, {})[layer] = value.T if transpose else value
     if not rows:
         raise InputError(f"{path}: holds no tensor")
-    return unflatten_dict({p: _stacked(by_layer, p, path) for p, by_layer in rows.items()}, sep="/")
+    flat = {p: _stacked(by_layer, numbers, p, path) for p, by_layer in rows.items()}
+    tree = unflatten_dict(flat, sep="/")
+    if numbers is None:
+        return tree
+    return Adapter(tree, int(notes["rank"]), float(notes["alpha"]), "rslora" in notes, numbers=numbers)
 
 
-def _stacked(by_layer: Mapping[int | None, np.ndarray], name: str, path: Path) -> np.ndarray:
+def _stacked(
+    by_layer: Mapping[int | None, np.ndarray],
+    numbers: tuple[int, ...] | None,
+    name: str,
+    path: Path,
+) -> np.ndarray:
     if None in by_layer:
         return by_layer[None]
-    layers = [by_layer.get(i) for i in range(len(by_layer))]
+    layers = [by_layer.get(i) for i in numbers or range(len(by_layer))]
     if any(x is None or x.shape != layers[0].shape for x in layers):  # type: ignore[union-attr]
         raise InputError(
             f"{path}: {name}: a layer is missing, or its shape differs from the others'"
@@ -187,7 +202,8 @@ def adapter_from_checkpoint(folder: Path) -> Adapter:
             ).values()
         )
     ).shape[-1]
-    return Adapter(layers, rank=rank, alpha=notes["lora_scale"] * rank)
+    numbers = tuple(notes["lora_layers"]) if "lora_layers" in notes else None
+    return Adapter(layers, rank=rank, alpha=notes["lora_scale"] * rank, numbers=numbers)
 
 
 def _locate(name: str) -> tuple[str, int | None, bool] | None:

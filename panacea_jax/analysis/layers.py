@@ -27,7 +27,11 @@ by name."""
 
 
 def layer_coefficients(
-    epsilon: Any, params: Any = None, scale: float | None = None, kind: str = "last"
+    epsilon: Any,
+    params: Any = None,
+    scale: float | None = None,
+    kind: str = "last",
+    numbers: Sequence[int] | None = None,
 ) -> Coefficients:
     """Coefficients of every layer, in the shape of one object of layers.json.
 
@@ -38,6 +42,7 @@ def layer_coefficients(
         params: the adapter w that ε belongs to, in the same form; needed for "effective".
         scale: s = α/r; taken from ``params`` or ``epsilon`` where one is an Adapter.
         kind: which ε this is, "last" or "mean" (the running mean over training).
+        numbers: of the stacked layers in the model; by default those of an Adapter, else 0, 1, …
 
     Returns:
         One object of layers.json: ``{"epsilon": kind, "layers": [{"layer", "norm", "share",
@@ -67,11 +72,13 @@ def layer_coefficients(
     total = sum(float(s.sum()) for s in squares.values())
     effective = _effective(modules, params, _scale(epsilon, params, scale))
     rows = []
-    for l in range(depths.pop()):
+    depth = depths.pop()
+    numbers = getattr(epsilon, "numbers", None) if numbers is None else numbers
+    for l, number in enumerate(range(depth) if numbers is None else numbers):
         square = math.fsum(float(squares[name][l]) for name in squares)
         rows.append(
             {
-                "layer": l,
+                "layer": number,
                 "norm": math.sqrt(square),
                 "share": _ratio(square, total),
                 "density": math.sqrt(square / entries),
@@ -269,7 +276,7 @@ def plot_coefficients(results: Sequence[Coefficients], path: Path) -> None:
             xlabel="layer (0 is next to the embeddings)",
             ylabel="share of ‖ε‖² (%)",
         )
-        axes.set_xlim(-0.6, len(rows) - 0.4)
+        axes.set_xlim(layers.min() - 0.6, layers.max() + 0.6)
         axes.set_ylim(0, 1.1 * base.max() or 1)
         axes.xaxis.get_major_locator().set_params(integer=True)
         density = axes.twinx()

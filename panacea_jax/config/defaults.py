@@ -6,9 +6,9 @@ Defaults are those of Panacea's published scripts where these say something (arX
 from collections.abc import Iterator
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference, placeholder
 
-from panacea_jax.config.methods import defence_defaults
+from panacea_jax.config.methods import Setting, defence_defaults
 from panacea_jax.errors import InputError
 
 
@@ -34,6 +34,7 @@ def _train() -> ConfigDict:
         "steps": 0,  # 0: from epochs
         "full_parameters": False,
         "accumulate": 1,  # micro-batches that a batch is taken in: less memory, the same step
+        "cache_frozen": True,  # with lora.layers: what the layers below make of a record is computed once and kept on the host
         "log_every": 10,
         "validate_every": 0,  # steps between two looks at the records held out by data.validation; 0: an epoch
         "patience": 0,  # looks without a lower loss after which training stops; 0: never
@@ -63,6 +64,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "rslora": False,  # True: scaled by α/√r in place of α/r
             "dropout": 0.0,  # of the adapter's inputs, in training steps
             "targets": ("q", "k", "v"),
+            "layers": FieldReference("", field_type=Setting),  # that are adapted: "upper:10", "20-29", numbers; "": all
             "init_from": "",  # PEFT folder to go on from; "": a fresh adapter, or in a run the alignment stage's
             "policy": "single",  # that adapter is trained on; "merged": it becomes part of the base, and a fresh one is trained
         },

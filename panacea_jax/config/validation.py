@@ -3,6 +3,7 @@
 import datetime
 import math
 import re
+import sys
 
 from ml_collections import ConfigDict
 
@@ -18,7 +19,7 @@ from panacea_jax.data.template import LOSS_ON, SPECIAL_TOKENS, TEMPLATES
 from panacea_jax.defences.spec import Stack, candidates, parse_stack
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges import JUDGES, needs_model
-from panacea_jax.models.adapter import target_names
+from panacea_jax.models.adapter import layer_numbers, target_names
 from panacea_jax.models.decoder import REMAT
 from panacea_jax.models.fused import BACKENDS
 from panacea_jax.models.quantise import QUANTIZATIONS
@@ -58,6 +59,7 @@ def validate(config: ConfigDict) -> None:
     _at_least(judge.batch_size, "judge.batch_size", 1)
     require(0 <= config.seed < 2**31, "seed", config.seed, "a whole number from 0 to 2147483647")
     target_names(config.lora.targets)
+    layer_numbers(config.lora.layers, depth=sys.maxsize)
     _at_least(config.lora.rank, "lora.rank", 1)
     one_of(config.lora.policy, "lora.policy", LORA_POLICIES)
     require(0 < config.lora.alpha < math.inf, "lora.alpha", config.lora.alpha, "a positive number")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int32, UInt32
+from jaxtyping import Bool, Float, Int32, UInt32
 
 from panacea_jax.data.encode import Example
 from panacea_jax.data.order import indices
@@ -32,6 +32,7 @@ class Batch(NamedTuple):
         segments: In packed rows the number of each token's record, 1, 2, … from the left, 0 where
             not valid; None where a row is one record.
         dropout: In a training step with dropout a raw random key for each row, else None.
+        entering: What enters the lowest adapted layer, where it was computed before; see `train.entering`.
     """
 
     tokens: Int32[Any, "B T"]
@@ -39,6 +40,7 @@ class Batch(NamedTuple):
     valid: Bool[Any, "B T"]
     segments: Int32[Any, "B T"] | None = None
     dropout: UInt32[Any, "B _"] | None = None
+    entering: Float[Any, "B T D"] | None = None
 
     @property
     def records(self) -> Any:
@@ -154,7 +156,7 @@ class Stream:
         else:
             length = self._length([example for chosen in several for example in chosen])
             batches = [pad(chosen, length, self.rows) for chosen in several]
-        return jax.tree.map(lambda *x: np.stack(x, axis=1).reshape(-1, x[0].shape[1]), *batches)
+        return jax.tree.map(lambda *x: np.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *batches)
 
     def once(self) -> Iterator[Batch]:
         """Every record once, in the set's order and a row each; rows without tokens fill up the last batch."""
@@ -187,7 +189,7 @@ def deinterleave(batch: Batch, repeats: int) -> Batch:
 
     Row r of batch k is row r · repeats + k of the whole, so a device that holds an equal share of the whole holds its share of each.
     """
-    return jax.tree.map(lambda x: x.reshape(-1, repeats, x.shape[1]).swapaxes(0, 1), batch)
+    return jax.tree.map(lambda x: x.reshape(-1, repeats, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def interleave(x: Any) -> Any:
@@ -207,6 +209,8 @@ def pack(groups: Sequence[Sequence[Example]], length: int, rows: int) -> Batch:
     tokens = np.zeros((rows, length), np.int32)
     loss_mask = np.zeros((rows, length), np.bool_)
     segments = np.zeros((rows, length), np.int32)
+    known = next((example.entering for group in groups for example in group), None)
+    entering = None if known is None else np.zeros((rows, length, known.shape[1]), known.dtype)
     for row, group in enumerate(groups):
         end = 0
         for number, example in enumerate(group, 1):
@@ -216,4 +220,6 @@ def pack(groups: Sequence[Sequence[Example]], length: int, rows: int) -> Batch:
             # Nothing comes before a first token: it must not be predicted from another record.
             loss_mask[row, start + 1 : end] = example.loss_mask[1:]
             segments[row, start:end] = number
-    return Batch(tokens, loss_mask, segments > 0, segments)
+            if entering is not None:
+                entering[row, start:end] = example.entering
+    return Batch(tokens, loss_mask, segments > 0, segments, entering=entering)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Float, Int32
 
 from panacea_jax.data.sources import Record
 from panacea_jax.data.template import Template
@@ -29,11 +29,13 @@ class Example:
         tokens: ids of the text.
         loss_mask: the tokens to learn from: answers, and the marks of their ends.
         cut: the text went on behind the last of them.
+        entering: what enters the lowest adapted layer at each token, where it was computed.
     """
 
     tokens: Int32[np.ndarray, " n"]
     loss_mask: Bool[np.ndarray, " n"]
     cut: bool = False
+    entering: Float[np.ndarray, "n D"] | None = None
 
     @classmethod
     def answering(cls, tokens: Int32[np.ndarray, " n"], prompt_length: int) -> "Example":

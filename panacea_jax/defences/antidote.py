@@ -43,11 +43,15 @@ class AntidoteState(NamedTuple):
 @jax.jit
 def _sums(loss: Loss, params: Params, batch: Batch) -> tuple[Squares, Int[Array, ""]]:
     """``Σ x²`` over the tokens of a batch by name of the matrix, and the number of records."""
+    depth, numbers = loss.model.config.num_layers, getattr(params, "numbers", None)
     seen = loss.forward(params, batch, None, ("input_squares", "low_squares")).readings
     sums = {}
     for name in pruning.pruned_matrices(params):
         projection, _, factor = name.removeprefix("layers.").rpartition(".")
-        sums[name] = seen["low_squares" if factor == "b" else "input_squares"][projection]
+        found = seen["low_squares" if factor == "b" else "input_squares"][projection]
+        # Readings end with the last layer, and begin with the first or with the lowest adapted one.
+        own = None if numbers is None else jnp.asarray(numbers) - (depth - len(found))
+        sums[name] = found if own is None else found[own]
     return sums, batch.records
 
 

@@ -115,6 +115,7 @@ class BoosterVaccine(Defence):
         memory="two transient gradients, one B×T×D tensor a layer",
         code="a switch of Booster's code",
     )
+    reads_every_layer: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_not_negative(lam=self.lam, alpha=self.alpha, rho=self.rho)

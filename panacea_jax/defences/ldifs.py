@@ -58,6 +58,7 @@ class Ldifs(Anchored):
         memory="starting parameters, two B×T×D tensors a layer",
         code="sum and gate reproduced; no gradient through the reference, no padding; gate 0 mends the rest",
     )
+    reads_every_layer: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_not_negative(rho=self.rho)

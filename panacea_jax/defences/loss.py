@@ -6,19 +6,16 @@ divides once, and hidden states and readings are put together again before anybo
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from panacea_jax.data.batches import Batch, deinterleave, interleave
+from panacea_jax.defences.cross_entropy import summed_cross_entropy
 from panacea_jax.models.bound import SQUARES, BoundDecoder, Inputs, Offsets, SomeOffsets
 from panacea_jax.models.model import Model
-
-# Positions whose logits exist at a time: [B, T, V] of a vocabulary of 256k would outweigh all else that a step holds.
-CHUNK = 32
 
 
 class Forward(NamedTuple):
@@ -87,8 +84,8 @@ class Loss:
         if self.accumulate > 1:
             return _forward_in_parts(self, params, batch, offsets, readings)
         inputs = Inputs.of(
-            batch.tokens, batch.valid, segments=batch.segments, dropout=batch.dropout
-        )
+            batch.tokens, batch.valid, segments=batch.segments, dropout=batch.dropout, entering=batch.entering
+        )  # fmt: skip
         return Forward(*self.bind(params).inspect(inputs, offsets, readings, self.remat))
 
     def hidden_states(
@@ -113,19 +110,10 @@ class Loss:
         self, params: Any, hidden: Float[Array, "B T D"], batch: Batch
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         # Position t predicts token t + 1, so the mask is shifted by one; the last position predicts nothing.
-        parts = (hidden[:, :-1], batch.tokens[:, 1:], batch.loss_mask[:, 1:])
-        bound = self.bind(params)
-
-        def part(
-            x: Float[Array, "B C D"], targets: Int[Array, "B C"], mask: Bool[Array, "B C"]
-        ) -> Float[Array, ""]:
-            logits = bound.logits(x)
-            picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-            return jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - picked, 0).sum()
-
-        with jax.named_scope("cross_entropy"):
-            total = part(*parts) if num_chunks(parts[1].shape[1]) <= 1 else _in_chunks(part, parts)
-            return total, parts[2].sum().astype(total.dtype)
+        targets, mask = batch.tokens[:, 1:], batch.loss_mask[:, 1:]
+        head = self.bind(params).decoder.head
+        total = summed_cross_entropy(head, hidden[:, :-1], targets, mask, self.model.mesh)
+        return total, mask.sum().astype(total.dtype)
 
 
 # ---- micro-batches
@@ -210,36 +198,6 @@ def _forward_in_parts(
         for name, x in found.readings.items()
     }  # fmt: skip
     return Forward(interleave(found.hidden), joined)
-
-
-# ---- chunks of positions
-
-
-def num_chunks(positions: int) -> int:
-    """Pieces in which the loss takes so many positions."""
-    return -(-positions // CHUNK)
-
-
-def _in_chunks(
-    part: Callable[..., Float[Array, ""]], arrays: tuple[Array, ...]
-) -> Float[Array, ""]:
-    """Sum of ``part`` over chunks of the positions (axis 1), each computed again in the backward pass.
-
-    Padding at the end is zeros, hence masked.
-    """
-
-    def cut(x: Array) -> Array:
-        count = num_chunks(x.shape[1])
-        x = jnp.pad(x, [(0, 0), (0, count * CHUNK - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], count, CHUNK, *x.shape[2:]), 1, 0)
-
-    chunks = tuple(map(cut, arrays))
-    zero = jnp.zeros((), jax.eval_shape(part, *(c[0] for c in chunks)).dtype)
-
-    def add(total: Float[Array, ""], chunk: Any) -> tuple[Float[Array, ""], None]:
-        return total + part(*chunk), None
-
-    return jax.lax.scan(jax.checkpoint(add, prevent_cse=False), zero, chunks)[0]
 
 
 @jax.jit

@@ -73,11 +73,13 @@ class Method:
         stage: where in align → finetune → heal it acts.
         facts: costs and origin.
         unpackable: what it does that packed rows would change, in words, see ``check_packing``. Other methods may not look at rows.
+        reads_every_layer: it perturbs or reads activations of all layers, so what enters the adapted ones is not enough for it.
     """
 
     stage: ClassVar[Stage]
     facts: ClassVar[Facts]
     unpackable: ClassVar[str] = ""
+    reads_every_layer: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Raises:

@@ -45,6 +45,7 @@ class RandomVaccine(Defence):
         memory="the noise, one B×T×D tensor a layer",
         code="ρ is the variance, as its code",
     )
+    reads_every_layer: ClassVar[bool] = True
     unpackable: ClassVar[str] = (
         "draws noise for each place of a batch, so packed records get other noise"
     )

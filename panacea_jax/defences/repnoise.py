@@ -186,6 +186,7 @@ class RepNoise(Defence):
         memory="MLP outputs and hidden states of the harmful batch, logits of one layer at a time",
         code="loss of the official code, paired; its masks mended, or as they are with masks=code",
     )
+    reads_every_layer: ClassVar[bool] = True
     unpackable: ClassVar[str] = "compares the rows of its batches, which must be one record each"
 
     def __post_init__(self) -> None:

@@ -140,15 +140,14 @@ class SafeLora(Method):
             block = BLOCK_OF[target]
             kernel = whole(loss.weights["layers"][block][target]["kernel"], "Safe LoRA")
             pair = params.layers[block][target]
-            merged = shift.layers[block][target] if shift and target in shift.targets else None
             projected, cosine = [], []
-            for layer in range(kernel.shape[0]):
+            for place, layer in enumerate(params.adapted):
                 path = f"layers/{block}/{target}/kernel"
                 found = _project(
                     kernel[layer],
-                    None if merged is None or shift is None else (shift.scale, _of(merged, layer)),
+                    _product_of(shift, target, layer),
                     load_layer(tensors, path, layer, kernel),
-                    _of(pair, layer),
+                    _of(pair, place),
                 )
                 if not float(found.size):
                     raise InputError(
@@ -191,7 +190,7 @@ class SafeLora(Method):
         return {
             "threshold": tau,
             "cosines": {t: c.tolist() for t, c in state.cosine.items()},
-            "projected": {t: np.flatnonzero(c <= tau).tolist() for t, c in state.cosine.items()},
+            "projected": {t: np.asarray(params.adapted)[c <= tau].tolist() for t, c in state.cosine.items()},
             "similarity": float(jnp.mean(1 / (1 + jnp.stack(distance)))),
         }
 
@@ -200,6 +199,13 @@ class _Projection(NamedTuple):
     projected: Float[Array, "r out"]
     cosine: Float[Array, ""]
     size: Float[Array, ""]
+
+
+def _product_of(adapter: Adapter | None, target: str, layer: int) -> tuple[float, tuple[Array, Array]] | None:
+    """What an adapter adds to a projection of a layer; None: nothing."""
+    if adapter is None or target not in adapter.targets or (place := adapter.place(layer)) is None:
+        return None
+    return adapter.scale, _of(adapter.layers[BLOCK_OF[target]][target], place)
 
 
 def _of(pair: dict[str, Array], layer: int) -> tuple[Array, Array]:

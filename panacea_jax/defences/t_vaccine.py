@@ -134,8 +134,10 @@ class TVaccine(Defence):
         """Any state: step 0 looks and draws.
 
         Raises:
-            InputError: more active layers than the model has.
+            InputError: more active layers than the model has, or an adapter of some layers: which are active is drawn from all.
         """
+        if getattr(params, "numbers", None) is not None:
+            raise InputError("config.lora.layers: t_vaccine draws its layers from all of them, so an adapter has to have all")
         count = _num_layers(params)
         if self.layers > count:
             raise InputError(f"config.defence.layers = {self.layers}: the model has {count}")

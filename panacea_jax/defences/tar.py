@@ -94,6 +94,7 @@ class Tar(Anchored):
         memory="the starting weights; in a step four trees of the size of the trainable one",
         code="second stage of the official code, one kind of adversary; not the inert copy in T-Vaccine's",
     )
+    reads_every_layer: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_counts(inner_steps=self.inner_steps, inner_every=self.inner_every)

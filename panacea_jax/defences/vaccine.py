@@ -86,6 +86,7 @@ class Vaccine(Defence):
         memory="one B×T×D tensor a layer",
         code="attention outputs only, as its code; without LoRA dropout both passes see one function",
     )
+    reads_every_layer: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_not_negative(rho=self.rho)

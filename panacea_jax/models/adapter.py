@@ -6,6 +6,7 @@ base weights. A defence treats the adapter like any other set of parameters.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,11 +31,12 @@ class Adapter:
     """LoRA factors of every chosen projection.
 
     Attributes:
-        layers: ``{"self_attn": {"q_proj": {"a": [L, in, r], "b": [L, r, out]}, …}, "mlp": {…}}``, chosen targets only.
+        layers: ``{"self_attn": {"q_proj": {"a": [S, in, r], "b": [S, r, out]}, …}, "mlp": {…}}``, chosen targets only.
         rank: r.
         alpha: α; the product is scaled by α/r.
         rslora: scaled by α/√r instead (Kalajdzievski, arXiv 2312.03732).
         dropout: probability with which an entry of an adapter's input is 0 in a training step; the others are divided by 1 − dropout.
+        numbers: of the S layers that are adapted, rising; None: all of the model.
     """
 
     layers: dict[str, Any]
@@ -42,6 +44,7 @@ class Adapter:
     alpha: float = dataclasses.field(metadata={"static": True})
     rslora: bool = dataclasses.field(default=False, metadata={"static": True})
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+    numbers: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def scale(self) -> float:
@@ -53,17 +56,34 @@ class Adapter:
         """Adapted projections by their Hugging Face names, in the order of the table above."""
         return tuple(name for name, block in BLOCK_OF.items() if name in self.layers.get(block, {}))
 
+    @property
+    def lowest(self) -> int:
+        """The lowest layer that is adapted: what enters it does not depend on the adapter."""
+        return 0 if self.numbers is None else self.numbers[0]
+
+    @property
+    def adapted(self) -> tuple[int, ...]:
+        """Numbers of the layers that the stacks hold, one after the other."""
+        depth = jax.tree.leaves(self.layers)[0].shape[0]
+        return tuple(range(depth)) if self.numbers is None else self.numbers
+
+    def place(self, layer: int) -> int | None:
+        """Where in the stacks a layer of the model is; None where it is not adapted."""
+        return self.adapted.index(layer) if layer in self.adapted else None
+
 
 class RowAdapters(NamedTuple):
     """Adapters of one base, one for each row of a batch.
 
     Attributes:
-        layers: factors of all of them side by side, ``a [L, in, R]`` and ``b [L, R, out]``.
+        layers: factors of all of them side by side, ``a [S, in, R]`` and ``b [S, R, out]``.
         scale: α/r on the ranks of the row's own adapter, 0 on the others'.
+        numbers: as of :class:`Adapter`.
     """
 
     layers: dict[str, Any]
     scale: Float[Array, "B 1 R"]
+    numbers: tuple[int, ...] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -72,45 +92,94 @@ class AdapterSet:
     """Several adapters of one base, with the ranks of all of them side by side.
 
     Attributes:
-        layers: as of :class:`RowAdapters`; zeros for a projection that an adapter leaves alone.
+        layers: as of :class:`RowAdapters`; zeros for a projection or a layer that an adapter leaves alone.
         scale: α/r of the adapter that each rank belongs to.
         owner: its number.
+        numbers: of the layers that any of them adapts, as of :class:`Adapter`.
     """
 
     layers: dict[str, Any]
     scale: Float[Array, "R"]
     owner: Int[Array, "R"]
+    numbers: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     def of(self, which: Int[Array, "B"]) -> RowAdapters:
         """As seen by rows that use the adapters ``which``."""
         own = self.owner == which[:, None]
-        return RowAdapters(self.layers, jnp.where(own, self.scale, 0.0)[:, None])
+        return RowAdapters(self.layers, jnp.where(own, self.scale, 0.0)[:, None], self.numbers)
+
+
+def spread(layers: Mapping[str, Any], numbers: Sequence[int] | None, wanted: Sequence[int]) -> dict[str, Any]:
+    """Stacks of the layers ``wanted``, from stacks of the layers ``numbers`` (None: the same), with zeros for those that are not there."""
+    if numbers is None or tuple(numbers) == tuple(wanted):
+        return dict(layers)
+    places = np.asarray([list(wanted).index(n) for n in numbers])
+
+    def put(x: jax.Array) -> jax.Array:
+        return jnp.zeros((len(wanted), *x.shape[1:]), x.dtype).at[places].set(x)
+
+    return jax.tree.map(put, dict(layers))
 
 
 def side_by_side(adapters: Sequence[Adapter]) -> AdapterSet:
     """Several adapters as one set, numbered in their order."""
+    numbers = tuple(sorted(set().union(*(a.adapted for a in adapters))))
+    stacks = [spread(a.layers, a.numbers, numbers) for a in adapters]
     layers: dict[str, Any] = {}
-    for name in BLOCK_OF:
-        having = [a.layers[BLOCK_OF[name]][name] for a in adapters if name in a.targets]
-        if not having:
+    for name, block in BLOCK_OF.items():
+        having = next((s[block][name] for s, a in zip(stacks, adapters) if name in a.targets), None)
+        if having is None:
             continue
+        (depth, d_in, _), d_out = having["a"].shape, having["b"].shape[2]
         parts = [
-            a.layers[BLOCK_OF[name]][name]
+            s[block][name]
             if name in a.targets
-            else {
-                "a": jnp.zeros((*having[0]["a"].shape[:2], a.rank)),
-                "b": jnp.zeros((having[0]["b"].shape[0], a.rank, having[0]["b"].shape[2])),
-            }
-            for a in adapters
+            else {"a": jnp.zeros((depth, d_in, a.rank)), "b": jnp.zeros((depth, a.rank, d_out))}
+            for s, a in zip(stacks, adapters)
         ]
-        layers.setdefault(BLOCK_OF[name], {})[name] = {
+        layers.setdefault(block, {})[name] = {
             "a": jnp.concatenate([p["a"] for p in parts], axis=2),
             "b": jnp.concatenate([p["b"] for p in parts], axis=1),
         }
     ranks = [a.rank for a in adapters]
     scale = np.repeat([a.scale for a in adapters], ranks).astype(np.float32)
     owner = np.repeat(np.arange(len(adapters)), ranks).astype(np.int32)
-    return AdapterSet(layers, jnp.asarray(scale), jnp.asarray(owner))
+    everywhere = any(a.numbers is None for a in adapters)
+    return AdapterSet(layers, jnp.asarray(scale), jnp.asarray(owner), None if everywhere else numbers)
+
+
+def layers_text(layers: Any) -> str:
+    """One spelling of ``config.lora.layers``, which numbers may have several of: (20, 21), (20.0, 21.0) and "20,21" are one."""
+    several = layers if isinstance(layers, list | tuple) else (layers,)
+    return ",".join(x if isinstance(x, str) else f"{x:g}" for x in several).replace(" ", "")
+
+
+def layer_numbers(layers: Any, depth: int) -> tuple[int, ...] | None:
+    """What ``config.lora.layers`` means for a model of so many layers; None: all of them.
+
+    Args:
+        layers: "" or () for all, "upper:K" for the last K, "A-B" for those from A to B, or their numbers, counted from 0.
+        depth: of the model.
+
+    Raises:
+        InputError: another form, or a layer that the model does not have.
+    """
+    words = layers_text(layers)
+    if not words:
+        return None
+    if upper := re.fullmatch(r"upper:(\d+)", words):
+        found: Sequence[int] = range(depth - int(upper[1]), depth)
+    elif span := re.fullmatch(r"(\d+)-(\d+)", words):
+        found = range(int(span[1]), int(span[2]) + 1)
+    elif re.fullmatch(r"\d+(,\d+)*", words):
+        found = sorted(set(map(int, words.split(","))))
+    else:
+        found = ()
+    if not found:
+        raise InputError(f'config.lora.layers = {layers!r}: "upper:10", "20-29", numbers of layers, or "" for all')
+    if found[0] < 0 or found[-1] >= depth:
+        raise InputError(f"config.lora.layers = {layers!r}: the model has the layers 0 to {depth - 1}")
+    return None if len(found) == depth else tuple(found)
 
 
 def target_names(targets: Sequence[object]) -> tuple[str, ...]:
@@ -140,7 +209,8 @@ def merge(weights: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     for name in adapter.targets:
         block = BLOCK_OF[name]
         kernel = whole(out["layers"][block][name]["kernel"], "merging an adapter")
+        pair = spread(adapter.layers[block][name], adapter.numbers, range(len(kernel)))
         out["layers"][block][name]["kernel"] = jax.jit(merged, out_shardings=kernel.sharding)(
-            kernel, adapter.layers[block][name], adapter.scale
+            kernel, pair, adapter.scale
         )
     return out

@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from panacea_jax.models.adapter import BLOCK_OF
+from panacea_jax.models.adapter import BLOCK_OF, spread
 from panacea_jax.models.cache import KVCache, Layers, num_slots
 from panacea_jax.models.decoder import Decoder
 from panacea_jax.models.fused import choose_backend, fused_attention
+from panacea_jax.models.inputs import Inputs
 from panacea_jax.models.layers import Context, LayerCache
 from panacea_jax.models.precision import wide
 from panacea_jax.parallel.sharding import batch_rows, batch_sharding
@@ -26,6 +28,8 @@ from panacea_jax.parallel.sharding import batch_rows, batch_sharding
 READINGS = ("attn_out", "mlp_out", "block_out")
 # Sums of squares over the valid tokens, {"self_attn.q_proj": [L, F], …}: of each projection's input, and of x A of each adapted one.
 SQUARES = ("input_squares", "low_squares")
+# Weights of one layer that are looked up in their stacks: the backward pass looks them up again, or it would keep a copy of them all.
+_LOOKED_UP = "layer_weights"
 
 
 class SomeOffsets(NamedTuple):
@@ -44,75 +48,16 @@ Offsets = Float[Array, "L B T D"] | SomeOffsets
 
 
 @dataclasses.dataclass(frozen=True)
-class Inputs:
-    """Texts as the decoder takes them, padded to one length.
-
-    Attributes:
-        tokens: ids; those of padding do not matter.
-        positions: position of each token in its text.
-        valid: False for padding: no query sees it.
-        segments: numbers of the texts that share a row; a query sees keys of its own only. None: one text a row.
-        dropout: raw random key of each row, for the masks of the adapter's inputs. None: no dropout.
-    """
-
-    tokens: Int[Array, "B T"]
-    positions: Int[Array, "B T"]
-    valid: Bool[Array, "B T"]
-    segments: Int[Array, "B T"] | None = None
-    dropout: UInt32[Array, "B _"] | None = None
-
-    @classmethod
-    def of(
-        cls,
-        tokens: Int[Array, "B T"],
-        valid: Bool[Array, "B T"] | None = None,
-        *,
-        positions: Int[Array, "B T"] | None = None,
-        segments: Int[Array, "B T"] | None = None,
-        dropout: UInt32[Array, "B _"] | None = None,
-        first: int | Int[Array, "B 1"] = 0,
-    ) -> "Inputs":
-        """With what is not given filled in.
-
-        Args:
-            tokens: ids.
-            valid: by default all are.
-            positions: by default each token's index among the valid ones of its row, or in its segment, counted from ``first`` on.
-            segments: by default one text a row.
-            dropout: by default none.
-            first: position of the first token.
-        """
-        if valid is None:
-            valid = jnp.ones(tokens.shape, bool)
-        if positions is None and segments is not None:
-            positions = segment_positions(segments)
-        elif positions is None:
-            positions = default_positions(valid) + first
-        return cls(tokens, positions, valid, segments, dropout)
-
-
-def default_positions(valid: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """Index of each token among the valid ones of its row; padding before the first gets 0."""
-    return jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
-
-
-def segment_positions(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Index of each token within its segment, a run of equal numbers."""
-    index = jnp.arange(segments.shape[1], dtype=jnp.int32)
-    starts = jnp.diff(segments, axis=1, prepend=-1) != 0
-    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-
-
-@dataclasses.dataclass(frozen=True)
 class BoundDecoder:
     """A decoder with its weights in it, the factors that its projections add, and the mesh that rows are split over.
 
     Attributes:
         decoder: with weights.
-        adapter: LoRA factors ``{"self_attn": {"q_proj": {"a": [L, in, r], "b": [L, r, out]}, …}, "mlp": …}``, or None.
+        adapter: LoRA factors ``{"self_attn": {"q_proj": {"a": [S, in, r], "b": [S, r, out]}, …}, "mlp": …}``, or None.
         scale: α/r of the adapter, or of each row's.
         mesh: devices.
         dropout: of the adapter's inputs, where the texts bring keys for it.
+        numbers: of the S layers that are adapted, rising; None: all.
     """
 
     decoder: Decoder
@@ -120,6 +65,12 @@ class BoundDecoder:
     scale: Any
     mesh: Mesh
     dropout: float = 0.0
+    numbers: tuple[int, ...] | None = None
+
+    @property
+    def lowest(self) -> int:
+        """The lowest layer that the adapter changes: what enters it does not depend on the adapter."""
+        return self.numbers[0] if self.numbers else 0
 
     def hidden(
         self, inputs: Inputs, cache: KVCache | None = None, unstacked: Any = None
@@ -174,16 +125,23 @@ class BoundDecoder:
             remat: what the backward pass recomputes; by default what the model was made for.
 
         Returns:
-            The hidden states, and by name what was asked for, stacked over layers.
+            The hidden states, and by name what was asked for, stacked over layers; ``low_squares`` from the lowest adapted one on.
         """
-        x = self.embed(inputs.tokens)
+        x, spans = self.embed(inputs.tokens), self._spans()
+        if inputs.entering is not None and self.lowest and offsets is None and not readings:
+            x, spans = self._by_rows(inputs.entering.astype(x.dtype)), spans[-1:]
         context, windows = self._whole_context(inputs)
         context = context._replace(readings=readings, valid=inputs.valid, dropout=self.dropout)
         factors = self._factors(inputs.dropout)
         x, _, read = self._scan_layers(
-            x, context, windows, factors=factors, offsets=offsets, remat=remat
+            x, context, windows, spans=spans, factors=factors, offsets=offsets, remat=remat
         )
         return self.norm(x), read
+
+    def entering(self, inputs: Inputs) -> Float[Array, "B T D"]:
+        """What enters the lowest adapted layer."""
+        context, windows = self._whole_context(inputs)
+        return self._scan_layers(self.embed(inputs.tokens), context, windows, spans=self._spans()[:-1])[0]
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """What enters the first layer."""
@@ -196,24 +154,35 @@ class BoundDecoder:
 
     def logits(self, x: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """Logits of any slice of the final hidden states, in at least float32."""
-        return self.decoder.logits(x)
+        return self.decoder.head(x)
 
     def unstack(self) -> tuple[Any, ...]:
         """Weights and factors of each layer, cut out of their stacks. A loop over tokens does so once, before it begins: inside, every
         layer would be copied at every token.
         """
-        stacked = (nnx.split(self.decoder.layers)[1], dict(self.adapter or {}))
-        return tuple(_of_layer(stacked, i) for i in range(self.decoder.config.num_layers))
+        weights, n = nnx.split(self.decoder.layers)[1], self.decoder.config.num_layers
+        places = {layer: i for i, layer in enumerate(range(n) if self.numbers is None else self.numbers)}
+        factors = dict(self.adapter or {})
+        return tuple(
+            (_of_layer(weights, i), _of_layer(factors, places[i]) if i in places else {})
+            for i in range(n)
+        )
+
+    def _spans(self) -> tuple[range, ...]:
+        """The layers in stretches that are scanned one after the other: those below the lowest adapted one, and the others."""
+        lowest, n = self.lowest, self.decoder.config.num_layers
+        return (range(lowest), range(lowest, n)) if lowest else (range(n),)
 
     def _factors(self, keys: UInt32[Array, "B _"] | None) -> dict[str, Any]:
-        """The adapter's factors; with dropout also raw keys ``[L, B, …]``, different in every layer, projection and row."""
+        """The adapter's factors; with dropout also raw keys ``[S, B, …]``, different in every layer, projection and row."""
         factors = dict(self.adapter or {})
         if keys is None or not self.dropout:
             return factors
         rows, n = jax.random.wrap_key_data(keys), self.decoder.config.num_layers
+        own_layers = jnp.arange(n) if self.numbers is None else jnp.asarray(self.numbers)
         for number, (target, block) in enumerate(BLOCK_OF.items()):
             if target in factors.get(block, {}):
-                numbers = number * n + jnp.arange(n)
+                numbers = number * n + own_layers
                 fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
                 own = {"keys": jax.random.key_data(fold(rows, numbers))}
                 factors[block] = factors[block] | {target: factors[block][target] | own}
@@ -280,21 +249,30 @@ class BoundDecoder:
         context: Context,
         windows: Int[Array, "L"] | None,
         *,
+        spans: tuple[range, ...] | None = None,
         keep: bool = False,
         factors: Mapping[str, Any] | None = None,
         offsets: Offsets | None = None,
         remat: str | None = None,
         shared: Layers = (),
     ) -> tuple[Float[Array, "B T D"], Layers | None, dict[str, Any]]:
-        """Scan one layer's program over the stacked weights, adapters, windows, offsets and shared keys and values."""
+        """Scan one layer's program over the stacked weights, adapters, windows, offsets and shared keys and values.
+
+        Of layers below the lowest adapted one there is no backward pass, unless something else asks for it: nothing in their scan is
+        trained. A part of the stacks is looked up layer by layer, since a slice of them would be a copy.
+        """
         graph, stacked = nnx.split(self.decoder.layers)
         remat = remat or self.decoder.remat
         n = self.decoder.config.num_layers
         some = offsets if isinstance(offsets, SomeOffsets) else None
         offset_xs = offsets if some is None else _places(some.layers, n)
+        spans = self._spans() if spans is None else spans
+        split = len(spans[0]) < n
 
         def body(x: Any, per_layer: Any) -> tuple[Any, Any]:
             weights, factors, window, offset, earlier = per_layer
+            if split:
+                weights = _looked_up(stacked, weights)
             cache = None if earlier is None else LayerCache((earlier,))
             if some is not None:
                 offset = some.values.at[offset].get(mode="fill", fill_value=0)
@@ -307,16 +285,23 @@ class BoundDecoder:
         elif remat == "dots":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+        elif split:
+            policy = jax.checkpoint_policies.save_anything_except_these_names(_LOOKED_UP)
+            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         with jax.named_scope("layers"):
             stack = jax.tree.map(lambda *x: jnp.stack(x), *shared) if shared else None
-            xs = (
-                stacked,
-                dict(self.adapter or {} if factors is None else factors),
-                windows,
-                offset_xs,
-                stack,
-            )
-            x, (kv, read) = jax.lax.scan(body, x, xs)
+            factors = dict(self.adapter or {}) if factors is None else factors
+            found = []
+            for span in spans:
+                own = spread(factors, self.numbers, span) if span.stop > self.lowest else {}
+                rest = (windows, offset_xs, stack)
+                if split:
+                    xs = (jnp.arange(span.start, span.stop), own, *_of_span(rest, span))
+                else:
+                    xs = (stacked, own, *rest)
+                x, out = jax.lax.scan(body, x, xs)
+                found.append(out)
+            kv, read = found[0] if len(found) == 1 else _end_to_end(*found)
         return x, tuple(_of_layer(kv, i) for i in range(n)) if keep else None, read
 
     def _each_layer(
@@ -362,6 +347,35 @@ def _places(layers: Int[Array, "S"], n: int) -> Int[Array, "L"]:
     """For each of n layers its place in ``layers``; S, which is beyond the end, where it is not there."""
     count = layers.shape[0]
     return jnp.full(n, count, jnp.int32).at[layers].set(jnp.arange(count, dtype=jnp.int32))
+
+
+def _of_span(stacked: Any, span: range) -> Any:
+    """Some layers of a tree of stacks."""
+    return jax.tree.map(lambda x: x[span.start : span.stop], stacked)
+
+
+def _looked_up(stacked: Any, i: Int[Array, ""]) -> Any:
+    """The weights of layer ``i``, under a name."""
+
+    def look_up(x: Array) -> Array:
+        return checkpoint_name(jax.lax.dynamic_index_in_dim(x, i, keepdims=False), _LOOKED_UP)
+
+    return jax.tree.map(look_up, stacked)
+
+
+def _end_to_end(below: tuple[Any, Any], above: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Keys and values, and readings, of two scans as of one; what is read above only (of adapted projections) stays so."""
+    (low_kv, low), (high_kv, high) = below, above
+
+    def join(a: Any, b: Any) -> Any:
+        return jax.tree.map(lambda *x: jnp.concatenate(x), a, b)
+
+    def read(a: Any, b: Any) -> Any:
+        if isinstance(b, dict):
+            return {k: read(a[k], x) if k in a else x for k, x in b.items()}
+        return join(a, b)
+
+    return join(low_kv, high_kv), read(low, high)
 
 
 def _of_layer(stacked: Any, i: int) -> Any:

@@ -6,6 +6,7 @@ goes through them from tokens to hidden states is in bound.py. Numbers are compu
 norms, rotary angles, softmax and logits in at least float32.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -28,6 +29,31 @@ class Embedding(nnx.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         self.embedding = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size)))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The output head with its numbers, apart from the rest of the decoder.
+
+    Attributes:
+        matrix: ``[D, V]``, or the embedding's ``[V, D]``.
+        tied: it is the embedding's.
+        softcap: c; logits become c·tanh(logits/c) (Gemma 2, arXiv 2408.00118, §2).
+    """
+
+    matrix: Any
+    tied: bool = dataclasses.field(metadata={"static": True})
+    softcap: float | None = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, x: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
+        """Logits of final hidden states, in at least float32."""
+        with jax.named_scope("lm_head"):
+            matrix = self.matrix.astype(x.dtype)
+            product = "...d,vd->...v" if self.tied else "...d,dv->...v"
+            out = jnp.einsum(product, x, matrix, preferred_element_type=wide(x.dtype))
+            cap = self.softcap
+            return out if cap is None else jnp.tanh(out / cap) * cap
 
 
 class Decoder(nnx.Module):
@@ -76,18 +102,11 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(math.sqrt(self.config.hidden_size), self.dtype)
         return x
 
-    def logits(self, x: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
-        """Logits of (a slice of) the final hidden states, in at least float32: over the vocabulary,
-        or over the labels of a classifier.
-        """
-        head = self.lm_head if self.score is None else self.score
-        with jax.named_scope("lm_head"):
-            out_dtype = wide(self.dtype)
-            if head is None:
-                table = self.embed_tokens.embedding[...].astype(x.dtype)
-                out = jnp.einsum("...d,vd->...v", x, table, preferred_element_type=out_dtype)
-            else:
-                kernel = head.kernel[...].astype(x.dtype)
-                out = jnp.einsum("...d,dv->...v", x, kernel, preferred_element_type=out_dtype)
-            cap = self.config.final_softcap
-            return out if cap is None or self.score is not None else jnp.tanh(out / cap) * cap
+    @property
+    def head(self) -> Head:
+        """What makes logits: over the vocabulary, or over the labels of a classifier."""
+        own = self.lm_head if self.score is None else self.score
+        cap = self.config.final_softcap if self.score is None else None
+        if own is None:
+            return Head(self.embed_tokens.embedding[...], True, cap)
+        return Head(own.kernel[...], False, cap)

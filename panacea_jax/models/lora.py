@@ -13,6 +13,7 @@ from panacea_jax.models.adapter import (
     BLOCK_OF,
     Adapter,
     AdapterSet,
+    layer_numbers,
     merge,
     side_by_side,
     target_names,
@@ -33,13 +34,14 @@ def init(
     key: Key[jax.Array, ""],
     rslora: bool = False,
     dropout: float | int = 0.0,
+    layers: Any = "",
     dtype: Any = jnp.float32,
 ) -> Adapter:
     """A fresh adapter: A uniform in ±1/√in (as PEFT), B zero, so that the model is unchanged. ``rslora``, ``dropout`` as of
-    :class:`Adapter`.
+    :class:`Adapter`, ``layers`` as of :func:`panacea_jax.models.adapter.layer_numbers`.
 
     Raises:
-        InputError: rank below 1, a dropout that is no probability, or unknown targets.
+        InputError: rank below 1, a dropout that is no probability, unknown targets or layers.
     """
     if rank < 1:
         raise InputError(f"config.lora.rank = {rank}: a rank is at least 1")
@@ -47,20 +49,22 @@ def init(
         raise InputError(f"config.lora.dropout = {dropout}: a probability of 0 or more, below 1")
     names = target_names(targets)
     all_shapes = abstract_model(model.config)[1]
+    numbers = layer_numbers(layers, model.config.num_layers)
+    n = model.config.num_layers if numbers is None else len(numbers)
     shapes = {name: all_shapes[f"layers/{BLOCK_OF[name]}/{name}/kernel"] for name in names}
 
     def build(key: Any) -> dict[str, Any]:
-        layers: dict[str, Any] = {}
+        stacks: dict[str, Any] = {}
         for name, k in zip(names, jax.random.split(key, len(names))):
-            n, d_in, d_out = shapes[name]
+            _, d_in, d_out = shapes[name]
             bound = 1.0 / math.sqrt(d_in)
             a = jax.random.uniform(k, (n, d_in, rank), dtype, -bound, bound)
-            layers.setdefault(BLOCK_OF[name], {})[name] = {
+            stacks.setdefault(BLOCK_OF[name], {})[name] = {
                 "a": a,
                 "b": jnp.zeros((n, rank, d_out), dtype),
             }
-        return layers
+        return stacks
 
     places = adapter_shardings(model.mesh, jax.eval_shape(build, key))
-    layers = jax.jit(build, out_shardings=places)(key)
-    return Adapter(layers, rank, float(alpha), rslora, float(dropout))
+    stacks = jax.jit(build, out_shardings=places)(key)
+    return Adapter(stacks, rank, float(alpha), rslora, float(dropout), numbers)

@@ -65,8 +65,9 @@ class Model:
                 None for the bare base.
         """
         full, adapter, scale = split_params(weights, params)
-        dropout = getattr(params, "dropout", 0.0)
-        return BoundDecoder(nnx.merge(self.graphdef, full), adapter, scale, self.mesh, dropout)
+        dropout, numbers = getattr(params, "dropout", 0.0), getattr(params, "numbers", None)
+        decoder = nnx.merge(self.graphdef, full)
+        return BoundDecoder(decoder, adapter, scale, self.mesh, dropout, numbers)
 
     def apply(
         self,

@@ -7,7 +7,7 @@ ours are stacked over layers and transposed.
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ def adapter_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
         block = BLOCK_OF[target]
         for factor, letter in (("a", "A"), ("b", "B")):
             stacked = processes.to_host(adapter.layers[block][target][factor])
-            for layer, matrix in enumerate(stacked):
+            for layer, matrix in zip(adapter.adapted, stacked):
                 name = (
                     f"base_model.model.model.layers.{layer}.{block}.{target}.lora_{letter}.weight"
                 )
@@ -70,10 +70,13 @@ def save_adapter(
         return
     folder.mkdir(parents=True, exist_ok=True)
     targets: list[str] | str = list(adapter.targets)
+    layers: dict[str, Any] = {} if adapter.numbers is None else {"layers_to_transform": list(adapter.numbers)}
     if nested:
         stem = "base_model.model.model."
         tensors = {f"{stem}language_model.{n.removeprefix(stem)}": x for n, x in tensors.items()}
-        targets = rf".*language_model\..*\.({'|'.join(targets)})"  # the tower has a q_proj too
+        # The tower has a q_proj too, and beside an expression peft takes no numbers of layers.
+        chosen = "" if adapter.numbers is None else rf"\.layers\.({'|'.join(map(str, adapter.numbers))})"
+        targets, layers = rf".*language_model{chosen}\..*\.({'|'.join(targets)})", {}
     alpha = int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha
     config = {
         "peft_type": "LORA",
@@ -83,6 +86,7 @@ def save_adapter(
         "lora_alpha": alpha,
         "lora_dropout": adapter.dropout,
         "target_modules": targets,
+        **layers,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -102,8 +106,9 @@ def read_notes(folder: str | PurePath) -> dict[str, str]:
 def load_adapter(folder: str | PurePath, model: Model, *, frozen: bool = False) -> Adapter:
     """Load a PEFT LoRA folder onto the model's mesh, in float32 (or float64 when it holds that).
 
-    Ranks and scales that differ from module to module become those of the largest rank, with zeros beside the smaller ones and the rest
-    of the scale in B. An adapter for a base that lost a part of itself (PiSSA, OLoRA) becomes one of twice the rank for the whole base.
+    The stacks hold the layers that are adapted. Ranks and scales that differ from module to module become those of the largest rank, with
+    zeros beside the smaller ones and the rest of the scale in B; where projections differ in their layers, zeros fill up all of them. An
+    adapter for a base that lost a part of itself (PiSSA, OLoRA) becomes one of twice the rank for the whole base.
 
     Args:
         folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -132,14 +137,15 @@ def load_adapter(folder: str | PurePath, model: Model, *, frozen: bool = False) 
         raise InputError(f"{where}: holds no LoRA factors")
     modules = _modules(config, model, stem)
     _check_factors(factors, modules, where)
-    targets, ranks = {m.target for m in modules}, {m.rank for m in modules}
-    even = len(modules) == len(targets) * model.config.num_layers and len(ranks) == 1
+    targets, ranks, numbers = {m.target for m in modules}, {m.rank for m in modules}, sorted({m.layer for m in modules})
+    alike = len(modules) == len(targets) * len(numbers)
+    even = alike and len(ranks) == 1
     if not (even or frozen):
         raise InputError(
             f"{folder}: its layers or ranks differ from module to module, which training does not keep; `panacea convert` "
             "(or for finetune config.lora.policy = merged) makes it part of the base"
         )
-    adapter = _stack(factors, modules, config, model)
+    adapter = _stack(factors, modules, config, model, numbers if alike else range(model.config.num_layers))
     places = adapter_shardings(model.mesh, adapter.layers)
     return dataclasses.replace(adapter, layers=jax.device_put(adapter.layers, places))
 
@@ -212,9 +218,11 @@ def _stack(
     modules: list[_Module],
     config: PeftConfig,
     model: Model,
+    numbers: Sequence[int],
 ) -> Adapter:
-    """Factors by module → an adapter of one rank and one scale, with zeros where a module has less."""
-    init, n = config.changes_base, model.config.num_layers
+    """Factors by module → an adapter of one rank and one scale for the layers ``numbers``, with zeros where a module has less."""
+    init, n = config.changes_base, len(numbers)
+    some = tuple(numbers) if n < model.config.num_layers else None
     widest, scale = max(m.rank for m in modules), max((m.scale for m in modules), key=abs)
     rank = 2 * widest if init else widest
     dtype = np.result_type(*(wide(tensor.dtype) for tensor in factors.values()))
@@ -227,15 +235,16 @@ def _stack(
                 shapes = {"a": (n, d_in, rank), "b": (n, rank, d_out)}
                 block[m.target] = {name: np.zeros(shape, dtype) for name, shape in shapes.items()}
             pair = block[m.target]
+            place = numbers.index(m.layer)
             share = m.scale / scale if scale else 1.0
-            pair["a"][m.layer, :, : m.rank] = factors[m.name, "A"].T
-            pair["b"][m.layer, : m.rank] = factors[m.name, "B"].T.astype(dtype) * share
+            pair["a"][place, :, : m.rank] = factors[m.name, "A"].T
+            pair["b"][place, : m.rank] = factors[m.name, "B"].T.astype(dtype) * share
             if init:
                 path = f"layers/{BLOCK_OF[m.target]}/{m.target}/kernel"
                 lost_a, lost_b = lost_factors(init, model, path, m.layer, m.rank, m.scale)
-                pair["a"][m.layer, :, widest : widest + m.rank] = lost_a
-                pair["b"][m.layer, widest : widest + m.rank] = -share * lost_b
+                pair["a"][place, :, widest : widest + m.rank] = lost_a
+                pair["b"][place, widest : widest + m.rank] = -share * lost_b
                 bar.advance()
     if init or len({(m.rank, m.scale) for m in modules}) > 1:
-        return Adapter(layers, rank, alpha=scale * rank)
-    return Adapter(layers, rank, config.alpha(modules[0].name), config.rslora)
+        return Adapter(layers, rank, alpha=scale * rank, numbers=some)
+    return Adapter(layers, rank, config.alpha(modules[0].name), config.rslora, numbers=some)

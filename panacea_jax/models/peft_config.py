@@ -27,7 +27,7 @@ HANDLED = {
     "alpha_pattern": "α of single modules, put into their B",
     "target_modules": 'adapted modules: names, a regular expression or "all-linear"',
     "exclude_modules": "modules that are not, names or a regular expression",
-    "layers_to_transform": "adapted layers; the others are filled with zeros",
+    "layers_to_transform": "adapted layers",
     "layers_pattern": "name in front of a layer's number",
     "modules_to_save": "a copy of a module in the file has to equal the base's",
     "init_lora_weights": "what the base lost goes into the adapter, or it is refused",

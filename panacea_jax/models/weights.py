@@ -397,7 +397,9 @@ def entries(
         pair = pairs.get(path)
         for layer in range(array.shape[0]):
             name, how = to_hf(path, layer)
-            part = functools.partial(_layer, array, layer, pair, scale)
+            place = adapter.place(layer) if adapter and pair else None
+            own = None if place is None else pair
+            part = functools.partial(_layer, array, layer, own, place or 0, scale)
             yield _entry(name, array.shape[1:], how, kept, part)
 
 
@@ -435,10 +437,10 @@ def _layer(
     stacked: jax.Array,
     layer: int | jax.Array,
     pair: Mapping[str, jax.Array] | None,
+    place: int | jax.Array,
     scale: float | jax.Array,
 ) -> jax.Array:
     """One layer of a stacked array, with its adapter's product if it has one."""
-    one, pair = jax.tree.map(
-        lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), (stacked, pair)
-    )
+    one = jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
+    pair = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, place, keepdims=False), pair)
     return one if pair is None else merged(one, pair, scale)

@@ -130,7 +130,8 @@ def fresh_adapter(model: Model, config: ConfigDict) -> Any:
     o = config.lora
     made = jax.eval_shape(
         lambda key: lora.init(
-            model, o.rank, o.alpha, o.targets, key=key, rslora=o.rslora, dropout=o.dropout
+            model, o.rank, o.alpha, o.targets,
+            key=key, rslora=o.rslora, dropout=o.dropout, layers=o.layers,
         ),
         jax.random.key(0),
     )

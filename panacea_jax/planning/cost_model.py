@@ -7,7 +7,7 @@ compiler's.
 import jax
 
 from panacea_jax.data.batches import Batch
-from panacea_jax.defences.loss import CHUNK
+from panacea_jax.defences.cross_entropy import CHUNK, WHOLE
 from panacea_jax.defences.protocol import passes_as_received
 from panacea_jax.parallel.mesh import slices_of
 from panacea_jax.parallel.sharding import batch_rows
@@ -19,6 +19,11 @@ def _turns(step: AbstractStep) -> int:
     return 3 if step.remat == "full" else 2
 
 
+def _with_backward(step: AbstractStep) -> float:
+    """Share of the layers that have a backward pass: those from the lowest adapted one on."""
+    return 1 - getattr(step.state.params, "lowest", 0) / step.model.config.num_layers
+
+
 def _passes(step: AbstractStep) -> float:
     return sum(passes_as_received(step.defence).values())
 
@@ -26,7 +31,8 @@ def _passes(step: AbstractStep) -> float:
 def flops(step: AbstractStep) -> float:
     """Floating-point operations of one device a step, padding and recomputation included."""
     full = step.weights is None
-    turns = _turns(step) + full  # the gradient by the weights is one more matrix product each
+    backward = _turns(step) - 1 + full  # the gradient by the weights is one more matrix product each
+    turns = 1 + backward * _with_backward(step)
     total = 0.0
     for name, passes in passes_as_received(step.defence).items():
         rows, length = step.batches[name].tokens.shape
@@ -124,6 +130,6 @@ def _of_a_pass(step: AbstractStep, batch: Batch) -> tuple[float, float]:
     if step.remat == "full":
         kept = inside
     else:
-        kept = c.num_layers * (inside - scores * (step.remat == "dots"))
-    chunk = tokens * min(1, CHUNK / length)
-    return c.num_layers * stream + kept, chunk * c.vocab_size / tensor * (2 * 4 + width)
+        kept = c.num_layers * _with_backward(step) * (inside - scores * (step.remat == "dots"))
+    chunk = tokens if length <= WHOLE else min(tokens, CHUNK)
+    return c.num_layers * _with_backward(step) * stream + kept, chunk * c.vocab_size / tensor * (2 * 4 + width)

@@ -17,7 +17,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from panacea_jax.defences.loss import num_chunks
+from panacea_jax.defences.cross_entropy import num_chunks
 from panacea_jax.errors import InputError
 from panacea_jax.models.config import ModelConfig
 from panacea_jax.models.decoder import REMAT
@@ -26,7 +26,7 @@ from panacea_jax.models.hub import local_folder
 from panacea_jax.models.model import abstract_model
 from panacea_jax.parallel.chips import Chip
 from panacea_jax.parallel.mesh import make_mesh, stand_ins
-from panacea_jax.parallel.sharding import weight_sharding
+from panacea_jax.parallel.sharding import batch_rows, weight_sharding
 from panacea_jax.planning import cost_model
 from panacea_jax.planning.abstract_step import AbstractStep, abstract_step, resident
 from panacea_jax.planning.hlo import collectives
@@ -153,7 +153,8 @@ def _plan(config: ConfigDict, model: ModelConfig, machine: Topology, compiled: b
             arguments = memory.argument_size_in_bytes + kept.get("start of training", 0)
             temporary = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
             temporary += memory.output_size_in_bytes - memory.alias_size_in_bytes
-            chunks = num_chunks(config.data.max_length - 1)
+            rows = step.batches["user"].tokens.shape[0] // batch_rows(mesh) // step.accumulate
+            chunks = num_chunks(rows, config.data.max_length - 1)
             try:
                 found = collectives(executable.as_text(), model.num_layers, mesh.size, chunks)
                 sent = float(sum(c.sent for c in found))

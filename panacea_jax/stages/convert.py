@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,10 +76,12 @@ def write_merged(base: str, adapter: str, epsilon: Path | None, out: Path, mesh:
     save_model(model, params, out)
 
 
-def _add(params: Adapter, epsilon: object, path: Path) -> Adapter:
+def _add(params: Adapter, epsilon: dict[str, Any] | Adapter, path: Path) -> Adapter:
+    layers = epsilon.layers if isinstance(epsilon, Adapter) else epsilon
     shapes = jax.tree.map(jnp.shape, params.layers)
-    if jax.tree.map(jnp.shape, epsilon) != shapes:
+    same = getattr(epsilon, "numbers", None) == params.numbers
+    if not same or jax.tree.map(jnp.shape, layers) != shapes:
         raise InputError(
-            f"{path}: was made for an adapter of other shapes than {params.targets}, r {params.rank}"
+            f"{path}: was made for an adapter of other shapes or layers than {params.targets}, r {params.rank}"
         )
-    return dataclasses.replace(params, layers=jax.tree.map(jnp.add, params.layers, epsilon))
+    return dataclasses.replace(params, layers=jax.tree.map(jnp.add, params.layers, layers))

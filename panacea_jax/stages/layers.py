@@ -46,10 +46,11 @@ def from_checkpoint(folder: Path) -> list[dict[str, Any]]:
     results = []
     params = _subtree(arrays, "params.")
     scale = meta.get("lora_scale")  # absent in all-parameter mode
+    numbers = meta.get("lora_layers")  # where not all layers are adapted
     for kind, name in (("last", "defence.epsilon."), ("mean", "defence.epsilon_mean.")):
         epsilon = _subtree(arrays, name)
         if epsilon:
-            results.append(layer_coefficients(epsilon, params if scale else None, scale, kind))
+            results.append(layer_coefficients(epsilon, params if scale else None, scale, kind, numbers))
     if not results:
         raise InputError(f"{folder}: this checkpoint holds no ε (the defence has none)")
     return results

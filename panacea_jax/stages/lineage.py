@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from panacea_jax.errors import InputError
 from panacea_jax.models import lora
+from panacea_jax.models.adapter import layer_numbers, layers_text
 from panacea_jax.models.full import full_parameters
 from panacea_jax.models.model import Model, load
 from panacea_jax.parallel import make_mesh, processes
@@ -62,15 +63,25 @@ class Start:
         )
 
     def params(self, config: ConfigDict, model: Model) -> tuple[Model, object]:
-        """The trainable tree at step 0, with the model as it goes with it."""
+        """The trainable tree at step 0, with the model as it goes with it.
+
+        Raises:
+            InputError: the adapter cannot be used, or has other layers than the configuration asks for.
+        """
         if self.full_parameters:
             return full_parameters(model)
         if self.adapter:
             loaded = lora.load(self.adapter, model)
+            numbers = layer_numbers(config.lora.layers, model.config.num_layers)
+            if layers_text(config.lora.layers) and numbers != loaded.numbers:
+                raise InputError(
+                    f"config.lora.layers = {config.lora.layers}: {self.adapter} adapts the layers {layers_text(loaded.adapted)}"
+                )
             return model, dataclasses.replace(loaded, dropout=config.lora.dropout)
         key, o = jax.random.key(config.seed), config.lora
         return model, lora.init(
-            model, o.rank, o.alpha, o.targets, key=key, rslora=o.rslora, dropout=o.dropout
+            model, o.rank, o.alpha, o.targets, key=key, rslora=o.rslora, dropout=o.dropout,
+            layers=o.layers,
         )
 
 

@@ -18,6 +18,7 @@ from panacea_jax.defences import Defence, Method
 from panacea_jax.defences.protocol import check_packing
 from panacea_jax.errors import InputError
 from panacea_jax.export import deployed, save_epsilon, save_model
+from panacea_jax.models.adapter import layers_text
 from panacea_jax.models.fused import choose_backend
 from panacea_jax.models.model import Model
 from panacea_jax.models.peft import save_adapter
@@ -40,12 +41,12 @@ from panacea_jax.workdir import StageFolder
 
 # Which configuration sections decide the outcome of a stage: a change of any other may resume it.
 DECISIVE = ("seed", "model", "lora", "data", "defence", "optimizer", "train", "export")
-NEUTRAL = {"train": ("log_every",), "model": ("attention", "remat")}
+NEUTRAL = {"train": ("log_every", "cache_frozen"), "model": ("attention", "remat")}
 # Keys that came later, with the value at which a stage does what it did before: work directories from then go on.
 SINCE: dict[str, dict[str, object]] = {
     "defence": {"ascent_steps": 1, "masks": "mended"},
     "train": {"accumulate": 1, "validate_every": 0, "patience": 0},
-    "lora": {"rslora": False, "dropout": 0.0},
+    "lora": {"rslora": False, "dropout": 0.0, "layers": ""},
     "data": {
         "format": "", "columns": (), "validation": 0.0, "max_cut": 1.0, "thinking": False, "date": "", "special_tokens": "text",
         "loss_on": "all",
@@ -80,6 +81,10 @@ def check_stage(config: ConfigDict, name: str, start: Start, prefix: str = "") -
         raise InputError(
             f"config.lora.dropout = {config.lora.dropout}: drops an adapter's inputs; config.{prefix}train.full_parameters has none"
         )
+    if start.full_parameters and layers_text(config.lora.layers):
+        raise InputError(
+            f"config.lora.layers = {config.lora.layers}: layers of an adapter; config.{prefix}train.full_parameters has none"
+        )
     merged = config.lora.policy == "merged" and name == "finetune"
     if start.full_parameters and start.adapter and not merged:
         raise InputError(
@@ -95,6 +100,7 @@ def decisive(config: ConfigDict, start: Start) -> dict[str, Any]:
     out = {k: v.to_dict() if isinstance(v, ConfigDict) else v for k, v in part.items()}
     out["model"]["path"], out["lora"]["init_from"] = start.base, start.adapter
     out["train"]["full_parameters"] = start.full_parameters
+    out["lora"]["layers"] = layers_text(out["lora"]["layers"])
     settings = [key for key, kind in all_hyper_parameters().items() if kind is Setting]
     out["defence"] |= {key: as_setting(out["defence"][key]) for key in settings}
     if out["defence"].get("aligned") == "":
@@ -204,6 +210,7 @@ def _train(
         model, params, defence, streams,
         optimizer=optimizer_of(o, rate, defence), steps=steps, seed=config.seed, log_every=config.train.log_every,
         accumulate=config.train.accumulate, checkpoints=checkpoints, folder=folder, donate=donate,
+        cache_frozen=config.train.cache_frozen,
         compiled=compiled, profile=profile, learning_rate=rate,
         held_out=HeldOut(held_out, config.train.batch_size, every, config.train.patience) if held_out else None,
     )  # fmt: skip

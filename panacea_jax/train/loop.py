@@ -18,6 +18,7 @@ from panacea_jax.models.model import Model
 from panacea_jax.parallel import processes
 from panacea_jax.progress import Progress
 from panacea_jax.train.checkpoints import Checkpoints
+from panacea_jax.train.entering import with_entering
 from panacea_jax.train.feeding import host_batches, put, streams_of, whole_sets
 from panacea_jax.train.held_out import HeldOut
 from panacea_jax.train.metrics import MetricsWriter
@@ -72,6 +73,7 @@ def finetune(
     profile: Profile | None = None,
     held_out: HeldOut | None = None,
     donate: bool = False,
+    cache_frozen: bool = True,
 ) -> Result:
     """Train ``params`` with a defence and return w, ε and what is deployed.
 
@@ -94,6 +96,7 @@ def finetune(
         profile: steps to record, into ``folder/profile``.
         held_out: records whose loss is logged, and may end the run early.
         donate: take over ``params``, which the caller cannot use any more: with all parameters another copy of them is dear.
+        cache_frozen: compute what enters the lowest adapted layer once for each record, see ``train.entering``.
 
     Raises:
         KeyError: a stream that the defence needs is missing.
@@ -117,7 +120,10 @@ def finetune(
     full = not isinstance(params, Adapter)
     # Kept to measure how far training moved; with all parameters it would be too dear.
     origin = None if full or donate else params
-    scale = {} if full else {"lora_scale": params.scale}
+    adapter = params if isinstance(params, Adapter) else None
+    adapted: dict[str, Any] = {} if adapter is None else {"lora_scale": adapter.scale}
+    if adapter is not None and adapter.numbers is not None:
+        adapted["lora_layers"] = list(adapter.numbers)
     state = init_state(params, defence, optimizer, donate)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step_fn = (compiled or CompiledSteps()).find(model, defence, optimizer, shardings, accumulate)
@@ -128,6 +134,8 @@ def finetune(
     else:
         state = looking.before(state)
     start = int(state.step)
+    if cache_frozen and start < steps:
+        needed = with_entering(model, params, defence, needed, steps)
     # Not device_put, which cannot place a key on the devices of other processes.
     key = jax.jit(lambda: jax.random.key(seed), out_shardings=shardings.step)()
 
@@ -145,7 +153,7 @@ def finetune(
 
     def save() -> None:
         if checkpoints is not None:
-            meta = {"seed": seed, "step_bytes": step_bytes, **scale, **watch.notes()}
+            meta = {"seed": seed, "step_bytes": step_bytes, **adapted, **watch.notes()}
             meta |= held_out.notes() if held_out is not None else {}
             with jax.transfer_guard("allow"):
                 checkpoints.save(state, meta)

@@ -167,17 +167,18 @@ def test_equals_peft(base, model, ours, tmp_path, kind):
 
 
 def test_the_form_that_foreign_adapters_take(base, model, tmp_path):
-    """Equal ranks in every layer stay as they are, and can be trained; zeros fill what is uneven, which only a frozen adapter may be."""
+    """Equal ranks in some layers or all stay as they are, and can be trained; zeros fill what is uneven, for a frozen adapter only."""
     for kind, rank, even in (
         ("regex_every_layer", 4, True), ("alpha_only", 4, True), ("pissa", 8, True), ("save_head", 4, True),
-        ("layers", 4, False), ("rank_and_alpha", 4, False), ("rank_by_layer", 6, False), ("pissa_ranks", 8, False),
+        ("layers", 4, True), ("layers_pattern", 4, True), ("exclude_names", 4, False), ("rank_and_alpha", 4, False),
+        ("rank_by_layer", 6, False), ("pissa_ranks", 8, False),
     ):  # fmt: skip
         folder = tmp_path / kind
         peft_adapter(base, folder, r=4, lora_alpha=8, **KINDS[kind])
         adapter = lora.load(folder, model, frozen=True)
         assert adapter.rank == rank
         empty = sum(int((~np.any(x, axis=(1, 2))).sum()) for x in jax.tree.leaves(adapter))
-        assert (empty > 0) == (kind in ("layers", "pissa_ranks"))
+        assert (empty > 0) == (kind == "exclude_names")
         if even:
             lora.load(folder, model)
         else:

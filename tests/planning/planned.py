@@ -2,11 +2,12 @@
 
 import json
 import sys
+from unittest import mock
 
 import jax
 
 from panacea_jax.config import get_config
-from panacea_jax.defences.loss import num_chunks
+from panacea_jax.defences import cross_entropy
 from panacea_jax.models.families import config_from_dict
 from panacea_jax.parallel import make_mesh, sharding
 from panacea_jax.planning import cost_model
@@ -20,9 +21,11 @@ SHAPE = {
 }  # fmt: skip
 
 
-LENGTH = 65  # the loss goes over two chunks of positions
+LENGTH = 65  # more positions than have their logits at once
+CHUNK = 32
 
 
+@mock.patch.object(cross_entropy, "CHUNK", CHUNK)
 def main(meshes, remat):
     model = config_from_dict(SHAPE)
     found = []
@@ -38,7 +41,7 @@ def main(meshes, remat):
         program = make_step(step.model, step.defence, step.optimizer, step.shardings)
         compiled = program.lower(step.state, step.weights, step.batches, step.key).compile()
         exchanged = collectives(
-            compiled.as_text(), model.num_layers, mesh.size, num_chunks(LENGTH - 1)
+            compiled.as_text(), model.num_layers, mesh.size, cross_entropy.num_chunks(batch // (data * fsdp), LENGTH - 1)
         )
         gathers = [c.size for c in exchanged if c.kind == "all-gather"]
         found.append({

@@ -122,7 +122,7 @@ def test_a_trained_head_is_refused(place, tmp_path, capsys):
 
 def test_uneven_adapters_are_merged_before_training(place, tmp_path, capsys):
     folder = tmp_path / "adapter"
-    trained_by_peft(place, folder, target_modules=QV, layers_to_transform=[1])
+    trained_by_peft(place, folder, target_modules=r".*(layers\.1\.self_attn\.q|layers\.\d\.self_attn\.v)_proj")
     flags = place.flags(f"--config.lora.init_from={folder}", "--config.optimizer.learning_rate=0.0")
     assert runs.panacea("finetune", *flags, f"--workdir={tmp_path / 'w'}") == 2
     assert "layers or ranks differ" in capsys.readouterr().err
@@ -131,6 +131,19 @@ def test_uneven_adapters_are_merged_before_training(place, tmp_path, capsys):
     assert runs.panacea("finetune", *flags, f"--workdir={tmp_path / 'm'}") == 0
     found = nll_by_us(place, tmp_path / "m")
     assert found == pytest.approx(nll_by_peft(place, folder), rel=1e-5)
+
+
+def test_an_adapter_of_some_layers_is_gone_on_from(place, tmp_path):
+    """Trained further here, then read by peft; nothing beside its layers is adapted."""
+    folder = tmp_path / "adapter"
+    trained_by_peft(place, folder, target_modules=QV, layers_to_transform=[1])
+    flags = place.flags(f"--config.lora.init_from={folder}", "--config.defence.name=sft")
+    assert runs.panacea("finetune", *flags, f"--workdir={tmp_path / 'w'}") == 0
+    out = tmp_path / "w" / "finetune" / "adapter"
+    assert json.loads((out / "adapter_config.json").read_text())["layers_to_transform"] == [1]
+    found = nll_by_us(place, tmp_path / "w")
+    assert found == pytest.approx(nll_by_peft(place, out), rel=1e-5)
+    assert abs(found - nll_by_peft(place, folder)) > 1e-3
 
 
 def test_rslora_of_our_own(place, tmp_path):

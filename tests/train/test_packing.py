@@ -31,8 +31,8 @@ from panacea_jax.defences import (
 from panacea_jax.defences.protocol import check_packing
 from panacea_jax.errors import InputError
 from panacea_jax.models import lora
-from panacea_jax.models.bound import segment_positions
 from panacea_jax.models.full import full_parameters
+from panacea_jax.models.inputs import segment_positions
 from panacea_jax.models.model import load
 from panacea_jax.train.checkpoints import Checkpoints
 from panacea_jax.train.loop import finetune
