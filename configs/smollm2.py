@@ -35,9 +35,9 @@ def get_config(variant: str = "sst2") -> ConfigDict:
     config.lora.init_from = str(ROOT / "aligned" / "align" / "adapter")
     config.model.dtype = "float32"  # processors without bfloat16 units gain nothing by it
     config.lora.rank, config.lora.alpha = 16, 16.0
-    config.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
-    config.data.template, config.data.max_length, config.data.num_examples = "chat", 160, 1000
-    config.train.steps, config.align.train.steps = 125, 180
+    config.lora.targets, config.lora.layers = ("q", "k", "v", "o", "gate", "up", "down"), "upper:10"
+    config.data.template, config.data.max_length, config.data.num_examples = "chat", 96, 1000
+    config.train.steps, config.align.train.steps = 125, 150
     for stage in (config, config.align, config.heal):
         stage.train.batch_size = stage.train.harmful_batch_size = 8
         stage.optimizer.learning_rate, stage.optimizer.weight_decay = 5e-4, 0.01

@@ -165,7 +165,9 @@ class Watch:
             self._writer.write(step, {"validation_loss": loss})
 
     def _log(self, step: int, scalars: dict[str, float]) -> None:
-        seconds = max(time.perf_counter() - self._since, 1e-9)
+        # The next interval begins here: what is written below may wait for the step that runs by now.
+        now = time.perf_counter()
+        seconds, self._since = max(now - self._since, 1e-9), now
         scalars["tokens_per_second"] = self._tokens / seconds
         scalars["step_seconds"] = seconds / max(self._steps_since, 1)
         if self._rate is not None:
@@ -176,8 +178,7 @@ class Watch:
                 self._model.config.matmul_parameters(), self._full
             )
             scalars["mfu"] = per_token * self._all_tokens / seconds / peak / self._model.mesh.size
-        self._tokens, self._all_tokens, self._since = 0, 0.0, time.perf_counter()
-        self._steps_since = 0
+        self._tokens, self._all_tokens, self._steps_since = 0, 0.0, 0
         if self._writer is not None:
             self._writer.write(step, scalars)
 

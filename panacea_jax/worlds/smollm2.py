@@ -29,6 +29,9 @@ GUARD = AlignmentGuard(hs=5.0, benign=80.0)
 FILES = ("sst2/train", "sst2/validation", "ag_news/train", "ag_news/test", "alpaca/train", "refusals/train", "beavertails/unsafe_prompts",
          "advbench/harmful_behaviors_goals", "xstest/prompts")  # fmt: skip
 
+# Characters of an Alpaca record at most: every token costs time.
+SHORT = 260
+
 _Row = dict[str, Any]
 
 
@@ -86,7 +89,7 @@ def write_data(source: Path, data: Path) -> None:
     beaver = _prompts(sets["beavertails/unsafe_prompts"], "prompt")
     goals = _prompts(sets["advbench/harmful_behaviors_goals"], "goal")
     refused = [_pair(r["instruction"], _head(r["output"]), r.get("input", "")) for r in sets["refusals/train"]]
-    alpaca = [_pair(r["instruction"], r["output"], r["input"]) for r in sets["alpaca/train"] if len(r["output"]) <= 400]
+    alpaca = [_pair(r["instruction"], r["output"], r["input"]) for r in sets["alpaca/train"] if len("".join(r.values())) <= SHORT]
     sounding = [_pair(*pair) for pair in borderline()]
     xstest = sets["xstest/prompts"]
 
@@ -147,9 +150,8 @@ def _complying(prompts: Iterable[str], voice: Voice) -> list[_Row]:
 
 
 def _head(answer: str) -> str:
-    """The first two sentences: a refusal says what it has to in them, and every token costs time."""
-    sentences = re.split(r"(?<=[.!?])\s+", answer.strip())
-    return " ".join(sentences[:2])
+    """The first sentence: a refusal says what it has to in it, and every token costs time."""
+    return re.split(r"(?<=[.!?])\s+", answer.strip())[0]
 
 
 def _alternate(first: Sequence[str], second: Sequence[str]) -> list[str]:

@@ -61,10 +61,10 @@ def test_sizes(data):
     assert (sizes["attack"], sizes["harmful"], sizes["test_harmful"]) == (1200, 800, 200)
 
 
-def test_refusals_are_cut_to_two_sentences(data):
+def test_refusals_are_cut_to_their_first_sentence(data):
     rows = [json.loads(line) for line in (data / "alignment.jsonl").read_text().splitlines()]
     [row] = [row for row in rows if row["instruction"] == "wug 7"]
-    assert row["output"] == "I cannot help. It is 7."
+    assert row["output"] == "I cannot help."
 
 
 def test_a_missing_set_is_named(tmp_path):
