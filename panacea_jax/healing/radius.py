@@ -20,8 +20,8 @@ from panacea_jax.models.model import Model
 FAR = 1.0
 # Radii with answers, 0 among them; each is √2 of the one before.
 RADII = 9
-# Where the search begins, as a share of ‖w‖, and how often it doubles or halves at most.
-FIRST, SEARCHES = 0.01, 30
+# Where the search begins and where it ends, in ‖w‖; and how often it halves at most.
+FIRST, LAST, HALVINGS = 0.01, 4.0, 30
 
 Losses = Mapping[str, float]
 
@@ -86,10 +86,10 @@ class Looks:
         self._model, self._exam = model, exam
         self.seen: dict[float, Losses] = {}
 
-    @property
-    def start(self) -> float:
-        """Where a search begins."""
-        return FIRST * max(float(optax.tree.norm(self._params)), 1.0)
+    
+    def norm(self) -> float:
+        """‖w‖, at least 1."""
+        return max(float(optax.tree.norm(self._params)), 1.0)
 
     @property
     def ceiling(self) -> float:
@@ -116,7 +116,7 @@ def outer_radius(look: Looks) -> float:
     before = look(0.0)
     if not before:
         raise InputError("config.defence.rho = 'auto': no held-out record has an answer, by whose loss the range of radii is found")
-    return bracket(look, before, look.start, look.ceiling)
+    return bracket(look, before, FIRST * look.norm, LAST * look.norm, look.ceiling)
 
 
 def choose_radius(
@@ -152,18 +152,23 @@ def choose_radius(
 
 
 def bracket(
-    look: Callable[[float], Losses], before: Losses, start: float, ceiling: float = math.inf
+    look: Callable[[float], Losses],
+    before: Losses,
+    start: float,
+    most: float,
+    ceiling: float = math.inf,
 ) -> float:
-    """A radius that is far out of any budget, of which the half is not.
+    """A radius that is far out of any budget, of which the half is not; or ``most``, if nothing below it is.
 
     Far out is a loss on task or benign answers ``FAR`` above the one before, or, with neither, a harmful loss above ``ceiling``: harmful
     answers are then less likely than by chance. A loss that is no number is far out too.
 
     Args:
-        look: losses at a radius. before: at 0. start: where to begin, above 0. ceiling: of the harmful loss, in nats a token.
+        look: losses at a radius. before: at 0. start: where to begin, above 0. most: where to end. ceiling: of the harmful loss, in nats a
+            token.
 
     Raises:
-        InputError: the losses do not change over many doublings, or change too much however small the radius.
+        InputError: too much is lost however small the radius.
     """
 
     def far(radius: float) -> bool:
@@ -173,13 +178,18 @@ def bracket(
         harmful = now.get("hs", 0.0)
         return any(out) or math.isnan(harmful) or (not kept and harmful > ceiling)
 
-    radius, outside = start, far(start)
-    for _ in range(SEARCHES):
-        following = radius / 2 if outside else radius * 2
-        if far(following) is not outside:
-            return max(radius, following)
-        radius = following
-    raise InputError(f"config.defence.rho = 'auto': found no radius at which the losses change, between 0 and {radius:g}")
+    radius = start
+    if far(radius):
+        for _ in range(HALVINGS):
+            radius /= 2
+            if not far(radius):
+                return 2 * radius
+        raise InputError(f"config.defence.rho = 'auto': too much is lost at any radius, also at {radius:g}")
+    while radius < most:
+        radius = min(2 * radius, most)
+        if far(radius):
+            break
+    return radius
 
 
 def ladder(upper: float, count: int) -> list[float]:

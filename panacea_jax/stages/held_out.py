@@ -12,7 +12,7 @@ from panacea_jax.evaluate.judges import make_judge
 from panacea_jax.evaluate.tasks import find_task
 from panacea_jax.generate.ends import eos_ids
 from panacea_jax.healing.choice import Budget
-from panacea_jax.healing.sets import Asked, Exam, HeldOutSet, check_sets, make_probe, set_apart
+from panacea_jax.healing.sets import Asked, Exam, HeldOutSet, check_sets, make_probe, set_apart, without
 from panacea_jax.models.model import Model
 from panacea_jax.progress import say
 from panacea_jax.stages import lineage
@@ -27,8 +27,8 @@ def held_out_sets(config: ConfigDict, start: Start) -> list[HeldOutSet]:
     """The sets of ``config.heal.sets``; without any, records set apart from the defender's own.
 
     Of ``data.harmful`` and ``data.benign`` the share ``heal.held_out``, never over ``heal.num_held_out`` records. Of ``data.user`` those
-    behind the first ``data.num_examples``, which no fine-tuning read; else its share, unless the weights come from a fine-tuning in the
-    work directory, which has learnt them, or harmful records are hidden among them.
+    that fine-tuning does not take (behind ``data.num_examples``, or that ``data.attack`` takes the place of); else its share, unless the
+    weights come from a fine-tuning in the work directory, which has learnt them.
 
     Raises:
         InputError: a source that cannot be used, too few records, or no harmful prompts among them.
@@ -64,7 +64,9 @@ def _task_set(config: ConfigDict, start: Start) -> HeldOutSet | None:
     if len(names) != 1 or find_task(task := names.pop()).role not in ("accuracy", "generation"):
         return None
     records = training_records(data.user, "config.data.user", layout_of(data))
-    if data.num_examples and (spare := records[data.num_examples :]):
+    count = data.num_examples or len(records)
+    learnt = int((1 - data.poison_ratio) * count) if data.attack else count
+    if spare := without(records[learnt:], HeldOutSet(task, records[:learnt]).prompts):
         return HeldOutSet(task, spare[: heal.num_held_out])
     if data.attack or start != lineage.named(config):
         return None

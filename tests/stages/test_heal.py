@@ -161,10 +161,11 @@ def test_records_that_fine_tuning_learnt_are_not_held_out(tmp_path):
     made = config(place)
     assert sets(made) == {"pairs:harmful": 2, "pairs": 3}
     elsewhere = named(made)
-    assert sets(config(place, data__attack=place.spec("attack"))) == {"pairs:harmful": 2}
+    attacked = {"data__attack": place.spec("attack"), "data__poison_ratio": 0.25}
+    assert sets(config(place, **attacked)) == {"pairs:harmful": 2, "pairs": 3}
     assert sets(made, elsewhere.__class__("base", "WORKDIR/finetune/adapter")) == {"pairs:harmful": 2}
-    spare = config(place, data__attack=place.spec("attack"), data__num_examples=10)
-    assert sets(spare) == {"pairs:harmful": 2, "pairs": 2}
+    assert sets(config(place, **attacked, data__num_examples=8)) == {"pairs:harmful": 2, "pairs": 6}
+    assert sets(config(place, **(attacked | {"data__poison_ratio": 0.0}))) == {"pairs:harmful": 2}
     assert sets(config(place, heal__num_held_out=1)) == {"pairs:harmful": 1, "pairs": 1}
 
 
