@@ -86,7 +86,7 @@ class Looks:
         self._model, self._exam = model, exam
         self.seen: dict[float, Losses] = {}
 
-    
+    @property
     def norm(self) -> float:
         """‖w‖, at least 1."""
         return max(float(optax.tree.norm(self._params)), 1.0)

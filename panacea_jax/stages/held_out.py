@@ -12,7 +12,15 @@ from panacea_jax.evaluate.judges import make_judge
 from panacea_jax.evaluate.tasks import find_task
 from panacea_jax.generate.ends import eos_ids
 from panacea_jax.healing.choice import Budget
-from panacea_jax.healing.sets import Asked, Exam, HeldOutSet, check_sets, make_probe, set_apart, without
+from panacea_jax.healing.sets import (
+    Asked,
+    Exam,
+    HeldOutSet,
+    check_sets,
+    make_probe,
+    set_apart,
+    without,
+)
 from panacea_jax.models.model import Model
 from panacea_jax.progress import say
 from panacea_jax.stages import lineage
