@@ -51,7 +51,7 @@ def write_radius(found: ChosenRadius, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "radius.json", as_json(found))
     _plot(found, folder / "radius.png")
-    console = table_console(120)
+    console = table_console(160)
     table = Table(title="the radius, by held-out records (percent; losses in nats a token)", title_justify="left")
     for head in ("radius", *COLUMNS.values(), "harmful loss", "task loss", "benign loss", ""):
         table.add_column(head, justify="right", no_wrap=True)

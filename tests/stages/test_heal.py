@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -9,11 +10,14 @@ from safetensors.numpy import load_file
 from panacea_jax.config import get_config
 from panacea_jax.defences import Ascent
 from panacea_jax.healing import methods, table
+from panacea_jax.models import lora
+from panacea_jax.models.model import load
+from panacea_jax.models.peft import save_adapter
 from panacea_jax.stages import heal as stage
 from panacea_jax.stages.held_out import asked_in, held_out_sets
 from panacea_jax.stages.lineage import named
 from panacea_jax.stages.streams import stage_inputs, stage_records
-from tests.runs import finished_run, make_place, panacea
+from tests.runs import ADAPTED, make_place, panacea
 from tests.tiny import write_pairs
 
 METHODS = ("ascent:rho=auto", "ascent:rho=0.5,steps=3,keep=('user',)", "realign:steps=2,benign_ratio=0.0", "realign", "safelora")
@@ -22,8 +26,12 @@ METHODS = ("ascent:rho=auto", "ascent:rho=0.5,steps=3,keep=('user',)", "realign:
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     """(place, a finished adapter)."""
-    place, run = finished_run(tmp_path_factory)
-    return place, run / "finetune" / "adapter"
+    place = make_place(tmp_path_factory.mktemp("place"))
+    model = load(place.base, dtype="float32")
+    fresh = lora.init(model, 2, 4, ADAPTED, key=jax.random.key(0))
+    noise = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), fresh)
+    save_adapter(noise, place.root / "adapter", str(place.base))
+    return place, place.root / "adapter"
 
 
 def flags(place, adapter, *more, methods=METHODS):
