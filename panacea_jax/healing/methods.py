@@ -12,11 +12,17 @@ BRINGS = {
 }  # fmt: skip
 
 
-def lacking(method: Method, there: Collection[str]) -> list[str]:
-    """What a method needs and has not got, of :data:`BRINGS`."""
-    has_base = method.folders is not None and bool(method.folders[0])
-    there = {*there, BASE} if has_base else set(there) - {BASE}
-    return [name for name in extra_data(method) if name not in there]
+def lacking(method: Method, there: Collection[str]) -> str:
+    """What a method needs and has not got, in words; "" where nothing is missing.
+
+    Args:
+        method: told which base it compares with, if it does.
+        there: sets at hand, of :data:`BRINGS`.
+    """
+    named = method.folders is not None and bool(method.folders[0])
+    at_hand = {*there, BASE} if named else set(there)
+    needs = [BRINGS[what] for what in extra_data(method) if what not in at_hand]
+    return f"needs {' and '.join(needs)}" if needs else ""
 
 
 def allowed(there: Collection[str]) -> str:
@@ -28,9 +34,8 @@ def allowed(there: Collection[str]) -> str:
     able, needy = [], []
     for name, kind in DEFENCES.items():
         if "heal" in kind().stages:
-            needs = [BRINGS[what] for what in extra_data(kind()) if what not in there]
-            if needs:
-                needy.append(f"{name} needs {' and '.join(needs)}")
+            if needs := lacking(kind(), there):
+                needy.append(f"{name} {needs}")
             else:
                 able.append(name)
     brought = [BRINGS[name] for name in BRINGS if name in there]

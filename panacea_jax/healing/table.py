@@ -109,3 +109,8 @@ def summary(best: Treated, rows: Sequence[Treated]) -> str:
             "that is left as it is."
         )
     return f"Best within the budget: {best.method}, harmful answers {before.k} → {after.k} of {after.n}."
+
+
+def lines_below(best: Treated, rows: Sequence[Treated], data: str) -> list[str]:
+    """What has to be known to read the table; ``data``: which methods the data allows."""
+    return [summary(best, rows), data, NOTE, RULE]

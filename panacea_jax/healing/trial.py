@@ -31,8 +31,8 @@ from panacea_jax.evaluate.judges import Judge, RefusalJudge
 from panacea_jax.generate.ends import eos_ids
 from panacea_jax.healing import table
 from panacea_jax.healing.auto import ascend_auto
-from panacea_jax.healing.choice import RULE, Budget
-from panacea_jax.healing.methods import BRINGS, allowed, lacking
+from panacea_jax.healing.choice import Budget
+from panacea_jax.healing.methods import allowed, lacking
 from panacea_jax.healing.radius import ChosenRadius
 from panacea_jax.healing.sets import (
     Exam,
@@ -73,8 +73,7 @@ class Healed:
 
     def show(self) -> None:
         """Print the table."""
-        lines = [table.summary(self.best, self.rows), self.data, table.NOTE, RULE]
-        table.show_rows(self.rows, self.best, self.budget, lines)
+        table.show_rows(self.rows, self.best, self.budget, table.lines_below(self.best, self.rows, self.data))
 
 
 def heal(
@@ -175,7 +174,7 @@ def heal(
         if "heal" not in method.stages:
             raise InputError(f"heal: {name} acts at the stage {method.stage}")
         if needs := lacking(method, there):
-            left_out.append(Treated(name, why=f"needs {' and '.join(BRINGS[need] for need in needs)}"))
+            left_out.append(Treated(name, why=needs))
             continue
         results[name], radius = treat(method)
         if radius is not None:

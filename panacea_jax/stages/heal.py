@@ -101,7 +101,7 @@ def heal_stage(config: ConfigDict, workdir: Path, start: Start | None = None) ->
 
         # ---- table, export
         best = table.best_of(rows, budget)
-        lines = [table.summary(best, rows), allowed(there), table.NOTE, table.RULE]
+        lines = table.lines_below(best, rows, allowed(there))
         made = tried.folders.get(best.method)
         source = made / "heal" / kind if made else Path(start.adapter or local_folder(start.base))
         lineage.clear(out)
@@ -157,7 +157,7 @@ class _Tried:
         with config.unlocked():
             config.defence = defence_section(part)
         if needs := lacking(make_defence(config.defence), self._there):
-            self.left_out[name] = f"needs {' and '.join(BRINGS[need] for need in needs)}"
+            self.left_out[name] = needs
             return
         try:
             method = check_stage(config, "heal", self._start)
