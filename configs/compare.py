@@ -54,6 +54,7 @@ GRID = (
     "antidote:dense_ratio=0.01|0.05|0.1|0.2",
     "random_prune:dense_ratio=0.01|0.05|0.1|0.2",
     "magnitude_prune:dense_ratio=0.01|0.05|0.1|0.2",
+    "ascent:rho=0.1|0.25|0.5|1",
     "random_perturbation:rho=0.25|1|2|4",
     "safelora:select=threshold,threshold=0.25|0.5|0.75|1",
     "realign:steps=25|50|100|200",

@@ -124,6 +124,7 @@ BUDGETS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "random_prune": ("random_prune:dense_ratio=0.05", ANTIDOTE_REPO),
     "magnitude_prune": ("magnitude_prune:dense_ratio=0.05", ANTIDOTE_REPO),
     "random_perturbation": ("random_perturbation:rho=1", {}),  # Panacea's norm
+    "ascent": ("ascent:rho=1", {}),  # likewise
     "safelora-number": ("safelora:select=number,num_layers=10", UNALIGNED),
     "safelora-threshold": ("safelora:select=threshold,threshold=0.5", UNALIGNED),
     "realign": ("realign:steps=100", {"data.benign": BENIGN}),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from panacea_jax.analysis.layers import layer_coefficients
     from panacea_jax.errors import InputError
     from panacea_jax.export import export_adapter, export_model
+    from panacea_jax.healing.trial import Healed, heal
     from panacea_jax.models import lora
     from panacea_jax.models.full import full_parameters
     from panacea_jax.models.model import Model, load
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Healed",
     "InputError",
     "Model",
     "Result",
@@ -37,6 +39,7 @@ __all__ = [
     "export_model",
     "finetune",
     "full_parameters",
+    "heal",
     "layer_coefficients",
     "load",
     "lora",
@@ -55,6 +58,8 @@ _HOME = {
     "export_adapter": "panacea_jax.export",
     "export_model": "panacea_jax.export",
     "full_parameters": "panacea_jax.models.full",
+    "heal": "panacea_jax.healing.trial",
+    "Healed": "panacea_jax.healing.trial",
     "Model": "panacea_jax.models.model",
     "load": "panacea_jax.models.model",
     "make_mesh": "panacea_jax.parallel",

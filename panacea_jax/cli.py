@@ -69,6 +69,14 @@ def _train(name: str) -> Callable[[flags.FlagValues, "ConfigDict"], Path]:
     return run
 
 
+def _heal(values: flags.FlagValues, config: "ConfigDict") -> Path:
+    if config.heal.methods:
+        from panacea_jax.stages.heal import heal_stage
+
+        return heal_stage(config, _workdir(values))
+    return _train("heal")(values, config)
+
+
 def _generate(values: flags.FlagValues, config: "ConfigDict") -> Path:
     if values.prompts_only:
         from panacea_jax.stages.prompts import prompts_stage
@@ -161,7 +169,7 @@ COMMANDS = {
     ),
     "align": Command("safety alignment of the base on config.data.alignment", _train("align"), TRAINING, True),
     "finetune": Command("fine-tuning on user data with config.defence", _train("finetune"), TRAINING, True),
-    "heal": Command("a post-fine-tuning defence on a finished adapter or model", _train("heal"), TRAINING, True),
+    "heal": Command("a post-fine-tuning defence, or several side by side, on a finished adapter or model", _heal, TRAINING, True),
     "generate": Command("answers to config.eval.tasks", _generate, ("workdir", "prompts_only"), several=True),
     "judge": Command("verdicts and scores.json from the answers", _judge),
     "score": Command(

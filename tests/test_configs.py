@@ -171,7 +171,8 @@ def test_every_key_is_documented_with_its_default():
     rows = re.findall(r"^\| `([a-z0-9_.]+)` \| (.+?) \|", text, re.M)
     default = config.get_config()
     assert "`align.defence`" in text and "`heal.train`" in text  # which repeat the keys of others
-    keys = [key for key in _keys(default) if not key.startswith(("align.", "heal."))]
+    repeated = ("align.", "heal.defence.", "heal.optimizer.", "heal.train.")
+    keys = [key for key in _keys(default) if not key.startswith(repeated)]
     assert sorted(key for key, _ in rows) == sorted(keys)
     for key, written in rows:
         value = default

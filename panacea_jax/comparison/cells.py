@@ -6,7 +6,6 @@ is run once. A cell's own folder holds what is its alone: heal, answers, scores,
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from panacea_jax.config import defence_section, stage_config
-from panacea_jax.defences.spec import Part, Stack
+from panacea_jax.defences.spec import Part, Stack, slug
 from panacea_jax.errors import InputError
 from panacea_jax.stages import lineage
 from panacea_jax.stages.generate import generate_stage
@@ -48,11 +47,6 @@ class Cell(NamedTuple):
         if self.ratio is None:
             return f"aligned, seed {self.seed}"
         return f"{self.method}, seed {self.seed}, poison ratio {self.ratio:g}"
-
-
-def slug(part: object) -> str:
-    """A folder's name for a method or a part of one."""
-    return re.sub(r"[^\w.=+-]+", "_", str(part))
 
 
 class Cells:

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from panacea_jax.defences import DEFENCES, Method
-from panacea_jax.defences.protocol import extra_data, hyper_parameters, passes_of, whole_passes_of
+from panacea_jax.defences.protocol import (
+    extra_data,
+    hyper_parameters,
+    passes_of,
+    single_batches_of,
+    whole_passes_of,
+)
 from panacea_jax.defences.spec import Stack
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.intervals import bootstrap_mean, wilson
@@ -115,6 +121,9 @@ def _whole_passes(defence: Method, manifest: _Json, folder: Path) -> float:
         if not records:
             raise InputError(f"{folder}/manifest.json: does not say how many {stream} records there were")  # fmt: skip
         total += weight * records / config["train"]["batch_size"]
+    main = config["train"]["batch_size"]
+    for stream, count in single_batches_of(defence).items():
+        total += count * config["train"].get(f"{stream}_batch_size", main) / main
     return total
 
 

@@ -97,7 +97,18 @@ def get_config(variant: str = "") -> ConfigDict:
         "train": _train(),
         # A run's other stages; a stage whose defence has no name is left out.
         "align": {"defence": defence_defaults(""), "optimizer": _optimizer(), "train": _train()},
-        "heal": {"defence": defence_defaults(""), "optimizer": _optimizer(), "train": _train()},
+        "heal": {
+            "defence": defence_defaults(""),
+            "optimizer": _optimizer(),
+            "train": _train(),
+            "methods": (),  # several on one model, such as "ascent:rho=auto"; see docs/heal.md
+            "sets": (),  # TASK@WHERE, held out to choose by; (): set apart from the defender's
+            "held_out": 0.25,  # that share of them
+            "num_held_out": 64,  # records of one set at most
+            "new_tokens": 24,  # of an answer to harmful and benign requests
+        },
+        # Points that healing may cost on held-out records.
+        "budget": {"fa": 1.0, "benign": 3.0, "coherence": 3.0},
         "mesh": {"replica": 0, "data": 1, "fsdp": -1, "tensor": 1},
         "checkpoint": {"every": 500, "keep": 2},
         "generate": {

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 from abc import ABC
 from collections.abc import Callable, Iterable
+from types import UnionType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from absl import flags
@@ -101,7 +102,8 @@ def all_hyper_parameters() -> dict[str, type]:
 
 def _hints(hint: Any) -> set[type]:
     """The types that a hyper-parameter may have: of ``float | int``, of ``tuple[float, ...]``."""
-    return {get_origin(h) or h for h in get_args(hint) or (hint,)}
+    several = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return {get_origin(h) or h for h in several}
 
 
 def _kind_of(hint: Any) -> type:

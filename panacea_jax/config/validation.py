@@ -87,6 +87,7 @@ def validate(config: ConfigDict) -> None:
     _at_least(config.checkpoint.keep, "checkpoint.keep", 1)
     _validate_generate(config.generate)
     _at_least(config.eval.num_examples, "eval.num_examples", 0)
+    _validate_heal(config)
     _validate_compare(config.compare)
 
 
@@ -192,6 +193,20 @@ def _validate_compare(compare: ConfigDict) -> None:
         require(not both, "compare.development", sorted(both), "a world that is reported cannot be chosen on")  # fmt: skip
     elif compare.grid:
         require(len(compare.validation) > 0, "compare.validation", compare.validation, "name sets to choose the grid by")  # fmt: skip
+
+
+def _validate_heal(config: ConfigDict) -> None:
+    heal, key = config.heal, "config.heal.methods"
+    for text in heal.methods:
+        stack = parse_stack(str(text), key)
+        alone = stack.heal is not None and stack.align is None and stack.finetune is None
+        require(alone, "heal.methods", text, "name one method of the stage heal in each")
+        _fits(stack, key)
+    require(0 < heal.held_out < 1, "heal.held_out", heal.held_out, "a share above 0, below 1")
+    for name in ("num_held_out", "new_tokens"):
+        _at_least(heal[name], f"heal.{name}", 1)
+    for name, points in config.budget.items():
+        _at_least(points, f"budget.{name}", 0)
 
 
 def _fits(method: Stack, key: str) -> None:

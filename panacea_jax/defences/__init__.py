@@ -1,6 +1,7 @@
 """Every defence behind one protocol, by name."""
 
 from panacea_jax.defences.antidote import Antidote
+from panacea_jax.defences.ascent import Ascent
 from panacea_jax.defences.booster import Booster, BoosterVaccine
 from panacea_jax.defences.ewc import Ewc
 from panacea_jax.defences.kl import Kl
@@ -37,6 +38,7 @@ DEFENCES: dict[str, type[Method]] = {
     "ewc": Ewc,
     "kl": Kl,
     "vlguard": Vlguard,
+    "ascent": Ascent,
     "random_perturbation": RandomPerturbation,
     "antidote": Antidote,
     "random_prune": RandomPrune,
@@ -50,6 +52,7 @@ __all__ = [
     "BoosterVaccine",
     "DEFENCES",
     "Antidote",
+    "Ascent",
     "Defence",
     "Ewc",
     "Kl",

@@ -52,6 +52,7 @@ class StreamSpec(NamedTuple):
         passes: forward + backward passes a step, in batches; SFT's over the main stream is 1. A forward pass alone counts 1/2, as with a
             frozen base (1/3 where all parameters are trained).
         whole_passes: likewise, of looks at the whole set before or after the steps.
+        single_batches: likewise, of looks at single batches outside the steps, in batches.
         repeats: batches that a step receives, interleaved into one (see ``data.batches.deinterleave``).
         interval: steps that share a batch.
         paired: goes with the main stream record by record.
@@ -59,6 +60,7 @@ class StreamSpec(NamedTuple):
 
     passes: float | int = 0
     whole_passes: float = 0.0
+    single_batches: float = 0.0
     repeats: int = 1
     interval: int = 1
     paired: bool = False
@@ -240,6 +242,11 @@ def passes_as_received(method: Method) -> dict[str, float]:
 def whole_passes_of(method: Method) -> dict[str, float]:
     """Passes over whole sets, before or after the steps, by stream; empty where the method looks at none."""
     return {name: s.whole_passes for name, s in method.streams.items() if s.whole_passes}
+
+
+def single_batches_of(method: Method) -> dict[str, float]:
+    """Passes over single batches outside the steps, by stream."""
+    return {name: s.single_batches for name, s in method.streams.items() if s.single_batches}
 
 
 def extra_data(method: Method) -> tuple[str, ...]:

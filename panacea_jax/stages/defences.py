@@ -4,7 +4,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from panacea_jax.defences import DEFENCES, Method
-from panacea_jax.defences.protocol import STAGES, extra_data, passes_of, whole_passes_of
+from panacea_jax.defences.protocol import (
+    STAGES,
+    extra_data,
+    passes_of,
+    single_batches_of,
+    whole_passes_of,
+)
 from panacea_jax.progress import table_console
 
 
@@ -15,6 +21,7 @@ def passes_text(defence: Method) -> str:
     parts = ", ".join(f"{stream} {n:.3g}" for stream, n in by_stream.items())
     steps = [f"{sum(by_stream.values()):.4g} ({parts})"] if by_stream else []
     once = [f"once {n:.3g} over all {stream}" for stream, n in whole_passes_of(defence).items()]
+    once += [f"once {n:.3g} batches of {stream}" for stream, n in single_batches_of(defence).items()]
     return "; ".join(steps + once) or "none"
 
 

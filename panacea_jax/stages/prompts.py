@@ -11,13 +11,14 @@ from panacea_jax.data.sources import fingerprint
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.lines import prompt_line
 from panacea_jax.evaluate.tasks import answer_length, set_names
+from panacea_jax.generate.ends import eos_ids
 from panacea_jax.models.hub import local_folder
 from panacea_jax.models.vocabulary import open_vocabulary
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
 from panacea_jax.records.jsonl import encode_line
 from panacea_jax.stages import lineage
-from panacea_jax.stages.generate import eos_ids, read_prompts
+from panacea_jax.stages.generate import read_prompts
 from panacea_jax.stages.rendering import decisive_for_prompts, make_template
 from panacea_jax.workdir import StageFolder, sha256_folder, write_bytes
 

@@ -13,6 +13,8 @@ from panacea_jax.parallel import processes
 from panacea_jax.progress import say
 from panacea_jax.stages import lineage
 from panacea_jax.stages.generate import eval_records, generate_stage
+from panacea_jax.stages.heal import heal_stage
+from panacea_jax.stages.held_out import held_out_sets
 from panacea_jax.stages.judge import judge_stage
 from panacea_jax.stages.layers import layers_stage
 from panacea_jax.stages.perplexity import has_answers, perplexity_stage
@@ -40,7 +42,7 @@ def check_run(config: ConfigDict) -> None:
                 "config.lora.policy = merged"
             )
     stage_records(main, "finetune", check_stage(main, "finetune", start))
-    if config.heal.defence.name:
+    if config.heal.methods or config.heal.defence.name:
         heal = stage_config(config, "heal")
         if heal.train.full_parameters and not start.full_parameters:
             raise InputError(
@@ -48,7 +50,10 @@ def check_run(config: ConfigDict) -> None:
             )
         # What fine-tuning leaves in the work directory is healed, not what it started from.
         left = dataclasses.replace(start, adapter="")
-        stage_records(heal, "heal", check_stage(heal, "heal", left, "heal."))
+        if config.heal.methods:
+            held_out_sets(heal, left)
+        else:
+            stage_records(heal, "heal", check_stage(heal, "heal", left, "heal."))
     set_names(config.eval.tasks)
     for spec in config.eval.tasks:
         eval_records(config, spec)
@@ -63,8 +68,8 @@ def check_run(config: ConfigDict) -> None:
 
 
 def run_stages(config: ConfigDict, workdir: Path, profile: Profile | None = None) -> Path:
-    """align (if ``config.align.defence.name``) → finetune → heal (if named) → generate and judge (if there are tasks) → perplexity (if
-    ``config.eval.perplexity``) → layers (if the defence has an ε).
+    """align (if ``config.align.defence.name``) → finetune → heal (if a method is named, or several are) → generate and judge (if there are
+    tasks) → perplexity (if ``config.eval.perplexity``) → layers (if the defence has an ε).
 
     Fine-tuning goes on from what alignment left. Returns the work directory.
 
@@ -80,12 +85,15 @@ def run_stages(config: ConfigDict, workdir: Path, profile: Profile | None = None
         start = lineage.after_alignment(start, aligned, config.align.train.full_parameters)
     say("== finetune")
     train_stage(main, workdir, "finetune", start, profile=profile)
-    if config.heal.defence.name:
+    if config.heal.methods or config.heal.defence.name:
         say("== heal")
         heal = stage_config(config, "heal")
         whole = heal.train.full_parameters
-        left = lineage.Start(start.base, full_parameters=whole)
-        train_stage(heal, workdir, "heal", lineage.to_heal(heal, workdir, left))
+        left = lineage.to_heal(heal, workdir, lineage.Start(start.base, full_parameters=whole))
+        if heal.heal.methods:
+            heal_stage(heal, workdir, left)
+        else:
+            train_stage(heal, workdir, "heal", left)
     if config.eval.tasks:
         answering = lineage.to_answer(main, workdir, start)
         say("== generate")

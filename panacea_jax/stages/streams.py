@@ -1,6 +1,6 @@
 """The data streams of a stage: which sources they draw on, how many records of each, and their fingerprints."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from panacea_jax.data.sources import (
 from panacea_jax.data.template import Template
 from panacea_jax.defences import Defence, Method
 from panacea_jax.errors import InputError
+from panacea_jax.healing.sets import Asked, without
 from panacea_jax.workdir import sha256_model
 
 
@@ -98,8 +99,11 @@ def defender_records(config: ConfigDict, name: str) -> list[Record]:
     return first_records(records, count, key, f"config.data.num_{name}", data.off_by_one)
 
 
-def stage_records(config: ConfigDict, stage: str, defence: Method) -> dict[str, StreamSource]:
-    """By stream, the main one and those that the defence asks for. A method without steps has no main stream.
+def stage_records(
+    config: ConfigDict, stage: str, defence: Method, apart: Collection[Asked] = ()
+) -> dict[str, StreamSource]:
+    """By stream, the main one and those that the defence asks for, without records that ask for something ``apart``. A method without
+    steps has no main stream.
 
     Raises:
         InputError: a source is not set or cannot be used.
@@ -107,28 +111,43 @@ def stage_records(config: ConfigDict, stage: str, defence: Method) -> dict[str, 
     sizes = batch_sizes(config.train)
     sources: dict[str, StreamSource] = {}
     if isinstance(defence, Defence):
-        key, records = _main(config, stage, defence)
+        key, records = _main(config, stage, defence, apart)
         records, out = _hold_out(config, defence, records)
         sources["user"] = StreamSource(key, records, sizes["user"], out)
     for name in defence.streams:
-        records = defender_records(config, name)
+        records = _set(config, name, apart)
         sources[name] = StreamSource(f"config.data.{name}", records, sizes[name])
     for name, spec in defence.streams.items():
         if spec.paired:
             _check_pairs(name, sources["user"], sources[name])
     for name in defence.mixed:
-        sources["user"].records.extend(defender_records(config, name))
+        sources["user"].records.extend(_set(config, name, apart))
     return sources
 
 
-def _main(config: ConfigDict, stage: str, defence: Method) -> tuple[str, list[Record]]:
+def _set(config: ConfigDict, name: str, apart: Collection[Asked]) -> list[Record]:
+    """A set by its name, without what is held out.
+
+    Raises:
+        InputError: the source is not set or cannot be used, or all of it is held out.
+    """
+    records = user_records(config) if name == "user" else defender_records(config, name)
+    left = without(records, apart) if apart else records
+    if apart and not left:
+        raise InputError(f"config.data.{name}: all of its {len(records)} records ask what held-out ones do")
+    return left
+
+
+def _main(
+    config: ConfigDict, stage: str, defence: Method, apart: Collection[Asked]
+) -> tuple[str, list[Record]]:
     """Key and records of the main stream: the user's set, or what takes its place."""
     if defence.benign_share is not None:
-        mix = _realignment(config, defence.benign_share, defence.own_steps)
+        mix = _realignment(config, defence.benign_share, defence.own_steps, apart)
         return "config.data.alignment", mix
     if stage == "align":
-        return "config.data.alignment", defender_records(config, "alignment")
-    return "config.data.user", user_records(config)
+        return "config.data.alignment", _set(config, "alignment", apart)
+    return "config.data.user", _set(config, "user", apart)
 
 
 def _hold_out(
@@ -143,10 +162,12 @@ def _hold_out(
     return held_out(records, share, key)
 
 
-def _realignment(config: ConfigDict, ratio: float, steps: int) -> list[Record]:
+def _realignment(
+    config: ConfigDict, ratio: float, steps: int, apart: Collection[Asked]
+) -> list[Record]:
     """Refusals and benign records for every step, in the order in which they are taken."""
-    refusals = defender_records(config, "alignment") if ratio < 1 else []
-    benign = defender_records(config, "benign") if ratio > 0 else []
+    refusals = _set(config, "alignment", apart) if ratio < 1 else []
+    benign = _set(config, "benign", apart) if ratio > 0 else []
     n = steps * config.train.batch_size
     return realignment(refusals, benign, n, ratio, config.seed, config.data.shuffle)
 
@@ -176,16 +197,23 @@ def _check_pairs(name: str, main: StreamSource, other: StreamSource) -> None:
 
 
 def make_streams(
-    config: ConfigDict, stage: str, defence: Method, template: Template, vocab_size: int, rows: int
+    config: ConfigDict,
+    stage: str,
+    defence: Method,
+    template: Template,
+    vocab_size: int,
+    rows: int,
+    apart: Collection[Asked] = (),
 ) -> tuple[dict[str, Stream], list[Example]]:
-    """The tokenised streams of a stage, and the examples held out; the rows of a batch are a multiple of ``rows``.
+    """The tokenised streams of a stage, without what is asked in ``apart``, and the examples held out; the rows of a batch are a
+    multiple of ``rows``.
 
     Raises:
         InputError: a source cannot be used, or a record has a token id from ``vocab_size`` on.
     """
     data = config.data
     asked, mix = defence.streams, defence.benign_share is not None
-    sources = stage_records(config, stage, defence)
+    sources = stage_records(config, stage, defence, apart)
 
     def encoded(records: Sequence[Record], key: str) -> list[Example]:
         found = encode_all(records, template, data.max_length, key, loss_on=data.loss_on, max_cut=data.max_cut)
@@ -200,7 +228,7 @@ def make_streams(
             seed=config.seed,
             shuffle=data.shuffle and not mix,  # whose order keeps the ratio in each batch
             buckets=length_buckets(data.max_length),
-            fixed_length=name != "user",
+            fixed_length=name != "user" or not isinstance(defence, Defence),
             row_multiple=rows,
             order="user" if name in asked and asked[name].paired else "",
             repeats=asked[name].repeats if name in asked else 1,
@@ -217,6 +245,8 @@ def stage_inputs(config: ConfigDict, stage: str, defence: Method) -> dict[str, s
     main = {"align": ("alignment",), "finetune": ("user", "attack"), "heal": ()}[stage]
     if defence.benign_share is not None:
         main = ("alignment", "benign")
+    if "user" in defence.streams:
+        main = ("user", "attack")
     names = (*main, *defence.streams, *defence.mixed)
     found = {
         config.data[name]: fingerprint(config.data[name], f"config.data.{name}")

@@ -14,10 +14,14 @@ from panacea_jax.config import make_defence
 from panacea_jax.config.methods import Setting, all_hyper_parameters, as_setting
 from panacea_jax.data.batches import Stream
 from panacea_jax.data.encode import Example
-from panacea_jax.defences import Defence, Method
+from panacea_jax.defences import Ascent, Defence, Method
+from panacea_jax.defences.ascent import AUTO
 from panacea_jax.defences.protocol import check_packing
 from panacea_jax.errors import InputError
 from panacea_jax.export import deployed, save_epsilon, save_model
+from panacea_jax.healing.auto import ascend_auto
+from panacea_jax.healing.curve import write_radius
+from panacea_jax.healing.sets import HeldOutSet
 from panacea_jax.models.adapter import layers_text
 from panacea_jax.models.fused import choose_backend
 from panacea_jax.models.model import Model
@@ -27,6 +31,14 @@ from panacea_jax.parallel import make_mesh
 from panacea_jax.parallel.sharding import batch_rows
 from panacea_jax.progress import say
 from panacea_jax.stages import lineage
+from panacea_jax.stages.held_out import (
+    asked_in,
+    budget_of,
+    decisive_for_exam,
+    fingerprint_of,
+    held_out_sets,
+    make_exam,
+)
 from panacea_jax.stages.lineage import Start
 from panacea_jax.stages.rendering import make_template
 from panacea_jax.stages.streams import make_streams, stage_inputs
@@ -44,7 +56,9 @@ DECISIVE = ("seed", "model", "lora", "data", "defence", "optimizer", "train", "e
 NEUTRAL = {"train": ("log_every", "cache_frozen"), "model": ("attention", "remat")}
 # Keys that came later, with the value at which a stage does what it did before: work directories from then go on.
 SINCE: dict[str, dict[str, object]] = {
-    "defence": {"ascent_steps": 1, "masks": "mended"},
+    "defence": {
+        "ascent_steps": 1, "masks": "mended", "keep": (), "constraint": "project", "slack": 0.05, "dual_rate": 10.0,
+    },
     "train": {"accumulate": 1, "validate_every": 0, "patience": 0},
     "lora": {"rslora": False, "dropout": 0.0, "layers": ""},
     "data": {
@@ -121,6 +135,7 @@ def train_stage(
     name: str,
     start: Start | None = None,
     *,
+    apart: Sequence[HeldOutSet] = (),
     compiled: CompiledSteps | None = None,
     profile: Profile | None = None,
 ) -> Path:
@@ -131,6 +146,8 @@ def train_stage(
         workdir: the work directory.
         name: of the stage.
         start: what it starts from; by default what the configuration says and, to heal, the work directory holds.
+        apart: held-out sets that it is measured by, of which it is given no record; by default those of the configuration for a method that
+            chooses by them, else none.
         compiled: steps to share with other runs.
         profile: steps to record with ``jax.profiler``.
 
@@ -145,9 +162,12 @@ def train_stage(
             check_stage(config, name, start)
             start = lineage.to_heal(config, workdir)
     defence = check_stage(config, name, start).aligned_by(start.aligned)
-    inputs = start.inputs() | stage_inputs(config, name, defence)
+    auto = defence if isinstance(defence, Ascent) and defence.rho == AUTO else None
+    apart = apart or (held_out_sets(config, start) if auto else ())
+    made_by = decisive(config, start) | (decisive_for_exam(config) if auto else {})
+    inputs = start.inputs() | stage_inputs(config, name, defence) | (fingerprint_of(apart) if apart else {})
     out = workdir / name / ("model" if start.full_parameters else "adapter")
-    with StageFolder(workdir, name, decisive(config, start), inputs) as stage:
+    with StageFolder(workdir, name, made_by, inputs) as stage:
         if stage.done:
             say(f"{stage.folder}: done already, skipped")
             return out
@@ -157,7 +177,9 @@ def train_stage(
         _, tokenizer, vocab_size = open_vocabulary(start.base)
         template = make_template(config, tokenizer, workdir)
         rows = batch_rows(mesh) * config.train.accumulate
-        streams, held_out = make_streams(config, name, defence, template, vocab_size, rows)
+        streams, held_out = make_streams(
+            config, name, defence, template, vocab_size, rows, asked_in(apart)
+        )
         if name == "finetune":
             start = lineage.merged_first(config, start, workdir)
         model, params = start.params(config, start.open_model(config, mesh))
@@ -167,6 +189,11 @@ def train_stage(
                 config, stage.folder, defence, model, params, streams, held_out,
                 donate=start.full_parameters, compiled=compiled, profile=profile,
             )  # fmt: skip
+        elif auto:
+            exam = make_exam(config, apart, template, model)
+            result, radius = ascend_auto(model, params, auto, streams, exam, budget_of(config))
+            stage.begin()
+            write_radius(radius, stage.folder)
         else:
             result = apply_once(model, params, defence, streams)
             stage.begin()  # only now: the look at its input is over, which may have been found bad

@@ -24,11 +24,11 @@ from tokenizers import Tokenizer
 from panacea_jax.data.template import Template
 from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.errors import InputError
+from panacea_jax.generate.ends import eos_ids
 from panacea_jax.models import model as models
 from panacea_jax.models.gguf import convert_gguf
 from panacea_jax.models.gguf_metadata import Metadata
 from panacea_jax.models.gguf_tokenizer import make_tokenizer
-from panacea_jax.stages.generate import eos_ids
 from tests.families import build
 from tests.runs import panacea
 

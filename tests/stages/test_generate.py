@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from panacea_jax.data.template import Template
 from panacea_jax.errors import InputError
+from panacea_jax.generate.ends import eos_ids
 from panacea_jax.records.journal import Answers
-from panacea_jax.stages.generate import eos_ids
 from tests.runs import finished_run, make_place, panacea
 
 SETS = ("advbench", "pairs", "xstest")

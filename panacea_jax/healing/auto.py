@@ -1,0 +1,53 @@
+"""Ascent with a radius that chooses itself."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+
+from panacea_jax.data.batches import Stream
+from panacea_jax.defences import Ascent
+from panacea_jax.healing.choice import BUDGET, Budget
+from panacea_jax.healing.radius import ChosenRadius, Looks, choose_radius, outer_radius
+from panacea_jax.healing.sets import Exam
+from panacea_jax.models.model import Model
+from panacea_jax.train.loop import Result
+from panacea_jax.train.once import apply_once
+
+
+def ascend_auto(
+    model: Model,
+    params: Any,
+    method: Ascent,
+    streams: Mapping[str, Stream],
+    exam: Exam,
+    budget: Budget = BUDGET,
+) -> tuple[Result, ChosenRadius]:
+    """Ascend, and go as far as held-out records say.
+
+    One step gives a direction. Several are taken in a ball of half the radius at which, in that direction, too much is lost; theirs is then
+    the direction, and the radius is chosen along it.
+
+    Args:
+        model: the base.
+        params: the finished adapter, or all weights.
+        method: with ``rho="auto"``.
+        streams: one for each of ``method.streams``, without the held-out records.
+        exam, budget: as of :func:`choose_radius`.
+
+    Raises:
+        InputError: as :func:`choose_radius`.
+    """
+    once = dataclasses.replace(method, rho=1.0, steps=1, constraint="project")
+    result = apply_once(model, params, once, streams)
+    if method.steps > 1:
+        upper = outer_radius(Looks(model, params, result.epsilon, exam))
+        result = apply_once(model, params, dataclasses.replace(method, rho=upper / 2), streams)
+    found = choose_radius(model, params, result.epsilon, exam, budget=budget)
+    factor = found.radius / float(optax.tree.norm(result.epsilon))
+    epsilon = jax.tree.map(lambda e: (factor * e).astype(e.dtype), result.epsilon)
+    state = result.state._replace(epsilon=epsilon)
+    deployed = method.finish(params, state)
+    return dataclasses.replace(result, epsilon=epsilon, state=state, deployed=deployed), found

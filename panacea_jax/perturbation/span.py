@@ -1,0 +1,40 @@
+"""Take a direction off others: what is left changes their losses by nothing, to first order."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+# Of a gradient that the ones before it hold but for this share, what is left is rounding and spans nothing.
+DEPENDENT = 1e-5
+
+
+def _less(tree: Any, factor: Float[Array, ""], other: Any) -> Any:
+    """``tree − factor · other``."""
+    return jax.tree.map(lambda x, y: x - factor.astype(x.dtype) * y, tree, other)
+
+
+def off_span(tree: Any, others: Sequence[Any]) -> Any:
+    """``tree`` without its part in the span of ``others``, all of one structure; over all leaves together.
+
+    Gram and Schmidt's way, each projection taken twice, after which nothing but rounding is left of it. Zeros, and trees that others hold
+    already, span nothing.
+    """
+    basis: list[Any] = []
+    for other in others:
+        length = optax.tree.norm(other)
+        rest = _off_basis(other, basis)
+        left = optax.tree.norm(rest)
+        spans = left > DEPENDENT * length
+        unit = jnp.where(spans, 1 / jnp.where(spans, left, 1.0), 0.0)
+        basis.append(jax.tree.map(lambda x, unit=unit: x * unit.astype(x.dtype), rest))
+    return _off_basis(tree, basis)
+
+
+def _off_basis(tree: Any, basis: Sequence[Any]) -> Any:
+    for unit in [*basis, *basis]:
+        tree = _less(tree, optax.tree.vdot(tree, unit), unit)
+    return tree
