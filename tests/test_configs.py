@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from panacea_jax import cli, config
 from panacea_jax.data import files, hub
+from panacea_jax.data.categories import CATEGORIES
 from panacea_jax.data.sources import parse_source
 from panacea_jax.defences import DEFENCES
 from panacea_jax.defences.spec import candidates, parse_stack
@@ -39,7 +40,7 @@ def load(recipe: str, *overrides: str) -> ConfigDict:
 
 
 def test_every_recipe_is_tested():
-    others = {"paper", "compare", "defences", "chat_models"}
+    others = {"paper", "compare", "defences", "chat_models", "robustness"}
     assert {path.stem for path in CONFIGS.glob("*.py")} == {*BASES, *others}
 
 
@@ -329,3 +330,24 @@ def test_budget_passes_the_check_of_a_run(variant, place):
 def test_unknown_budget():
     with pytest.raises(InputError, match="unknown variant 'booster'; known are sft, vaccine-2k"):
         load("defences.py:booster")
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings"), [("sweep", 12), ("ratios", 1), ("harmful", 4), ("later", 10), ("unlearn", 7), ("shift", 2)]
+)  # fmt: skip
+def test_robustness_varies_what_it_says(variant, settings):
+    c = load(f"robustness.py:{variant}")
+    found = config.variations(c.compare.vary, c)
+    assert len(found) == settings
+    assert c.compare.methods and not c.compare.grid
+    if variant == "shift":  # the defender's categories are those that the attack is not of
+        known, attack = (parse_source(spec).categories for spec in (dict(found[0])["data.harmful"], c.data.attack))
+        assert known.names == attack.names and (known.keep, attack.keep) == (True, False)
+        assert all(sum(n.startswith(name) for n in CATEGORIES) == 1 for name in known.names)
+    else:
+        assert (c.compare.world, c.train.steps) == ("miniature", FINETUNE_STEPS)
+
+
+def test_unknown_robustness():
+    with pytest.raises(InputError, match="unknown variant 'swoop'; known are sweep, ratios"):
+        load("robustness.py:swoop")

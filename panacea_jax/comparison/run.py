@@ -3,6 +3,7 @@
 A comparison that was stopped goes on: cells and stages that are done are skipped, also when methods, seeds or ratios were added since.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from ml_collections import ConfigDict
 from panacea_jax.comparison import choice, table
 from panacea_jax.comparison.cells import Cell, Cells
 from panacea_jax.comparison.results import Measured, measure, row
+from panacea_jax.comparison.settings import of_method
+from panacea_jax.comparison.worst import worst_cases
+from panacea_jax.config import variations
+from panacea_jax.config.variation import Setting
 from panacea_jax.defences.spec import Stack, candidates, parse_stack
 from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
@@ -21,6 +26,7 @@ from panacea_jax.workdir import write_json, write_text
 from panacea_jax.worlds.miniature import guard
 
 SFT = Stack()
+SHAPES = ("lora.rank", "lora.alpha", "lora.rslora", "lora.targets")
 MEMORY = (
     "one device's share of each stage's compiled step, weights and state included, as its compiler counts it (cells share a process, whose "
     "own peak never falls)"
@@ -47,6 +53,7 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
         dict.fromkeys([SFT, *methods, *(m for found in grid.values() for m in found)])
     )
     aligns = _check(config, everything)
+    settings = variations(compare.vary, config)
 
     # ---- the grid, on seeds and prompts of its own
     choices, chosen = [], []
@@ -57,7 +64,7 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
         cells = Cells(development, workdir / "development", aligns, compiled)
         cells.check(everything, compare.development[0], [config.data.poison_ratio])
         found = _run(cells, _candidates(grid), compare.development, [config.data.poison_ratio], config.judge.name)  # fmt: skip
-        means = {method: _means(found[method, config.data.poison_ratio]) for method in _candidates(grid)}  # fmt: skip
+        means = {method: _means(found[method, config.data.poison_ratio, ()]) for method in _candidates(grid)}  # fmt: skip
         for entry, each in grid.items():
             said = choice.described(
                 entry, list(map(str, each)), [means[m] for m in each], means[SFT]
@@ -68,15 +75,15 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
     # ---- the cells that are reported
     reported = list(dict.fromkeys([SFT, *methods, *chosen]))
     cells = Cells(config, workdir, aligns, compiled)
-    cells.check(reported, compare.seeds[0], compare.ratios)
+    cells.check(reported, compare.seeds[0], compare.ratios, settings)
     judge = config.judge.name
     aligned = _aligned(cells, compare.seeds, judge) if aligns else {}
-    found = _run(cells, reported, compare.seeds, compare.ratios, judge)
+    found = _run(cells, reported, compare.seeds, compare.ratios, judge, settings)
 
     # ---- table
     rows = [row(SFT, None, aligned, None)] if aligned else []
     rows += [
-        row(m, p, found[m, p], found[SFT, p]) for p in map(float, compare.ratios) for m in reported
+        row(m, p, found[m, p, s], found[SFT, p, s], s) for p in map(float, compare.ratios) for s in settings for m in reported
     ]
     guarded = (
         {seed: measured.figures() for seed, measured in aligned.items()} if compare.world else {}
@@ -86,6 +93,7 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
         "world": compare.world, "judge": judge, "memory": MEMORY,
         "development": list(compare.development) if grid else [], "rule": choice.RULE if grid else "", "grid": choices,
         "guard": {str(seed): guard(f["hs"], f["benign"]) for seed, f in guarded.items()}, "rows": rows,
+        **({"worst": worst_cases(rows)} if compare.vary else {}),
     }  # fmt: skip
     write_json(workdir / "compare.json", result)
     write_text(workdir / "compare.csv", table.as_csv(result))
@@ -113,7 +121,14 @@ def _check(config: ConfigDict, methods: Sequence[Stack]) -> bool:
             )
     if not config.compare.world and not config.eval.tasks:
         raise InputError("config.eval.tasks is empty: a comparison needs sets to compare on")
-    return bool(config.align.defence.name) or any(m.align for m in methods)
+    aligns = bool(config.align.defence.name) or any(m.align for m in methods)
+    goes_on = config.lora.policy != "merged" and (aligns or config.lora.init_from)
+    shapes = [e for e in map(str, config.compare.vary) if e.startswith(SHAPES)]
+    if goes_on and shapes:
+        raise InputError(
+            f"config.compare.vary: {shapes[0]!r}: fine-tuning goes on from an adapter that has its shape; set config.lora.policy = merged"
+        )
+    return aligns
 
 
 def _run(
@@ -122,18 +137,20 @@ def _run(
     seeds: Sequence[int],
     ratios: Sequence[float],
     judge: str,
-) -> dict[tuple[Stack, float], dict[int, Measured]]:
-    """Every cell, a world after the other; by method and ratio, then by seed."""
-    found: dict[tuple[Stack, float], dict[int, Measured]] = {}
-    total, number = len(seeds) * len(ratios) * len(methods), 0
+    settings: Sequence[Setting] = ((),),
+) -> dict[tuple[Stack, float, Setting], dict[int, Measured]]:
+    """Every cell, a world after the other; by method, ratio and setting, then by seed."""
+    found: dict[tuple[Stack, float, Setting], dict[int, Measured]] = {}
+    total, number = len(seeds) * len(ratios) * len(methods) * len(settings), 0
     for seed in seeds:
         for method in methods:
-            for ratio in map(float, ratios):
-                cell, number = Cell(method, seed, ratio), number + 1
+            for ratio, setting in itertools.product(map(float, ratios), settings):
+                cell = Cell(method, seed, ratio, of_method(method, setting, cells.aligns))
+                number += 1
                 if not (cells.folder(cell) / "cell.json").is_file():
                     say(f"== cell {number}/{total}: {cell}")
                 folder = cells.run(cell)
-                found.setdefault((method, ratio), {})[seed] = measure(cells.root, folder, judge)
+                found.setdefault((method, ratio, setting), {})[seed] = measure(cells.root, folder, judge)
     return found
 
 

@@ -13,8 +13,10 @@ from panacea_jax.config.methods import (
     refuse_foreign_keys,
     require,
 )
+from panacea_jax.config.variation import variations, varied
 from panacea_jax.data.sources import layout_of
 from panacea_jax.data.template import LOSS_ON, SPECIAL_TOKENS, TEMPLATES
+from panacea_jax.defences import DEFENCES, Defence
 from panacea_jax.defences.spec import Stack, candidates, parse_stack
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges import JUDGES, needs_model
@@ -86,6 +88,8 @@ def validate(config: ConfigDict) -> None:
     _validate_generate(config.generate)
     _at_least(config.eval.num_examples, "eval.num_examples", 0)
     _validate_compare(config.compare)
+    _validate_after(config)
+    _validate_variations(config)
 
 
 def _validate_reading(data: ConfigDict) -> None:
@@ -177,6 +181,8 @@ def _validate_compare(compare: ConfigDict) -> None:
         good = isinstance(ratio, float | int) and 0 <= ratio <= 1
         require(good, "compare.ratios", ratio, "a share between 0 and 1")
     if not (compare.methods or compare.grid):
+        rule = "name methods that are to have these settings in config.compare.methods"
+        require(not compare.vary, "compare.vary", compare.vary, rule)
         return
     for key in ("seeds", "ratios"):
         require(len(compare[key]) > 0, f"compare.{key}", compare[key], "name at least one")
@@ -187,6 +193,35 @@ def _validate_compare(compare: ConfigDict) -> None:
         require(not both, "compare.development", sorted(both), "a world that is reported cannot be chosen on")  # fmt: skip
     elif compare.grid:
         require(len(compare.validation) > 0, "compare.validation", compare.validation, "name sets to choose the grid by")  # fmt: skip
+
+
+def _validate_after(config: ConfigDict) -> None:
+    after, compare = config.after, config.compare
+    _at_least(after.steps, "after.steps", 0)
+    ratio = after.poison_ratio
+    require(0 <= ratio <= 1, "after.poison_ratio", ratio, "a share between 0 and 1")
+    attack = parse_stack(after.attack, "config.after.attack")
+    once = attack.heal and not issubclass(DEFENCES[attack.heal.name], Defence)
+    rule = "sft, or one method of the stage heal that has no steps"
+    require(attack == Stack(heal=attack.heal if once else None), "after.attack", after.attack, rule)
+    _fits(attack, "config.after.attack")
+    require(not (once and after.steps), "after.steps", after.steps, f"{after.attack} has no steps")
+    rule = "for a comparison; name methods in config.compare.methods"
+    for key in ("attack", "steps"):
+        idle = after[key] in ("sft", 0) or bool(compare.methods or compare.grid)
+        require(idle, f"after.{key}", after[key], rule)
+
+
+def _validate_variations(config: ConfigDict) -> None:
+    """Every setting of ``compare.vary`` is a possible configuration."""
+    for setting in variations(config.compare.vary, config):
+        changed = varied(config, setting)
+        changed.compare.vary = ()
+        try:
+            if setting:
+                validate(changed)
+        except InputError as error:
+            raise InputError(f"config.compare.vary: {error}") from error
 
 
 def _fits(method: Stack, key: str) -> None:

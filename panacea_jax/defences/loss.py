@@ -6,7 +6,7 @@ divides once, and hidden states and readings are put together again before anybo
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -246,3 +246,13 @@ def _in_chunks(
 def sum_gradient(loss: Loss, params: Any, batch: Batch) -> tuple[Any, Float[Array, ""]]:
     """Gradient of the *summed* loss of a batch, and its number of response tokens."""
     return jax.grad(loss.summed, has_aux=True)(params, batch)
+
+
+def mean_gradient(loss: Loss, params: Any, batches: Iterable[Batch]) -> Any:
+    """Gradient of the mean loss over the response tokens of several batches together; zeros where they hold none."""
+    total, tokens = None, jnp.zeros(())
+    for batch in batches:
+        gradient, count = sum_gradient(loss, params, batch)
+        total = gradient if total is None else jax.tree.map(jnp.add, total, gradient)
+        tokens = tokens + count
+    return jax.tree.map(lambda x: x / jnp.maximum(tokens, 1), total)

@@ -23,7 +23,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from panacea_jax.defences.dropout import again
-from panacea_jax.defences.loss import Loss, sum_gradient
+from panacea_jax.defences.loss import Loss, mean_gradient
 from panacea_jax.defences.protocol import (
     Batches,
     Defence,
@@ -245,12 +245,7 @@ class Panacea(Defence):
             return state
 
         def whole_gradient(w: Params, _: int = 0) -> Params:
-            total, tokens = None, jnp.zeros(())
-            for batch in sets["harmful"]:
-                gradient, count = sum_gradient(loss, w, batch)
-                total = gradient if total is None else jax.tree.map(jnp.add, total, gradient)
-                tokens = tokens + count
-            return jax.tree.map(lambda x: x / jnp.maximum(tokens, 1), total)
+            return mean_gradient(loss, w, sets["harmful"])
 
         h = whole_gradient(params)
         return state._replace(epsilon=self._ascend(params, h, whole_gradient))

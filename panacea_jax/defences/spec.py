@@ -40,6 +40,11 @@ class Stack:
         return "+".join(map(str, named)) or "sft"
 
 
+def slug(part: object) -> str:
+    """A folder's name for a method or a part of one."""
+    return re.sub(r"[^\w.=+-]+", "_", str(part))
+
+
 def parse_stack(text: str, key: str) -> Stack:
     """One stack without alternatives.
 
