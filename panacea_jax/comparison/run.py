@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from panacea_jax.comparison import choice, table
 from panacea_jax.comparison.cells import Cell, Cells
+from panacea_jax.comparison.picture import plot_settings
 from panacea_jax.comparison.results import Measured, measure, row
 from panacea_jax.comparison.settings import of_method
 from panacea_jax.comparison.worst import worst_cases
@@ -34,7 +35,8 @@ MEMORY = (
 
 
 def compare_methods(config: ConfigDict, workdir: Path) -> Path:
-    """Run the comparison and print its table; returns ``WORKDIR/compare.json``, beside which lie compare.csv and compare.md.
+    """Run the comparison and print its table; returns ``WORKDIR/compare.json``, beside which lie compare.csv and compare.md, with ``compare.vary`` also
+    compare.png.
 
     SFT is always among the methods, as what the others are measured against.
 
@@ -98,6 +100,8 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
     write_json(workdir / "compare.json", result)
     write_text(workdir / "compare.csv", table.as_csv(result))
     write_text(workdir / "compare.md", table.markdown(result))
+    if compare.vary:
+        plot_settings(result, workdir / "compare.png")
     table.show(result)
     return workdir / "compare.json"
 

@@ -63,7 +63,8 @@ def test_settings_can_be_added_and_nothing_is_run_again(swept):
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
     assert command(place, out, *flags) == 0
     changed = {p.name for p, stamp in before.items() if p.stat().st_mtime_ns != stamp}
-    assert changed == {"compare.json", "compare.csv", "compare.md"}
+    assert changed == {"compare.json", "compare.csv", "compare.md", "compare.png"}
+    assert (out / "compare.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_further_fine_tuning_shares_all_that_was_before(tmp_path):
