@@ -115,7 +115,10 @@ def plot_probe(found: Mapping[str, Any], path: Path) -> None:
         _band(lines, rows, name, _colour(number), TITLES[name], mean, "layer")
     lines.axhline(1, color="#999999", linewidth=0.6, linestyle=":")
     lines.set(xlabel="layer (0 is next to the embeddings)", ylabel="over its mean over the layers; band: ± 1 std over batches")  # fmt: skip
-    lines.set_ylim(bottom=0)
+    if all((row[name]["mean"] or 0) > 0 for row in rows for name in names):
+        lines.set_yscale("log")  # importance is of another order in the first layer of many models
+    else:
+        lines.set_ylim(bottom=0)
     lines.xaxis.get_major_locator().set_params(integer=True)
     lines.legend(frameon=False, fontsize=8)
     _correlation_matrix(matrix, found["correlations"])
@@ -149,7 +152,7 @@ def _correlation_matrix(axes: Any, correlations: Sequence[Mapping[str, Any]]) ->
                 continue
             values[row, column] = found[kind]
             axes.text(column, row, f"{found[kind]:.2f}\np {found[f'{kind}_p']:.2g}", ha="center", va="center", fontsize=7)  # fmt: skip
-    axes.imshow(values, cmap="PuOr", vmin=-1.4, vmax=1.4)  # pale enough to be written on
+    axes.imshow(values, cmap="PuOr", vmin=-2, vmax=2)  # pale enough to be written on
     labels = [TITLES.get(name, name) for name in names]
     axes.set_xticks(range(len(names)), labels, rotation=35, ha="right", fontsize=7)
     axes.set_yticks(range(len(names)), labels, fontsize=7)

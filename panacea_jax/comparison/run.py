@@ -35,8 +35,8 @@ MEMORY = (
 
 
 def compare_methods(config: ConfigDict, workdir: Path) -> Path:
-    """Run the comparison and print its table; returns ``WORKDIR/compare.json``, beside which lie compare.csv and compare.md, with ``compare.vary`` also
-    compare.png.
+    """Run the comparison and print its table; returns ``WORKDIR/compare.json``, beside which lie compare.csv and compare.md,
+    with ``compare.vary`` also compare.png.
 
     SFT is always among the methods, as what the others are measured against.
 
