@@ -214,12 +214,11 @@ def _validate_after(config: ConfigDict) -> None:
 
 def _validate_variations(config: ConfigDict) -> None:
     """Every setting of ``compare.vary`` is a possible configuration."""
-    for setting in variations(config.compare.vary, config):
+    for setting in filter(None, variations(config.compare.vary, config)):
         changed = varied(config, setting)
         changed.compare.vary = ()
         try:
-            if setting:
-                validate(changed)
+            validate(changed)
         except InputError as error:
             raise InputError(f"config.compare.vary: {error}") from error
 
