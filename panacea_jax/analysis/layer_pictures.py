@@ -50,7 +50,7 @@ def plot_coefficients(results: Sequence[Coefficients], path: Path) -> None:
             xlabel="layer (0 is next to the embeddings)",
             ylabel="share of ‖ε‖² (%)",
         )
-        axes.set_xlim(-0.6, len(rows) - 0.4)
+        axes.set_xlim(layers.min() - 0.6, layers.max() + 0.6)
         axes.set_ylim(0, 1.1 * base.max() or 1)
         axes.xaxis.get_major_locator().set_params(integer=True)
         density = axes.twinx()

@@ -113,12 +113,15 @@ def _over_batches(
         epsilon, p = _look(loss, params, batch)
         mean = epsilon if mean is None else _running_mean(mean, epsilon, count)
         last = layer_coefficients(epsilon, adapter, kind="probe_last")
-        figures = {name: [row[name] for row in last["layers"]] for name in names} | {"importance": p}
+        of_model = {"importance": p}
         if reference is not None:
             before, now = _outputs(*reference, batch), _outputs(loss, params, batch)
-            figures["change"] = _relative_change(now, before, batch.valid)
+            of_model["change"] = _relative_change(now, before, batch.valid)
+        trained = [row["layer"] for row in last["layers"]]
+        figures = {name: np.array([row[name] for row in last["layers"]]) for name in names}
+        figures |= {name: processes.to_host(x)[trained] for name, x in of_model.items()}
         for name, values in figures.items():
-            found.setdefault(name, []).append(processes.to_host(values))
+            found.setdefault(name, []).append(values)
         bar.advance()
     by_name = {name: np.stack(values).astype(np.float64) for name, values in found.items()}
     return by_name, (last, layer_coefficients(mean, adapter, kind="probe_mean"))

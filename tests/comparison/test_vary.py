@@ -43,17 +43,19 @@ def test_sft_is_not_run_for_each_harmful_set(swept):
 def test_the_table_has_every_setting_and_the_worst(swept):
     _, out, _ = swept
     result = json.loads((out / "compare.json").read_text())
-    assert [(r["method"], r["setting"]) for r in result["rows"]][:3] == [
+    rows = [r for r in result["rows"] if r["ratio"] is not None]
+    assert [(r["method"], r["setting"]) for r in rows][:3] == [
         ("sft", "optimizer.learning_rate=0.001,data.num_harmful=2"),
         ("antidote", "optimizer.learning_rate=0.001,data.num_harmful=2"),
         ("sft", "optimizer.learning_rate=0.001,data.num_harmful=0"),
     ]
-    assert len(result["rows"]) == 8
+    assert len(rows) == 8
     for found in result["worst"]:
-        values = [r["figures"]["hs"]["mean"] for r in result["rows"] if r["method"] == found["method"]]
+        values = [r["figures"]["hs"]["mean"] for r in rows if r["method"] == found["method"]]
         assert found["hs"]["worst"] == max(values) and len(found["hs"]["cumulative"]) == 4
     with (out / "compare.csv").open(newline="") as file:
-        assert [line["setting"] for line in csv.DictReader(file)] == [r["setting"] for r in result["rows"]]
+        lines = [line["setting"] for line in csv.DictReader(file) if line["ratio"]]
+    assert lines == [r["setting"] for r in rows]
     text = (out / "compare.md").read_text()
     assert "| method | p | setting | HS |" in text and "| method | p | worst HS | at |" in text
 
