@@ -110,8 +110,8 @@ def show(result: _Json) -> None:
         worst = Table(title="worst case over the settings", title_justify="left")
         for head in WORST_HEADS:
             worst.add_column(head, overflow="fold")
-        for row in result["worst"]:
-            worst.add_row(*map(escape, _worst_cells(row)))
+        for cells in _worst_rows(result):
+            worst.add_row(*map(escape, cells))
         console.print(worst)
     for line in notes(result):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -121,7 +121,7 @@ def markdown(result: _Json) -> str:
     """The table and its notes as Markdown."""
     lines = _markdown_table(heads_of(result), [cells_of(row, "worst" in result) for row in result["rows"]])
     if "worst" in result:
-        lines += ["", *_markdown_table(WORST_HEADS, map(_worst_cells, result["worst"]))]
+        lines += ["", *_markdown_table(WORST_HEADS, _worst_rows(result))]
     return "\n".join([*lines, "", *(f"* {line}" for line in notes(result))]) + "\n"
 
 
@@ -130,12 +130,15 @@ def _markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines]
 
 
-def _worst_cells(row: _Json) -> list[str]:
-    """One line of the table of worst cases."""
-    found = row["hs"]
-    fa = "–" if found["fa"] is None else f"{found['fa']:.1f}"
-    so_far = ", ".join(f"{value:.1f}" for value in found["cumulative"])
-    return [row["method"], f"{row['ratio']:g}", f"{found['worst']:.1f}", found["setting"], fa, so_far]
+def _worst_rows(result: _Json) -> list[list[str]]:
+    """The lines of the table of worst cases; none without a harmful set."""
+    lines = []
+    for row in result["worst"]:
+        if found := row.get("hs"):
+            fa = "–" if found["fa"] is None else f"{found['fa']:.1f}"
+            so_far = ", ".join(f"{value:.1f}" for value in found["cumulative"])
+            lines.append([row["method"], f"{row['ratio']:g}", f"{found['worst']:.1f}", found["setting"], fa, so_far])
+    return lines
 
 
 def as_csv(result: _Json) -> str:
