@@ -44,6 +44,14 @@ def _path(text: str) -> Path | None:
     return Path(text) if text else None
 
 
+def _items(text: str) -> list[str]:
+    return [item for item in text.split(",") if item]
+
+
+def _paths(text: str) -> list[Path]:
+    return [Path(item) for item in _items(text)]
+
+
 def _quickstart(values: flags.FlagValues, config: "ConfigDict") -> Path:
     if values.base == "smollm2":
         from panacea_jax.comparison.testbed import testbed
@@ -98,7 +106,7 @@ def _score(values: flags.FlagValues, config: "ConfigDict") -> Path:
 
     return score_stage(
         config, _workdir(values), generations=values.generations, template=values.template,
-        against=[Path(path) for path in values.against.split(",") if path],
+        against=_paths(values.against),
         undefended=_path(values.undefended), aligned=_path(values.aligned),
     )  # fmt: skip
 
@@ -121,9 +129,23 @@ def _run(values: flags.FlagValues, config: "ConfigDict") -> Path:
 
 
 def _layers(values: flags.FlagValues, config: "ConfigDict") -> Path:
+    out = _path(values.out)
+    if values.probe:
+        from panacea_jax.stages.layer_probe import probe_layers
+
+        one = "a probe looks at one model, that of --workdir or config.lora.init_from"
+        for flag in ("epsilon", "checkpoint", "label"):
+            if values[flag].value:
+                raise InputError(f"--{flag}: {one}")
+        if len(_items(values.workdir)) > 1:
+            raise InputError(f"--workdir={values.workdir}: {one}")
+        return probe_layers(config, _workdir(values), values.probe, values.against, out)
     from panacea_jax.stages.layers import layers_stage
 
-    return layers_stage(*map(_path, (values.workdir, values.epsilon, values.checkpoint)))
+    if values.against:
+        raise InputError("--against: needs harmful batches; say how many with --probe=N")
+    sources = [_paths(text) for text in (values.workdir, values.epsilon, values.checkpoint)]
+    return layers_stage(*sources, labels=_items(values.label), out=out)
 
 
 def _convert(values: flags.FlagValues, config: "ConfigDict") -> Path:
@@ -177,7 +199,10 @@ COMMANDS = {
         ("workdir", "generations", "template", "against", "undefended", "aligned"),
     ),
     "perplexity": Command("perplexity.json: the model's surprise at the answers of config.eval.tasks", _perplexity, several=True),
-    "layers": Command("layer safety coefficients: JSON, CSV, PNG", _layers, ("workdir", "epsilon", "checkpoint")),
+    "layers": Command(
+        "layer safety coefficients of a run, of several beside each other, or by a probe: JSON, CSV, PNG", _layers,
+        ("workdir", "epsilon", "checkpoint", "label", "probe", "against", "out"),
+    ),
     "convert": Command("base (+ adapter, + ε), or a GGUF file, to one Hugging Face folder", _convert, ("out", "epsilon", "gguf")),
     "defences": Command("every defence: stage, data, passes a step, memory, paper", _defences, ()),
     "doctor": Command("what this machine has, and what a configuration will use of it", _doctor, (), several=True),
@@ -201,7 +226,7 @@ class Flag(NamedTuple):
 
 
 FLAGS = {
-    "workdir": Flag("folder for the results; a run in it goes on where it stopped"),
+    "workdir": Flag("folder for the results; a run in it goes on where it stopped; for layers several with commas"),
     "world": Flag("seed of the miniature world", 0),
     "base": Flag("miniature, or smollm2: SmolLM2-135M-Instruct, about two hours on two cores", "miniature"),
     "data": Flag("folder of the public sets that --base=smollm2 draws on"),
@@ -209,15 +234,17 @@ FLAGS = {
     "prompts_only": Flag("write the prompts alone, for a server that answers in our place; loads no weights", False),
     "generations": Flag("answers made elsewhere: [TASK@]FILE, several with commas, or a folder"),
     "template": Flag("id of the template that --generations were made with, like alpaca-1"),
-    "against": Flag("work directories to compare with, with commas between them"),
+    "against": Flag("work directories to compare with, commas between them; for a probe one, a PEFT or model folder, or none (the base)"),
     "undefended": Flag("work directory of the model attacked without a defence"),
     "aligned": Flag("work directory of the model before the attack"),
-    "epsilon": Flag("exported ε (epsilon.safetensors)"),
+    "epsilon": Flag("exported ε (epsilon.safetensors); for layers several with commas"),
     "gguf": Flag("GGUF file: to convert in place of a base, or the model of --base=smollm2"),
-    "checkpoint": Flag("checkpoint folder (…/checkpoints/<step>)"),
+    "checkpoint": Flag("checkpoint folder (…/checkpoints/<step>), several with commas"),
+    "label": Flag("names of the models that several sources are runs of, with commas; by default those of their bases"),
+    "probe": Flag("number of harmful batches to look at without training", 0),
     "topology": Flag("machine to plan for: v5e:4x4, 2*v5p:2x2x1 (two slices), tpu7x:2x2x1, gpu:h100x8 …"),
     "search": Flag("try meshes, batch sizes and remat policies; the cheapest that fits comes first", False),
-    "out": Flag("Hugging Face folder to write"),
+    "out": Flag("folder to write: of convert a Hugging Face folder, of layers one in place of --workdir"),
     "profile": Flag("record steps with jax.profiler, STEP:COUNT, into WORKDIR/<stage>/profile"),
     "print": Flag("name of the script; without it all names are listed"),
 }

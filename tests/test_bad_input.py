@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from panacea_jax.defences import DEFENCES
 from tests import runs
 from tests.runs import Place, panacea
+from tests.tiny import write_model
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,14 @@ def finetune(place, tmp_path, refused):
         (["convert"], ["--out is not set"]),
         (["layers"], ["--workdir, --epsilon or --checkpoint"]),
         (["layers", "--epsilon=a", "--checkpoint=b"], ["--epsilon or --checkpoint, not both"]),
+        (["layers", "--workdir=a,b", "--epsilon=c"], ["several --workdir, or --epsilon"]),
+        (["layers", "--workdir=a,b", "--label=c"], ["--label: 1 names for 2 sources"]),
+        (["layers", "--workdir=a", "--against=b"], ["--against", "--probe=N"]),
+        (["layers", "--workdir=a", "--probe=-1"], ["--probe=-1"]),
+        (["layers", "--workdir=a,b", "--probe=1"], ["--workdir=a,b", "one model"]),
+        (["layers", "--workdir=a", "--probe=1", "--checkpoint=b"], ["--checkpoint", "one model"]),
+        (["layers", "--probe=1"], ["--workdir is not set"]),
+        (["layers", "--probe=1", "--workdir=a"], ["config.model.path is not set"]),
         (["quickstart", "--world=first"], ["--world=first"]),
         (["finetune", "--config.lora.rnak=3"], ["--config.lora.rnak", "did you mean --config.lora.rank?"]),
         (["finetune", "--config.trian.steps=3"], ["--config.trian.steps", "did you mean --config.train.steps?"]),
@@ -687,6 +696,22 @@ def test_layers_without_epsilon(refused, finished, tmp_path):
     assert "other.weight" in refused("layers", "--epsilon=other.safetensors")
     save_file({A.replace(".0.", ".1."): np.zeros((2, 3), np.float32)}, tmp_path / "gap.safetensors")
     assert "a layer is missing" in refused("layers", "--epsilon=gap.safetensors")
+
+
+def test_probes_of_what_is_not_there(refused, finished, place, tmp_path):
+    flags = place.flags("--probe=1", "--workdir=new")
+    adapter = finished[1] / "align" / "adapter"
+    assert "neither an adapter or a model" in refused("layers", *flags, "--against=nothing")
+    assert "config.data.harmful" in refused("layers", *flags, "--config.data.harmful=")
+    both = (f"--config.lora.init_from={adapter}", "--config.train.full_parameters=True")
+    line = refused("layers", *flags, *both)
+    assert "config.train.full_parameters" in line and str(adapter) in line
+    other = write_model(tmp_path / "other", num_hidden_layers=3)
+    assert "not of one base" in refused("layers", *flags, f"--against={other}")
+    line = refused("layers", *place.flags(f"--config.model.path={other}", *flags[-2:]), f"--against={finished[1]}")
+    assert "--against" in line and f"an adapter of {finished[0].base}" in line
+    (tmp_path / "layers_probe.json").write_text("[]")
+    assert "not a probe of ours" in refused("layers", f"--workdir={tmp_path},{finished[1]}")
 
 
 # ---------------------------------------------------------------- convert

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from panacea_jax import cli, config
 from panacea_jax.data import files, hub
+from panacea_jax.data.categories import CATEGORIES
 from panacea_jax.data.sources import parse_source
 from panacea_jax.defences import DEFENCES
 from panacea_jax.defences.spec import candidates, parse_stack
@@ -39,7 +40,7 @@ def load(recipe: str, *overrides: str) -> ConfigDict:
 
 
 def test_every_recipe_is_tested():
-    others = {"paper", "compare", "defences", "chat_models"}
+    others = {"paper", "compare", "defences", "chat_models", "robustness"}
     assert {path.stem for path in CONFIGS.glob("*.py")} == {*BASES, *others}
 
 
@@ -190,7 +191,7 @@ def test_the_comparison_gives_every_method_the_same_number_of_candidates():
     assert set(counts.values()) == {4}
     stacks = [stack for text in c.compare.grid for stack in candidates(text, "grid")]
     named = {part.name for s in stacks for part in (s.align, s.finetune, s.heal) if part}
-    assert named == DEFENCES.keys() - {"sft"}
+    assert named == DEFENCES.keys() - {"sft", "unlearn"}  # which is an attack
     # The quickstart's alignment and fine-tuning, whichever method defends.
     assert (c.train.steps, c.align.train.steps) == (FINETUNE_STEPS, ALIGN_STEPS)
 
@@ -206,7 +207,8 @@ BUDGETS = runpy.run_path(str(CONFIGS / "defences.py"))["BUDGETS"]
 
 
 def test_every_defence_has_a_budget():
-    assert {text.partition(":")[0] for text, _ in BUDGETS.values()} == DEFENCES.keys()
+    named = {text.partition(":")[0] for text, _ in BUDGETS.values()}
+    assert named == DEFENCES.keys() - {"unlearn"}  # which is an attack
 
 
 @pytest.mark.parametrize("variant", BUDGETS)
@@ -330,3 +332,24 @@ def test_budget_passes_the_check_of_a_run(variant, place):
 def test_unknown_budget():
     with pytest.raises(InputError, match="unknown variant 'booster'; known are sft, vaccine-2k"):
         load("defences.py:booster")
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings"), [("sweep", 12), ("ratios", 1), ("harmful", 4), ("later", 10), ("unlearn", 7), ("shift", 2)]
+)  # fmt: skip
+def test_robustness_varies_what_it_says(variant, settings):
+    c = load(f"robustness.py:{variant}")
+    found = config.variations(c.compare.vary, c)
+    assert len(found) == settings
+    assert c.compare.methods and not c.compare.grid
+    if variant == "shift":  # the defender's categories are those that the attack is not of
+        known, attack = (parse_source(spec).categories for spec in (dict(found[0])["data.harmful"], c.data.attack))
+        assert known.names == attack.names and (known.keep, attack.keep) == (True, False)
+        assert all(sum(n.startswith(name) for n in CATEGORIES) == 1 for name in known.names)
+    else:
+        assert (c.compare.world, c.train.steps) == ("miniature", FINETUNE_STEPS)
+
+
+def test_unknown_robustness():
+    with pytest.raises(InputError, match="unknown variant 'swoop'; known are sweep, ratios"):
+        load("robustness.py:swoop")

@@ -6,11 +6,8 @@ For layer l with entries ε_l (n_l of them): ``norm = ‖ε_l‖``, ``share = �
 the layer's projections. All in float64 on the host.
 """
 
-import csv
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -89,26 +86,6 @@ def layer_coefficients(
             }
         )
     return {"epsilon": kind, "layers": rows, "outside": outside}
-
-
-def write_coefficients(results: Coefficients | Sequence[Coefficients], folder: Path) -> tuple[Path, Path, Path]:
-    """Write layers.json (one object, or a list for several kinds), layers.csv and layers.png into
-    the folder; their paths.
-
-    Raises:
-        InputError: the folder cannot be written.
-    """
-    several = [results] if isinstance(results, Mapping) else list(results)
-    paths = folder / "layers.json", folder / "layers.csv", folder / "layers.png"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        content = several[0] if len(several) == 1 else several
-        paths[0].write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        _write_csv(several, paths[1])
-        plot_coefficients(several, paths[2])
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror})") from error
-    return paths
 
 
 def _split_tree(tree: Any) -> tuple[Mapping[str, Any], Coefficients | None]:
@@ -218,81 +195,3 @@ def _ratio(square: float, total: float) -> float:
 
 def _norm_and_share(square: float, total: float) -> dict[str, float]:
     return {"norm": math.sqrt(square), "share": _ratio(square, total)}
-
-
-def _write_csv(results: Sequence[Coefficients], path: Path) -> None:
-    """One line per kind and layer; floats in full, an undefined "effective" empty."""
-    names = list(
-        dict.fromkeys(name for result in results for name in result["layers"][0]["modules"])
-    )
-    heads = ["layer", "norm", "share", "density", "effective"]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        out = csv.writer(file, lineterminator="\n")
-        out.writerow(
-            ["epsilon", *heads, *(f"{name}_{what}" for name in names for what in ("norm", "share"))]
-        )
-        for result in results:
-            for row in result["layers"]:
-                cells = [
-                    row["modules"].get(name, {}).get(what)
-                    for name in names
-                    for what in ("norm", "share")
-                ]
-                out.writerow([result["epsilon"], *(row[head] for head in heads), *cells])
-
-
-COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#bbbbbb")
-"""Paul Tol's bright scheme, told apart with colour-blind eyes; one per entry of MODULES."""
-
-_TITLES = {"last": "ε of the last step", "mean": "running mean of ε over training"}
-
-
-def plot_coefficients(results: Sequence[Coefficients], path: Path) -> None:
-    """A PNG with one panel per kind: each layer's share of ‖ε‖² as bars stacked by module, the
-    density ‖ε_l‖/√n_l as a line."""
-    from matplotlib.figure import Figure  # slow to import; without pyplot no display is touched
-
-    plot = Figure(figsize=(9.0, 0.6 + 3.4 * len(results)), layout="constrained")
-    panels = plot.subplots(len(results), 1, squeeze=False)[:, 0]
-    for axes, result in zip(panels, results):
-        rows = result["layers"]
-        layers = np.array([row["layer"] for row in rows])
-        base = np.zeros(len(rows))
-        spare = iter(("#999933", "#882255", "#44aa99", "#332288"))
-        for name in rows[0]["modules"]:
-            shares = 100 * np.array([row["modules"][name]["share"] for row in rows])
-            colour = COLOURS[MODULES.index(name)] if name in MODULES else next(spare, "#000000")
-            axes.bar(
-                layers,
-                shares,
-                bottom=base,
-                width=0.8,
-                color=colour,
-                label=name.removesuffix("_proj"),
-            )
-            base += shares
-        axes.set(
-            title=_TITLES.get(result["epsilon"], result["epsilon"]),
-            xlabel="layer (0 is next to the embeddings)",
-            ylabel="share of ‖ε‖² (%)",
-        )
-        axes.set_xlim(layers.min() - 0.6, layers.max() + 0.6)
-        axes.set_ylim(0, 1.1 * base.max() or 1)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        density = axes.twinx()
-        values = [row["density"] for row in rows]
-        (line,) = density.plot(
-            layers, values, color="black", marker="o", markersize=3.5, linewidth=1.2
-        )
-        density.set_ylabel("density ‖ε_l‖ / √n_l")
-        density.set_ylim(0, 1.1 * max(values) or 1)
-        density.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-        handles, labels = axes.get_legend_handles_labels()
-        axes.legend(
-            [*handles, line],
-            [*labels, "density"],
-            loc="center left",
-            bbox_to_anchor=(1.1, 0.5),
-            frameon=False,
-        )
-    plot.savefig(path, dpi=150)

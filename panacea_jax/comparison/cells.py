@@ -1,4 +1,5 @@
-"""The cells of a comparison: method × seed × poison ratio, each align → finetune → heal → generate → judge.
+"""The cells of a comparison: method × seed × poison ratio × setting, each align → finetune → heal (→ a later attack) → generate →
+judge.
 
 A stage that several cells have in common (an alignment, the SFT fine-tune that heal methods start from) lies in a folder of its own and
 is run once. A cell's own folder holds what is its alone: heal, answers, scores, and ``cell.json``, which says that it is done.
@@ -12,8 +13,15 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from panacea_jax.config import defence_section, stage_config
-from panacea_jax.defences.spec import Part, Stack, slug
+from panacea_jax.comparison.settings import (
+    folder_name,
+    of_alignment,
+    of_finetuning,
+    of_healing,
+)
+from panacea_jax.config import defence_section, make_defence, stage_config, varied
+from panacea_jax.config.variation import Setting, written
+from panacea_jax.defences.spec import Part, Stack, parse_stack, slug
 from panacea_jax.errors import InputError
 from panacea_jax.stages import lineage
 from panacea_jax.stages.generate import generate_stage
@@ -22,6 +30,7 @@ from panacea_jax.stages.lineage import Start
 from panacea_jax.stages.miniature import Experiment
 from panacea_jax.stages.perplexity import perplexity_stage
 from panacea_jax.stages.run import check_run
+from panacea_jax.stages.streams import stage_records
 from panacea_jax.stages.train import decisive, train_stage
 from panacea_jax.train.step import CompiledSteps
 from panacea_jax.workdir import sha256_json, write_json, write_text
@@ -37,20 +46,28 @@ class Cell(NamedTuple):
         method: what defends.
         seed: in a miniature world, the world too.
         ratio: poison ratio; None for the aligned model, before any fine-tuning.
+        setting: what differs from the comparison's configuration.
     """
 
     method: Stack
     seed: int
     ratio: float | None
+    setting: Setting = ()
 
     def __str__(self) -> str:
         if self.ratio is None:
             return f"aligned, seed {self.seed}"
-        return f"{self.method}, seed {self.seed}, poison ratio {self.ratio:g}"
+        setting = f", {written(self.setting)}" if self.setting else ""
+        return f"{self.method}, seed {self.seed}, poison ratio {self.ratio:g}{setting}"
 
 
 class Cells:
-    """Runs cells into one folder; whatever is there already is not run again."""
+    """Runs cells into one folder; whatever is there already is not run again.
+
+    Attributes:
+        root: where everything goes.
+        aligns: whether there is an alignment stage.
+    """
 
     def __init__(
         self, config: ConfigDict, root: Path, aligns: bool, compiled: CompiledSteps
@@ -62,7 +79,7 @@ class Cells:
             aligns: whether there is an alignment stage.
             compiled: steps that cells share: they differ in their numbers only.
         """
-        self.root, self._aligns = root, aligns
+        self.root, self.aligns = root, aligns
         self._config = config.copy_and_resolve_references()
         self._seeds: dict[int, ConfigDict] = {}
         self._compiled = compiled
@@ -71,15 +88,24 @@ class Cells:
         """Where a cell's answers and scores lie."""
         if cell.ratio is None:
             return self.root / "aligned" / f"seed{cell.seed}"
-        return self.root / "cells" / slug(cell.method) / f"seed{cell.seed}-p{cell.ratio:g}"
+        name = f"seed{cell.seed}-p{cell.ratio:g}"
+        name = f"{name}-{folder_name(cell.setting)}" if cell.setting else name
+        return self.root / "cells" / slug(cell.method) / name
 
-    def check(self, methods: Iterable[Stack], seed: int, ratios: Sequence[float]) -> None:
+    def check(
+        self,
+        methods: Iterable[Stack],
+        seed: int,
+        ratios: Sequence[float],
+        settings: Sequence[Setting] = ((),),
+    ) -> None:
         """Find now what a later cell would stumble over: sources that are not set, cannot be read or hold too few records.
 
         Args:
             methods: of all cells.
             seed: one of those of the cells.
             ratios: poison ratios of all cells.
+            settings: of all cells.
 
         Raises:
             InputError: the first such thing.
@@ -94,7 +120,12 @@ class Cells:
             )
             if names not in seen:
                 seen.add(names)
-                check_run(self._of_cell(Cell(method, seed, ratios[0])))
+                for setting in settings:
+                    config = self._of_cell(Cell(method, seed, ratios[0], setting))
+                    check_run(config)
+                    if attack := _attack_after(config):
+                        stage, changed = attack
+                        stage_records(changed, stage, make_defence(changed.defence))
 
     def run(self, cell: Cell) -> Path:
         """Run one cell unless it is done; returns its folder.
@@ -114,9 +145,10 @@ class Cells:
         stages: dict[str, Path] = {}
         main, near = stage_config(config, "finetune"), self._start_folder(cell)
         start = lineage.named(main)
-        if self._aligns:
+        if self.aligns:
             stages["align"] = near / "align"
-            alone = stage_config(config, "align")
+            shared = of_alignment(cell.method.align or _SFT, cell.setting)
+            alone = stage_config(self._of_cell(cell._replace(setting=shared)), "align")
             # The ratio is none of alignment's business: all ratios share it.
             alone.data.poison_ratio = self._config.data.poison_ratio
             aligned = train_stage(alone, near, "align", compiled=self._compiled)
@@ -131,10 +163,16 @@ class Cells:
             )
             left = _left(start, tuned)
         if cell.method.heal:
-            heal, stages["heal"] = stage_config(config, "heal"), folder / "heal"
+            heal = stage_config(config, "heal")
+            own = self.folder(cell._replace(setting=of_healing(cell.setting)))
+            stages["heal"] = own / "heal"
             # The adapter of alignment, or the one that was given; "" where it is part of the base, which then is the aligned model.
             healed = dataclasses.replace(left, aligned=start.adapter)
-            tuned = train_stage(heal, folder, "heal", healed, compiled=self._compiled)
+            tuned = train_stage(heal, own, "heal", healed, compiled=self._compiled)
+            left = _left(start, tuned)
+        if (attack := _attack_after(main)) and cell.ratio is not None:
+            stage, changed = attack
+            tuned = train_stage(changed, folder / "after", stage, left, compiled=self._compiled)
             left = _left(start, tuned)
         generate_stage(main, folder, left)
         judge_stage(main, folder)
@@ -143,26 +181,31 @@ class Cells:
         found = {stage: str(path.relative_to(self.root)) for stage, path in stages.items()}
         write_json(note, {
             "method": str(cell.method), "seed": cell.seed, "ratio": cell.ratio, "stages": found, "config_sha256": made,
+            **({"setting": dict(cell.setting)} if cell.setting else {}),
         })  # fmt: skip
         return folder
 
     def _start_folder(self, cell: Cell) -> Path:
         """Where all that starts from one alignment lies, or from the model as it came if there is none."""
-        start = slug(cell.method.align or _SFT) if self._aligns else "unaligned"
+        align = cell.method.align or _SFT
+        start = slug(align) if self.aligns else "unaligned"
+        if self.aligns and (setting := of_alignment(align, cell.setting)):
+            start = f"{start}-{folder_name(setting)}"
         return self.root / "shared" / f"seed{cell.seed}" / start
 
     def _finetune_folder(self, cell: Cell) -> Path:
-        near = self._start_folder(cell) / f"p{cell.ratio:g}"
+        setting = folder_name(of_finetuning(cell.setting))  # "" of none
+        near = self._start_folder(cell) / f"p{cell.ratio:g}" / setting
         return near / slug(cell.method.finetune or _SFT) / "finetune"
 
     def _of_cell(self, cell: Cell) -> ConfigDict:
         """The ordinary configuration of one cell."""
-        config = self._of_seed(cell.seed).copy_and_resolve_references()
+        config = varied(self._of_seed(cell.seed), cell.setting)
         with config.unlocked():
             if cell.ratio is not None:
                 config.data.poison_ratio = float(cell.ratio)
             parts = {
-                "align": cell.method.align or _SFT if self._aligns else None,
+                "align": cell.method.align or _SFT if self.aligns else None,
                 "heal": cell.method.heal,
             }
             for stage, part in parts.items():
@@ -198,6 +241,22 @@ class Cells:
         return self._seeds[seed]
 
 
+def _attack_after(config: ConfigDict) -> tuple[str, ConfigDict] | None:
+    """Stage and configuration of what ``config.after`` does to what a method left; None for nothing.
+
+    Fine-tuning is as before, but for its steps, the poison ratio and the defence, of which there is none.
+    """
+    part, after = parse_stack(config.after.attack, "config.after.attack").heal, config.after
+    if not (part or after.steps):
+        return None
+    config = stage_config(config, "finetune")
+    with config.unlocked():
+        config.defence = defence_section(part or _SFT)
+        config.lora.policy = "single"  # what is merged is merged
+        config.train.steps, config.data.poison_ratio = after.steps, float(after.poison_ratio)
+    return ("heal" if part else "finetune"), config
+
+
 def _left(start: Start, tuned: Path) -> Start:
     """What a stage left, as the next one starts from it."""
     if start.full_parameters:
@@ -210,7 +269,8 @@ def _decisive(config: ConfigDict) -> dict[str, Any]:
     stages = {
         stage: _of_stage(stage_config(config, stage)) for stage in ("align", "finetune", "heal")
     }
-    rest = {key: config[key].to_dict() for key in ("eval", "generate", "judge")}
+    sections = ("eval", "generate", "judge", *(["after"] if _attack_after(config) else []))
+    rest = {key: config[key].to_dict() for key in sections}
     text = json.dumps(stages | rest, default=str)
     return dict(json.loads(text))
 

@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from panacea_jax.config.variation import Setting, written
 from panacea_jax.defences import DEFENCES, Method
 from panacea_jax.defences.protocol import (
     extra_data,
@@ -219,14 +220,17 @@ def against(ours: Mapping[int, Measured], theirs: Mapping[int, Measured], figure
             "p": sign_flip(differences), "test": SIGN_FLIP}  # fmt: skip
 
 
-def row(method: Stack, ratio: float | None, cells: Mapping[int, Measured], sft: Mapping[int, Measured] | None) -> _Json:  # fmt: skip
+def row(
+    method: Stack, ratio: float | None, cells: Mapping[int, Measured], sft: Mapping[int, Measured] | None, setting: Setting = ()
+) -> _Json:  # fmt: skip
     """One line of the table.
 
     Args:
         method: what defended.
         ratio: poison ratio; None for the aligned model.
         cells: by seed.
-        sft: SFT's cells of the same ratio, which costs are relative to and which ours are compared with.
+        sft: SFT's cells of the same ratio and setting, which costs are relative to and which ours are compared with.
+        setting: what was varied.
     """
     any_cell = next(iter(cells.values()))
     found: _Json = {
@@ -249,6 +253,8 @@ def row(method: Stack, ratio: float | None, cells: Mapping[int, Measured], sft: 
     surprise = [cell.perplexity for cell in cells.values()]
     if None not in surprise:
         found["perplexity"] = statistics.fmean(filter(None, surprise))
+    if setting:
+        found["setting"] = written(setting)
     if sft is not None:
         total = sum(sum(cell.passes.values()) for cell in cells.values())
         found["passes_to_sft"] = total / sum(sum(cell.passes.values()) for cell in sft.values())

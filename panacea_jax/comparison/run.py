@@ -3,6 +3,7 @@
 A comparison that was stopped goes on: cells and stages that are done are skipped, also when methods, seeds or ratios were added since.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,12 @@ from ml_collections import ConfigDict
 
 from panacea_jax.comparison import choice, table
 from panacea_jax.comparison.cells import Cell, Cells
+from panacea_jax.comparison.picture import plot_settings
 from panacea_jax.comparison.results import Measured, measure, row
+from panacea_jax.comparison.settings import of_method
+from panacea_jax.comparison.worst import worst_cases
+from panacea_jax.config import variations
+from panacea_jax.config.variation import Setting
 from panacea_jax.defences.spec import Stack, candidates, parse_stack
 from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
@@ -22,6 +28,7 @@ from panacea_jax.worlds import miniature
 from panacea_jax.worlds.guard import AlignmentGuard
 
 SFT = Stack()
+SHAPES = ("lora.rank", "lora.alpha", "lora.rslora", "lora.targets")
 MEMORY = (
     "one device's share of each stage's compiled step, weights and state included, as its compiler counts it (cells share a process, whose "
     "own peak never falls)"
@@ -29,7 +36,8 @@ MEMORY = (
 
 
 def compare_methods(config: ConfigDict, workdir: Path) -> Path:
-    """Run the comparison and print its table; returns ``WORKDIR/compare.json``, beside which lie compare.csv and compare.md.
+    """Run the comparison and print its table; returns ``WORKDIR/compare.json``, beside which lie compare.csv and compare.md,
+    with ``compare.vary`` also compare.png.
 
     SFT is always among the methods, as what the others are measured against.
 
@@ -48,6 +56,7 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
         dict.fromkeys([SFT, *methods, *(m for found in grid.values() for m in found)])
     )
     aligns = _check(config, everything)
+    settings = variations(compare.vary, config)
 
     # ---- the grid, on seeds and prompts of its own
     choices, chosen = [], []
@@ -58,7 +67,7 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
         cells = Cells(development, workdir / "development", aligns, compiled)
         cells.check(everything, compare.development[0], [config.data.poison_ratio])
         found = _run(cells, _candidates(grid), compare.development, [config.data.poison_ratio], config.judge.name)  # fmt: skip
-        means = {method: _means(found[method, config.data.poison_ratio]) for method in _candidates(grid)}  # fmt: skip
+        means = {method: _means(found[method, config.data.poison_ratio, ()]) for method in _candidates(grid)}  # fmt: skip
         for entry, each in grid.items():
             said = choice.described(
                 entry, list(map(str, each)), [means[m] for m in each], means[SFT]
@@ -69,16 +78,16 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
     # ---- the cells that are reported
     reported = list(dict.fromkeys([SFT, *methods, *chosen]))
     cells = Cells(config, workdir, aligns, compiled)
-    cells.check(reported, compare.seeds[0], compare.ratios)
+    cells.check(reported, compare.seeds[0], compare.ratios, settings)
     judge = config.judge.name
     # Where nothing is aligned here, all seeds start from one model.
     aligned = _aligned(cells, compare.seeds if aligns else compare.seeds[:1], judge)
-    found = _run(cells, reported, compare.seeds, compare.ratios, judge)
+    found = _run(cells, reported, compare.seeds, compare.ratios, judge, settings)
 
     # ---- table
     before = row(SFT, None, aligned, None) | {"method": "aligned" if aligns else "before"}
     rows = [before] + [
-        row(m, p, found[m, p], found[SFT, p]) for p in map(float, compare.ratios) for m in reported
+        row(m, p, found[m, p, s], found[SFT, p, s], s) for p in map(float, compare.ratios) for s in settings for m in reported
     ]
     guard = miniature.GUARD if compare.world else AlignmentGuard(*compare.guard) if compare.guard else None
     guarded = {seed: measured.figures() for seed, measured in aligned.items()} if guard else {}
@@ -88,10 +97,13 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
         "development": list(compare.development) if grid else [], "rule": choice.RULE if grid else "", "grid": choices,
         "guard": {str(seed): guard.holds(f["hs"], f["benign"]) for seed, f in guarded.items() if guard}, "bounds": str(guard or ""),
         "rows": rows,
+        **({"worst": worst_cases(rows)} if compare.vary else {}),
     }  # fmt: skip
     write_json(workdir / "compare.json", result)
     write_text(workdir / "compare.csv", table.as_csv(result))
     write_text(workdir / "compare.md", table.markdown(result))
+    if compare.vary:
+        plot_settings(result, workdir / "compare.png")
     table.show(result)
     return workdir / "compare.json"
 
@@ -115,7 +127,14 @@ def _check(config: ConfigDict, methods: Sequence[Stack]) -> bool:
             )
     if not config.compare.world and not config.eval.tasks:
         raise InputError("config.eval.tasks is empty: a comparison needs sets to compare on")
-    return bool(config.align.defence.name) or any(m.align for m in methods)
+    aligns = bool(config.align.defence.name) or any(m.align for m in methods)
+    goes_on = config.lora.policy != "merged" and (aligns or config.lora.init_from)
+    shapes = [e for e in map(str, config.compare.vary) if e.startswith(SHAPES)]
+    if goes_on and shapes:
+        raise InputError(
+            f"config.compare.vary: {shapes[0]!r}: fine-tuning goes on from an adapter that has its shape; set config.lora.policy = merged"
+        )
+    return aligns
 
 
 def _run(
@@ -124,18 +143,20 @@ def _run(
     seeds: Sequence[int],
     ratios: Sequence[float],
     judge: str,
-) -> dict[tuple[Stack, float], dict[int, Measured]]:
-    """Every cell, a world after the other; by method and ratio, then by seed."""
-    found: dict[tuple[Stack, float], dict[int, Measured]] = {}
-    total, number = len(seeds) * len(ratios) * len(methods), 0
+    settings: Sequence[Setting] = ((),),
+) -> dict[tuple[Stack, float, Setting], dict[int, Measured]]:
+    """Every cell, a world after the other; by method, ratio and setting, then by seed."""
+    found: dict[tuple[Stack, float, Setting], dict[int, Measured]] = {}
+    total, number = len(seeds) * len(ratios) * len(methods) * len(settings), 0
     for seed in seeds:
         for method in methods:
-            for ratio in map(float, ratios):
-                cell, number = Cell(method, seed, ratio), number + 1
+            for ratio, setting in itertools.product(map(float, ratios), settings):
+                cell = Cell(method, seed, ratio, of_method(method, setting, cells.aligns))
+                number += 1
                 if not (cells.folder(cell) / "cell.json").is_file():
                     say(f"== cell {number}/{total}: {cell}")
                 folder = cells.run(cell)
-                found.setdefault((method, ratio), {})[seed] = measure(cells.root, folder, judge)
+                found.setdefault((method, ratio, setting), {})[seed] = measure(cells.root, folder, judge)
     return found
 
 

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.markup import escape
@@ -16,20 +16,27 @@ _TITLES = {"hs": "HS", "hs_plus": "HS+", "fa": "FA", "benign": "benign answered"
 HEADS = ("method", "p", *_TITLES.values(), "HS to SFT", "passes (align, finetune, heal)", "passes / SFT", "time / SFT",
          "step MiB (align, finetune, heal)", "extra data")  # fmt: skip
 PERPLEXITY = "perplexity"
+WORST_HEADS = ("method", "p", "worst HS", "at", "FA there", "worst so far, setting by setting")
 
 
 def heads_of(result: _Json) -> list[str]:
-    """The table's columns, the perplexity of ordinary answers last where it was measured."""
-    return [*HEADS, *([PERPLEXITY] if any(PERPLEXITY in row for row in result["rows"]) else [])]
+    """The columns, with one for the settings where some were varied, and the perplexity of ordinary answers last where it was measured."""
+    setting, perplexity = ["setting"] if "worst" in result else [], [PERPLEXITY] if _has_perplexity(result) else []
+    return [*HEADS[:2], *setting, *HEADS[2:], *perplexity]
 
 
-def cells_of(row: _Json) -> list[str]:
-    """One line of the table as text."""
+def _has_perplexity(result: _Json) -> bool:
+    return any(PERPLEXITY in row for row in result["rows"])
+
+
+def cells_of(row: _Json, settings: bool = False) -> list[str]:
+    """One line of the table as text; ``settings``: some were varied."""
     figures = [_figure(row["figures"].get(name)) for name in _TITLES]
     passes = ", ".join(_passes(row, stage) for stage in STAGES)
     memory = ", ".join(f"{n / 2**20:.0f}" if (n := row["step_bytes"].get(s)) else "–" for s in STAGES)  # fmt: skip
+    setting = [row.get("setting", "–")] if settings else []
     return [
-        row["method"], "–" if row["ratio"] is None else f"{row['ratio']:g}", *figures, _test(row["against_sft"]), passes,
+        row["method"], "–" if row["ratio"] is None else f"{row['ratio']:g}", *setting, *figures, _test(row["against_sft"]), passes,
         _number(row["passes_to_sft"]), _number(row["time_to_sft"]), memory,
         ", ".join(row["extra_data"]) or "none", *([_number(row[PERPLEXITY])] if PERPLEXITY in row else []),
     ]  # fmt: skip
@@ -103,20 +110,43 @@ def show(result: _Json) -> None:
     console = table_console(260)
     table = Table(title="comparison", title_justify="left")
     for head in heads_of(result):
-        table.add_column(head, overflow="fold", justify="left" if head in ("method", "extra data") else "right")  # fmt: skip
+        table.add_column(head, overflow="fold", justify="left" if head in ("method", "setting", "extra data") else "right")  # fmt: skip
     for row in result["rows"]:
-        table.add_row(*map(escape, cells_of(row)))
+        table.add_row(*map(escape, cells_of(row, "worst" in result)))
     console.print(table)
+    if "worst" in result:
+        worst = Table(title="worst case over the settings", title_justify="left")
+        for head in WORST_HEADS:
+            worst.add_column(head, overflow="fold")
+        for cells in _worst_rows(result):
+            worst.add_row(*map(escape, cells))
+        console.print(worst)
     for line in notes(result):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def markdown(result: _Json) -> str:
     """The table and its notes as Markdown."""
-    heads = heads_of(result)
-    rows = [heads, ["---"] * len(heads), *(cells_of(row) for row in result["rows"])]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in rows]
+    lines = _markdown_table(heads_of(result), [cells_of(row, "worst" in result) for row in result["rows"]])
+    if "worst" in result:
+        lines += ["", *_markdown_table(WORST_HEADS, _worst_rows(result))]
     return "\n".join([*lines, "", *(f"* {line}" for line in notes(result))]) + "\n"
+
+
+def _markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines]
+
+
+def _worst_rows(result: _Json) -> list[list[str]]:
+    """The lines of the table of worst cases; none without a harmful set."""
+    lines = []
+    for row in result["worst"]:
+        if found := row.get("hs"):
+            fa = "–" if found["fa"] is None else f"{found['fa']:.1f}"
+            so_far = ", ".join(f"{value:.1f}" for value in found["cumulative"])
+            lines.append([row["method"], f"{row['ratio']:g}", f"{found['worst']:.1f}", found["setting"], fa, so_far])
+    return lines
 
 
 def as_csv(result: _Json) -> str:
@@ -128,7 +158,8 @@ def as_csv(result: _Json) -> str:
     tests = [f"{name}_{part}" for name in _TITLES for part in ("to_sft", "p")]
     by_stage = [(what, stage) for what in ("steps", "passes", "whole_passes", "step_bytes") for stage in STAGES]  # fmt: skip
     stages = [f"{what}_{stage}" for what, stage in by_stage]
-    last = ["passes_to_sft", "time_to_sft", "extra_data", *heads_of(result)[len(HEADS) :]]
+    optional = [name for name, there in (("setting", "worst" in result), (PERPLEXITY, _has_perplexity(result))) if there]
+    last = ["passes_to_sft", "time_to_sft", "extra_data", *optional]
     writer.writerow(["method", "ratio", "seeds", *heads, *tests, *stages, *last])
     for row in result["rows"]:
         figures: list[Any] = []
@@ -138,5 +169,5 @@ def as_csv(result: _Json) -> str:
         tested = [(row["against_sft"] or {}).get(name, {}).get(key) for name in _TITLES for key in ("difference", "p")]  # fmt: skip
         counts = [row[what].get(stage) for what, stage in by_stage]
         writer.writerow([row["method"], row["ratio"], " ".join(map(str, row["seeds"])), *figures, *tested, *counts, row["passes_to_sft"],
-                         row["time_to_sft"], ", ".join(row["extra_data"]), *([row[PERPLEXITY]] if PERPLEXITY in row else [])])  # fmt: skip
+                         row["time_to_sft"], ", ".join(row["extra_data"]), *(row.get(name) for name in optional)])  # fmt: skip
     return out.getvalue()

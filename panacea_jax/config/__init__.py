@@ -7,6 +7,7 @@ from panacea_jax.config.defaults import batch_sizes, get_config, keys, stage_con
 from panacea_jax.config.methods import defence_section, make_defence
 from panacea_jax.config.recipes import load_recipe, recipes, require_key, shipped
 from panacea_jax.config.validation import validate
+from panacea_jax.config.variation import variations, varied
 
 __all__ = [
     "batch_sizes",
@@ -20,4 +21,6 @@ __all__ = [
     "shipped",
     "stage_config",
     "validate",
+    "variations",
+    "varied",
 ]

@@ -109,6 +109,12 @@ def get_config(variant: str = "") -> ConfigDict:
         },
         # Points that healing may cost on held-out records.
         "budget": {"fa": 1.0, "benign": 3.0, "coherence": 3.0},
+        # What a comparison does to the models that its methods left, to see how long they hold.
+        "after": {
+            "attack": "sft",  # fine-tuning without a defence; or one method of the stage heal, "unlearn:rho=1", "random_perturbation:rho=1"
+            "steps": 0,  # of fine-tuning; 0: none
+            "poison_ratio": 0.1,  # of fine-tuning
+        },
         "mesh": {"replica": 0, "data": 1, "fsdp": -1, "tensor": 1},
         "checkpoint": {"every": 500, "keep": 2},
         "generate": {
@@ -136,6 +142,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "grid": (),  # the same with alternatives, "panacea:rho=0.1|0.25"; one is chosen of each
             "seeds": (0,),
             "ratios": (0.1,),  # poison ratios
+            "vary": (),  # KEY=VALUE|VALUE: settings of which every method gets all, such as an attacker's; the worst case stands beside
             "world": "",  # miniature: every seed is a world of its own; "": the base and data of config.model and config.data
             "development": (),  # seeds on which the grid is chosen
             "validation": (),  # evaluation sets that the grid is chosen by, on a base of one's own
@@ -172,4 +179,5 @@ def batch_sizes(train: ConfigDict) -> dict[str, int]:
         "harmful": train.harmful_batch_size,
         "alignment": train.alignment_batch_size,
         "benign": train.batch_size,
+        "attack": train.batch_size,
     }

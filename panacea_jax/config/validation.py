@@ -14,8 +14,10 @@ from panacea_jax.config.methods import (
     refuse_foreign_keys,
     require,
 )
+from panacea_jax.config.variation import variations, varied
 from panacea_jax.data.sources import layout_of
 from panacea_jax.data.template import LOSS_ON, SPECIAL_TOKENS, TEMPLATES
+from panacea_jax.defences import DEFENCES, Defence
 from panacea_jax.defences.spec import Stack, candidates, parse_stack
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges import JUDGES, needs_model
@@ -89,6 +91,8 @@ def validate(config: ConfigDict) -> None:
     _at_least(config.eval.num_examples, "eval.num_examples", 0)
     _validate_heal(config)
     _validate_compare(config.compare)
+    _validate_after(config)
+    _validate_variations(config)
 
 
 def _validate_reading(data: ConfigDict) -> None:
@@ -183,6 +187,8 @@ def _validate_compare(compare: ConfigDict) -> None:
     good = len(bounds) in (0, 2) and all(isinstance(x, float | int) and 0 <= x <= 100 for x in bounds)
     require(good, "compare.guard", bounds, "HS at most and benign answered at least, in percent, or ()")
     if not (compare.methods or compare.grid):
+        rule = "name methods that are to have these settings in config.compare.methods"
+        require(not compare.vary, "compare.vary", compare.vary, rule)
         return
     for key in ("seeds", "ratios"):
         require(len(compare[key]) > 0, f"compare.{key}", compare[key], "name at least one")
@@ -207,6 +213,34 @@ def _validate_heal(config: ConfigDict) -> None:
         _at_least(heal[name], f"heal.{name}", 1)
     for name, points in config.budget.items():
         _at_least(points, f"budget.{name}", 0)
+
+
+def _validate_after(config: ConfigDict) -> None:
+    after, compare = config.after, config.compare
+    _at_least(after.steps, "after.steps", 0)
+    ratio = after.poison_ratio
+    require(0 <= ratio <= 1, "after.poison_ratio", ratio, "a share between 0 and 1")
+    attack = parse_stack(after.attack, "config.after.attack")
+    once = attack.heal and not issubclass(DEFENCES[attack.heal.name], Defence)
+    rule = "sft, or one method of the stage heal that has no steps"
+    require(attack == Stack(heal=attack.heal if once else None), "after.attack", after.attack, rule)
+    _fits(attack, "config.after.attack")
+    require(not (once and after.steps), "after.steps", after.steps, f"{after.attack} has no steps")
+    rule = "for a comparison; name methods in config.compare.methods"
+    for key in ("attack", "steps"):
+        idle = after[key] in ("sft", 0) or bool(compare.methods or compare.grid)
+        require(idle, f"after.{key}", after[key], rule)
+
+
+def _validate_variations(config: ConfigDict) -> None:
+    """Every setting of ``compare.vary`` is a possible configuration."""
+    for setting in filter(None, variations(config.compare.vary, config)):
+        changed = varied(config, setting)
+        changed.compare.vary = ()
+        try:
+            validate(changed)
+        except InputError as error:
+            raise InputError(f"config.compare.vary: {error}") from error
 
 
 def _fits(method: Stack, key: str) -> None:

@@ -1,4 +1,4 @@
-"""The 14 harm categories of BeaverTails, in one spelling whatever form a file has them in.
+"""The 14 harm categories of BeaverTails, in one spelling whatever form a file has them in, and choosing records by category.
 
 Names and order are those of the published set and of the classifier trained on it.
 """
@@ -6,8 +6,8 @@ Names and order are those of the published set and of the classifier trained on 
 import ast
 import json
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from panacea_jax.errors import InputError
 
@@ -73,3 +73,59 @@ def _names(value: Any) -> list[str]:
     if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
         return [name for part in value for name in _names(part)]
     raise InputError(f"field 'category' is {value!r:.60}: expected names, or booleans by name")
+
+
+class Selection(NamedTuple):
+    """Which categories of a set are taken, ``only=NAME+NAME``, or left out, ``not=NAME+NAME``.
+
+    The two of the same names share no record and leave none that has a category; those without one are taken by neither.
+
+    Attributes:
+        names: of the categories; of a name with commas its beginning will do.
+        keep: whether records of any of them are the ones that are taken, or those that are not.
+    """
+
+    names: tuple[str, ...]
+    keep: bool
+
+    @classmethod
+    def parse(cls, text: str) -> "Selection":
+        """What stands behind a task.
+
+        Raises:
+            InputError: of another form.
+        """
+        word, _, names = text.partition("=")
+        found = tuple(name.strip() for name in names.split("+"))
+        if word not in ("only", "not") or not all(found):
+            raise InputError(f"{text!r}: write only=NAME+NAME or not=NAME+NAME")
+        return cls(found, word == "only")
+
+    @property
+    def label(self) -> str:
+        """For names of files."""
+        return "-".join(("only" if self.keep else "not", *self.names))
+
+    def of(self, found: Sequence[Sequence[str]], where: str) -> list[bool]:
+        """Of records by their categories, which are taken.
+
+        Raises:
+            InputError: a name that no record has, or nothing that is taken.
+        """
+        known = dict.fromkeys(name for names in found for name in names)
+        for name in self.names:
+            if not any(map(_is(name), known)):
+                raise InputError(f"{where}: no record of category {name!r}; it has {'; '.join(known) or 'none'}")
+        tests = [_is(name) for name in self.names]
+        taken = [
+            bool(names) and any(test(n) for test in tests for n in names) == self.keep
+            for names in found
+        ]
+        if not any(taken):
+            raise InputError(f"{where}: {self.label} leaves no record")
+        return taken
+
+
+def _is(written: str) -> Callable[[str], bool]:
+    """Whether a category is the one that is written, in full or up to one of its commas."""
+    return lambda name: f"{name},".startswith(f"{written},")

@@ -1,8 +1,8 @@
-"""Sources ``TASK[:SLICE or ROLE]@WHERE``, and mixtures of them, turned into records that are all alike.
+"""Sources ``TASK[:SLICE or ROLE][:only=… or :not=…]@WHERE``, and mixtures of them, turned into records that are all alike.
 
 TASK says what the columns mean (`columns`), SLICE which records of a test set count, ROLE what
-records of one's own are to be scored as (`slices`),
-WHERE where the rows are: a local ``.jsonl``, ``.json``, ``.csv`` (each also ``.gz``) or
+records of one's own are to be scored as (`slices`), only= and not= which categories are taken
+(`categories.Selection`), WHERE where the rows are: a local ``.jsonl``, ``.json``, ``.csv`` (each also ``.gz``) or
 ``.parquet`` file, a folder written by ``datasets.save_to_disk``, or a hub id
 ``owner/name[/subset][:split]``. Nothing touches the network unless WHERE is a hub id and no such
 local path exists.
@@ -22,12 +22,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from panacea_jax.data import columns, files, hub
+from panacea_jax.data.categories import Selection, normalise
 from panacea_jax.data.chat import LAYOUTS, Turn
 from panacea_jax.data.slices import find_slice, is_role
 from panacea_jax.errors import InputError
 
 _log = logging.getLogger(__name__)
 
+_CHOSEN = re.compile(r"([^=]*):((?:only|not)=.*)")
 _WEIGHT = re.compile(r"(.*)\*\s*(\d+\.?\d*|\.\d+)\s*")
 
 
@@ -40,12 +42,14 @@ class Source:
         where: File, folder or hub id.
         slice: A name of `slices.SLICES`, or empty.
         role: One of `slices.ROLES`, or empty.
+        categories: Which are taken; None: all.
     """
 
     task: str
     where: str
     slice: str = ""
     role: str = ""
+    categories: Selection | None = None
 
     @property
     def scored_as(self) -> str:
@@ -116,7 +120,7 @@ def layout_of(data: Any) -> Layout:
 
 
 def parse_source(spec: str) -> Source:
-    """Split ``TASK[:SLICE or ROLE]@WHERE`` at its first ``@``.
+    """Split ``TASK[:SLICE or ROLE][:only=… or :not=…]@WHERE`` at its first ``@``.
 
     Raises:
         InputError: Another form, an unknown TASK, or a SLICE or ROLE that the task does not have.
@@ -124,7 +128,8 @@ def parse_source(spec: str) -> Source:
     head, at, where = spec.partition("@")
     if not at:
         raise InputError(f"{spec!r} is not a source; write TASK@WHERE, like gsm8k@train.jsonl")
-    task, colon, name = head.partition(":")
+    chosen = _CHOSEN.fullmatch(head)
+    task, colon, name = (chosen[1] if chosen else head).partition(":")
     if task not in columns.READERS:
         raise InputError(f"{spec!r}: unknown task {task!r}; known: {' '.join(columns.READERS)}")
     if colon and not name:
@@ -132,12 +137,14 @@ def parse_source(spec: str) -> Source:
     role = name if is_role(task, name) else ""
     name = "" if role else name
     try:
-        find_slice(task, name)
+        if find_slice(task, name) and chosen:
+            raise InputError("a slice says by itself which records count")
+        categories = Selection.parse(chosen[2]) if chosen else None
     except InputError as error:
         raise InputError(f"{spec!r}: {error}") from error
     if not where.strip():
         raise InputError(f"{spec!r}: nothing after the @; give a file, a folder or a hub id")
-    return Source(task, where, name, role)
+    return Source(task, where, name, role, categories)
 
 
 def parse_mixture(spec: str) -> list[tuple[str, float | None]]:
@@ -164,7 +171,7 @@ def load_records(
     """Load every record of a source, in its order; a slice is not cut out yet (`take`).
 
     Args:
-        spec: ``TASK[:SLICE or ROLE]@WHERE``.
+        spec: ``TASK[:SLICE or ROLE][:only=… or :not=…]@WHERE``.
         key: Configuration key that held `spec`, for error lines.
         need_output: The records are trained on, so prompts alone (say BeaverTails without
             `response`) are refused, and slices and roles, which are of test sets.
@@ -184,6 +191,10 @@ def load_records(
         records = [_record(source.task, row, place, need_output, layout) for place, row in rows]
         if not records:
             raise InputError(f"{source.where}: holds no records")
+        if source.categories:
+            found = [normalise(record.extra.get("category")) for record in records]
+            taken = source.categories.of(found, source.where)
+            records = [record for record, take in zip(records, taken) if take]
     except InputError as error:
         raise InputError(f"{key}: {error}") from error
     return records

@@ -20,6 +20,7 @@ from panacea_jax.defences.safelora import SafeLora
 from panacea_jax.defences.sft import Sft
 from panacea_jax.defences.t_vaccine import TVaccine
 from panacea_jax.defences.tar import Tar
+from panacea_jax.defences.unlearn import Unlearn
 from panacea_jax.defences.vaccine import Vaccine
 from panacea_jax.defences.vlguard import Vlguard
 
@@ -45,6 +46,7 @@ DEFENCES: dict[str, type[Method]] = {
     "magnitude_prune": MagnitudePrune,
     "safelora": SafeLora,
     "realign": Realign,
+    "unlearn": Unlearn,
 }
 
 __all__ = [
@@ -73,6 +75,7 @@ __all__ = [
     "StreamSpec",
     "Tar",
     "TVaccine",
+    "Unlearn",
     "Vaccine",
     "Vlguard",
 ]

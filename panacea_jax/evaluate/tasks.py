@@ -205,7 +205,7 @@ def answer_length(spec: str) -> int:
 
 
 def set_names(specs: Sequence[str]) -> list[str]:
-    """File names of evaluation sets, in order: the task (with a slice or role, task-slice), and
+    """File names of evaluation sets, in order: the task (with a slice, role or choice of categories, task-slice), and
     -<file stem> behind it where it appears more than once.
 
     ``["gsm8k:vaccine-500@a/test.jsonl", "pairs@x.jsonl", "pairs@y.jsonl.gz"]`` →
@@ -224,7 +224,9 @@ def set_names(specs: Sequence[str]) -> list[str]:
             raise InputError(f"config.eval.tasks[{i}]: {error}") from error
         if spec in specs[:i]:
             raise InputError(f"config.eval.tasks[{i}]: {spec!r} is there twice")
-        label = "-".join(filter(None, (source.task, source.slice, source.role)))
+        chosen = source.categories.label if source.categories else ""
+        label = "-".join(filter(None, (source.task, source.slice, source.role, chosen)))
+        label = re.sub(r"[^\w.-]+", "-", label)
         sources.append((label, source.where))
     labels = [label for label, _ in sources]
     names: list[str] = []

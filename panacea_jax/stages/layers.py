@@ -1,15 +1,20 @@
-"""The command ``layers``: layer safety coefficients of a run, a checkpoint or an exported ε."""
+"""The command ``layers``: layer safety coefficients of a run, a checkpoint or an exported ε; of several of them, one comparison."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from flax.traverse_util import unflatten_dict
 
-from panacea_jax.analysis.layers import layer_coefficients, write_coefficients
+from panacea_jax.analysis.layer_comparison import LayerRun, common_kinds, compare_runs, told_apart
+from panacea_jax.analysis.layer_files import PROBE, write_coefficients, write_comparison
+from panacea_jax.analysis.layers import layer_coefficients
 from panacea_jax.errors import InputError
 from panacea_jax.export import load_epsilon
 from panacea_jax.parallel import processes
 from panacea_jax.train.checkpoints import read_checkpoint
+from panacea_jax.workdir import MANIFEST, read_manifest
 
 
 def from_workdir(workdir: Path) -> list[dict[str, Any]]:
@@ -64,24 +69,98 @@ def _subtree(arrays: dict[str, Any], prefix: str) -> dict[str, Any]:
     return tree["layers"] if set(tree) == {"layers"} else tree
 
 
-def layers_stage(workdir: Path | None, epsilon: Path | None, checkpoint: Path | None) -> Path:
-    """Write ``layers.{json,csv,png}``, into the work directory, or beside the file or checkpoint that was given.
+def layers_stage(
+    workdirs: Sequence[Path],
+    epsilons: Sequence[Path] = (),
+    checkpoints: Sequence[Path] = (),
+    *,
+    labels: Sequence[str] = (),
+    out: Path | None = None,
+) -> Path:
+    """Write ``layers.{json,csv,png}`` of one source, into the work directory or beside the file or checkpoint that was given; of several
+    sources ``layers_compared.{json,csv,png}``, into the first's place.
+
+    Args:
+        workdirs: sources; with ``epsilons`` or ``checkpoints`` one at most, which then is only where the files go.
+        epsilons: exported ε, in place of work directories.
+        checkpoints: likewise.
+        labels: names of the models that the sources are runs of, by default those of their bases.
+        out: where the files go instead.
 
     Raises:
-        InputError: not exactly one source, or one that cannot be read.
+        InputError: not one kind of source, or one that cannot be read.
     """
-    if epsilon is not None and checkpoint is not None:
+    if epsilons and checkpoints:
         raise InputError("layers: give --epsilon or --checkpoint, not both")
-    if epsilon is not None:
-        if not epsilon.is_file():
-            raise InputError(f"--epsilon={epsilon}: no such file")
-        results, home = [layer_coefficients(load_epsilon(epsilon))], epsilon.parent
-    elif checkpoint is not None:
-        results, home = from_checkpoint(checkpoint), checkpoint.parent
-    elif workdir is not None:
-        results, home = from_workdir(workdir), workdir
-    else:
+    if len(workdirs) > 1 and (epsilons or checkpoints):
+        raise InputError("layers: give several --workdir, or --epsilon or --checkpoint, not both")
+    if missing := [path for path in epsilons if not path.is_file()]:
+        raise InputError(f"--epsilon={missing[0]}: no such file")
+    sources = list(epsilons or checkpoints or workdirs)
+    if not sources:
         raise InputError("layers: give --workdir, --epsilon or --checkpoint")
+    if labels and (len(labels) != len(sources) or len(sources) == 1):
+        raise InputError(f"--label: {len(labels)} names for {len(sources)} sources; give one for each of several")  # fmt: skip
+    home = workdirs[0] if workdirs else sources[0].parent
+    if epsilons:
+        found = [[layer_coefficients(load_epsilon(path))] for path in epsilons]
+    elif checkpoints:
+        found = [from_checkpoint(path) for path in checkpoints]
+    elif len(sources) == 1:
+        found = [from_workdir(sources[0])]
+    else:
+        found = [_trained_and_probed(path) for path in sources]
+    folder = out or home
     # Of several processes all read, since orbax waits for all; the first writes.
-    processes.once(lambda: write_coefficients(results, workdir or home))
-    return (workdir or home) / "layers.json"
+    if len(sources) == 1:
+        processes.once(lambda: write_coefficients(found[0], folder))
+        return folder / "layers.json"
+    names = labels or [_base_name(path) for path in sources]
+    runs = [
+        LayerRun(str(path), name, {result["epsilon"]: result for result in results})
+        for path, name, results in zip(sources, names, found)
+    ]
+    runs = runs if labels else told_apart(runs)
+    compared = [compare_runs(runs, kind) for kind in common_kinds(runs)]
+    processes.once(lambda: write_comparison(compared, folder))
+    return folder / "layers_compared.json"
+
+
+def _trained_and_probed(workdir: Path) -> list[dict[str, Any]]:
+    """Coefficients of what training left in a work directory, if it left an ε, and of the probe in it, if there is one."""
+    probe = workdir / PROBE
+    results = trained_coefficients(workdir) if probe.is_file() else from_workdir(workdir)
+    return results + (read_probe(probe) if probe.is_file() else [])
+
+
+def trained_coefficients(workdir: Path) -> list[dict[str, Any]]:
+    """As :func:`from_workdir`; none where fine-tuning left no ε."""
+    left = (workdir / "finetune" / "epsilon.safetensors").is_file()
+    return from_workdir(workdir) if left else []
+
+
+def read_probe(path: Path) -> list[dict[str, Any]]:
+    """The coefficients in a layers_probe.json.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        results: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        results[0]["epsilon"], results[-1]["probe"]["base"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path}: not a probe of ours ({type(error).__name__})") from error
+    return results
+
+
+def _base_name(source: Path) -> str:
+    """What the model of a source is called: the last part of its base's path, or its own folder where nothing names a base."""
+    stages = source / "finetune", source.parent, source.parent.parent
+    stage = next((s for s in stages if (s / MANIFEST).is_file()), None)
+    if stage:
+        base = str(read_manifest(stage)["config"]["model"]["path"])
+    elif (source / PROBE).is_file():
+        base = str(read_probe(source / PROBE)[-1]["probe"]["base"])
+    else:
+        return (source if source.is_dir() else source.parent).name
+    return Path(base).name

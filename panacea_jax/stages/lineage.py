@@ -156,6 +156,55 @@ def to_answer(config: ConfigDict, workdir: Path, start: Start | None = None) -> 
     return bare
 
 
+def to_probe(config: ConfigDict, workdir: Path) -> Start:
+    """What a probe looks at: the adapter that is named, else what answers in the work directory, else what training would begin with.
+
+    Raises:
+        InputError: an adapter, where the configuration is of all parameters.
+    """
+    start = named(config)
+    start = start if start.adapter else to_answer(config, workdir, start)
+    if start.full_parameters and start.adapter:
+        raise InputError(f"config.train.full_parameters: {start.adapter} is an adapter")
+    return start
+
+
+def to_compare(config: ConfigDict, against: str, key: str) -> Start:
+    """Another model of the same base: a PEFT folder on it, a Hugging Face folder, what answers in a work directory, or "none", the bare
+    base.
+
+    Args:
+        config: of the model that it is compared with.
+        against: which.
+        key: what named it, for messages.
+
+    Raises:
+        InputError: nothing there, or adapters of another base.
+    """
+    base, folder = Start(config.model.path), Path(against)
+    if against == BARE_BASE:
+        return base
+    if (folder / "adapter_config.json").is_file():
+        return dataclasses.replace(base, adapter=against)
+    if (folder / "config.json").is_file():
+        return Start(against)
+    start = to_answer(_without_adapter(config), folder, base)
+    if start == base:
+        raise InputError(f"{key}={against}: neither an adapter or a model, nor a work directory with one")
+    if start.adapter:
+        trained = str(read_manifest(Path(start.adapter).parent)["config"]["model"]["path"])
+        if trained != base.base:
+            raise InputError(f"{key}={against}: an adapter of {trained}, not of config.model.path = {base.base}")
+    return start
+
+
+def _without_adapter(config: ConfigDict) -> ConfigDict:
+    """The configuration without ``generate.adapter``, which names one for the work directory at hand only."""
+    config = config.copy_and_resolve_references()
+    config.generate.adapter = ""
+    return config
+
+
 def base_of_adapters(base: str, workdir: Path) -> str:
     """The base that the adapters of the work directory's stages finetune and heal belong to."""
     merged = workdir / "base"

@@ -22,7 +22,7 @@ RUNNERS: Mapping[str, Callable[[ConfigDict, Path], Path]] = {
     "heal": lambda config, workdir: train_stage(config, workdir, "heal"),
     "generate": generate_stage,
     "judge": judge_stage,
-    "layers": lambda config, workdir: layers_stage(workdir, None, None),
+    "layers": lambda config, workdir: layers_stage([workdir]),
 }
 
 

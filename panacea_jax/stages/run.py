@@ -105,5 +105,5 @@ def run_stages(config: ConfigDict, workdir: Path, profile: Profile | None = None
             perplexity_stage(main, workdir, answering)
     if (workdir / "finetune" / "epsilon.safetensors").is_file():
         say("== layers")
-        layers_stage(workdir, None, None)
+        layers_stage([workdir])
     return workdir

@@ -101,3 +101,71 @@ def test_real_safety_sets_as_they_stand(shared: Path) -> None:
     assert len(found) == 450
     assert sum(counts_for_over_refusal({"extra": r.extra}) for r in found) == 250
     assert all(r.extra["type"] and r.extra["label"] in ("safe", "unsafe") for r in found)
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Path:
+    """Four records: of one category, of another, of both, and of one with commas in its name."""
+    rows = (["self_harm"], ["animal_abuse"], ["animal_abuse", "self_harm"], [CATEGORIES[4]])
+    path = tmp_path / "listed.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"mend {i}", "category": c}) + "\n" for i, c in enumerate(rows)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rows"),
+    [
+        ("only=self_harm", [0, 2]),
+        ("not=self_harm", [1, 3]),
+        ("only=self_harm+drug_abuse", [0, 2, 3]),
+        ("only=drug_abuse,weapons", [3]),
+        ("not=animal_abuse+self_harm", [3]),
+    ],
+)
+def test_categories_are_chosen(listed: Path, chosen: str, rows: list[int]) -> None:
+    found = load_records(f"beavertails:{chosen}@{listed}", KEY)
+    assert [record.instruction for record in found] == [f"mend {i}" for i in rows]
+
+
+def test_what_only_takes_not_leaves(listed: Path) -> None:
+    specs = [f"beavertails:{word}=animal_abuse@{listed}" for word in ("only", "not")]
+    found = [record.instruction for spec in specs for record in load_records(spec, KEY)]
+    assert sorted(found) == [f"mend {i}" for i in range(4)]
+
+
+def test_pairs_of_ones_own_have_categories_too(tmp_path: Path) -> None:
+    """Of any names; with a role as well."""
+    path = tmp_path / "own.jsonl"
+    rows = [{"instruction": f"i{i}", "output": "o", "category": c} for i, c in enumerate(("red", "blue"))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for spec in (f"pairs:only=blue@{path}", f"pairs:harmful:not=red@{path}"):
+        assert [r.instruction for r in load_records(spec, KEY)] == ["i1"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ("only=", "write only=NAME+NAME or not=NAME+NAME"),
+        ("only=self_harm+", "write only=NAME+NAME"),
+        ("only=drug", "no record of category 'drug'; it has self_harm; animal_abuse; drug_abuse,weapons,banned_substance"),
+        ("not=self_harm+animal_abuse+drug_abuse", "leaves no record"),
+        ("panacea-1000:only=self_harm", "a slice says by itself which records count"),
+        ("every=self_harm", "unknown slice 'every=self_harm'"),
+    ],
+)
+def test_bad_choices(listed: Path, chosen: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_records(f"beavertails:{chosen}@{listed}", KEY)
+    assert str(caught.value).startswith(f"{KEY}: ") and message in str(caught.value)
+
+
+def test_records_without_a_category_are_taken_by_neither(tmp_path: Path) -> None:
+    path = tmp_path / "some.jsonl"
+    rows = [{"prompt": "a", "category": []}, {"prompt": "b", "category": ["self_harm"]}, {"prompt": "c"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [r.instruction for r in load_records(f"beavertails:only=self_harm@{path}", KEY)] == ["b"]
+    with pytest.raises(InputError, match="not-self_harm leaves no record"):
+        load_records(f"beavertails:not=self_harm@{path}", KEY)
+    path.write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(InputError, match="no record of category .self_harm.; it has none"):
+        load_records(f"beavertails:only=self_harm@{path}", KEY)

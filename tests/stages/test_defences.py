@@ -42,6 +42,7 @@ ROWS = {
     "magnitude_prune": ("heal", "none", "none"),
     "safelora": ("heal", "unaligned base", "none"),
     "realign": ("heal", "alignment, benign", "1 (user 1)"),
+    "unlearn": ("heal", "attack", "once 1 over all attack"),
 }
 
 

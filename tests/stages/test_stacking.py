@@ -39,7 +39,7 @@ TRAINED = {
     ],
     "booster+ldifs+ascent": ["--config.heal.defence.rho=0.5"],
     "booster_vaccine+ewc+random_perturbation": [],
-    "repnoise+kl+random_perturbation": ["--config.align.defence.paired=False"],
+    "repnoise+kl+unlearn": ["--config.align.defence.paired=False"],
     "tar+vlguard+random_perturbation": [
         "--config.align.defence.inner_steps=2", "--config.align.defence.inner_every=1", "--config.defence.mode=sum",
     ],

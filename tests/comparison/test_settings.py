@@ -1,0 +1,57 @@
+"""What of a varied setting concerns which stage, and the worst case over settings."""
+
+from panacea_jax.comparison import settings
+from panacea_jax.comparison.worst import worst_cases
+from panacea_jax.defences.spec import Part, parse_stack
+
+HARMFUL, STEPS, HEAL = ("data.num_harmful", 10), ("train.steps", 3), ("heal.train.steps", 5)
+ALIGNMENT, AFTER = ("data.num_alignment", 4), ("after.steps", 7)
+ALL = (HARMFUL, STEPS, HEAL, ALIGNMENT, AFTER)
+
+
+def of_method(text, setting=ALL, aligns=False):
+    return settings.of_method(parse_stack(text, "key"), setting, aligns)
+
+
+def test_a_method_notices_only_the_sets_that_it_reads():
+    assert of_method("sft") == (STEPS, AFTER)
+    assert of_method("sft", aligns=True) == (STEPS, ALIGNMENT, AFTER)
+    assert of_method("panacea") == (HARMFUL, STEPS, AFTER)
+    assert of_method("realign:benign_ratio=0") == (STEPS, HEAL, ALIGNMENT, AFTER)
+    assert of_method("booster+antidote") == (HARMFUL, STEPS, HEAL, AFTER)
+
+
+def test_no_further_steps_have_no_poison():
+    assert of_method("sft", (("after.steps", 0), ("after.poison_ratio", 0.5))) == (("after.steps", 0),)
+    assert of_method("sft", (AFTER, ("after.poison_ratio", 0.5))) == (AFTER, ("after.poison_ratio", 0.5))
+
+
+def test_stages_share_what_does_not_concern_them():
+    assert settings.of_alignment(Part("sft"), ALL) == (ALIGNMENT,)
+    assert settings.of_alignment(Part("booster"), ALL) == (HARMFUL, ALIGNMENT)
+    assert settings.of_finetuning(ALL) == (HARMFUL, STEPS, ALIGNMENT)
+    assert settings.of_healing(ALL) == (HARMFUL, STEPS, HEAL, ALIGNMENT)
+
+
+def test_folders_of_long_settings_differ():
+    assert settings.folder_name(()) == ""
+    assert settings.folder_name((STEPS, HEAL)) == "train.steps=3_heal.train.steps=5"
+    names = {settings.folder_name((("data.user", f"pairs@{'x' * 200}{i}"),)) for i in range(2)}
+    assert len(names) == 2 and all(len(name) < 100 for name in names)
+
+
+def row(method, setting, hs, fa=50.0):
+    figures = {"hs": {"mean": hs}} | ({"fa": {"mean": fa}} if fa is not None else {})
+    return {"method": method, "ratio": 0.1, "setting": setting, "figures": figures}
+
+
+def test_the_worst_case_is_the_attackers_choice():
+    aligned = {"method": "aligned", "ratio": None, "figures": {"hs": {"mean": 99.0}}}
+    rows = [
+        aligned, row("a", "s", 10.0), row("b", "s", 3.0, None), row("a", "t", 40.0, 20.0), row("b", "t", 1.0, None), row("a", "u", 40.0),
+    ]  # fmt: skip
+    a, b = worst_cases(rows)
+    assert a == {
+        "method": "a", "ratio": 0.1, "hs": {"worst": 40.0, "setting": "t", "cumulative": [10.0, 40.0, 40.0], "fa": 20.0},
+    }  # fmt: skip
+    assert b["hs"] == {"worst": 3.0, "setting": "s", "cumulative": [3.0, 3.0], "fa": None}

@@ -1,0 +1,144 @@
+"""`config.compare.vary` through `panacea run`: what is trained how often, and what the table says of it."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.runs import make_place, panacea
+
+VARY = "--config.compare.vary=('optimizer.learning_rate=0.001|0.05', 'data.num_harmful=2|0')"
+
+
+def command(place, out, *flags):
+    few = ("--config.compare.ratios=(0.25,)", "--config.train.steps=2", f"--config.eval.tasks=('{place.spec('goals')}',)")
+    return panacea("run", *place.flags(*few, *flags), f"--workdir={out}")
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    root = tmp_path_factory.mktemp("swept")
+    place = make_place(root / "place")
+    flags = ("--config.compare.methods=('antidote',)", VARY)
+    assert command(place, root / "out", *flags) == 0
+    return place, root / "out", flags
+
+
+def test_sft_is_not_run_for_each_harmful_set(swept):
+    """It reads none; both methods' fine-tuning is plain, and that is run for each learning rate and, where it could matter, each set."""
+    _, out, _ = swept
+    assert len(list(out.glob("cells/sft/*/cell.json"))) == 2
+    assert len(list(out.glob("cells/antidote/*/cell.json"))) == 4
+    notes = [json.loads(p.read_text())["setting"] for p in out.glob("cells/antidote/*/cell.json")]
+    assert {(n["optimizer.learning_rate"], n["data.num_harmful"]) for n in notes} == {
+        (r, n) for r in (0.001, 0.05) for n in (2, 0)
+    }
+    for path in out.glob("shared/seed0/unaligned/p0.25/*/sft/finetune/manifest.json"):
+        config = json.loads(path.read_text())["config"]
+        assert f"learning_rate={config['optimizer']['learning_rate']}" in path.parts[-4]
+
+
+def test_the_table_has_every_setting_and_the_worst(swept):
+    _, out, _ = swept
+    result = json.loads((out / "compare.json").read_text())
+    rows = [r for r in result["rows"] if r["ratio"] is not None]
+    assert [(r["method"], r["setting"]) for r in rows][:3] == [
+        ("sft", "optimizer.learning_rate=0.001,data.num_harmful=2"),
+        ("antidote", "optimizer.learning_rate=0.001,data.num_harmful=2"),
+        ("sft", "optimizer.learning_rate=0.001,data.num_harmful=0"),
+    ]
+    assert len(rows) == 8
+    for found in result["worst"]:
+        values = [r["figures"]["hs"]["mean"] for r in rows if r["method"] == found["method"]]
+        assert found["hs"]["worst"] == max(values) and len(found["hs"]["cumulative"]) == 4
+    with (out / "compare.csv").open(newline="") as file:
+        lines = [line["setting"] for line in csv.DictReader(file) if line["ratio"]]
+    assert lines == [r["setting"] for r in rows]
+    text = (out / "compare.md").read_text()
+    assert "| method | p | setting | HS |" in text and "| method | p | worst HS | at |" in text
+
+
+def test_settings_can_be_added_and_nothing_is_run_again(swept):
+    place, out, flags = swept
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
+    assert command(place, out, *flags) == 0
+    changed = {p.name for p, stamp in before.items() if p.stat().st_mtime_ns != stamp}
+    assert changed == {"compare.json", "compare.csv", "compare.md", "compare.png"}
+    assert (out / "compare.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_further_fine_tuning_shares_all_that_was_before(tmp_path):
+    """Healed once, fine-tuned further from there, at a poison ratio of its own."""
+    place, out = make_place(tmp_path / "place"), tmp_path / "out"
+    flags = ("--config.compare.methods=('random_perturbation:rho=0.1',)",
+             "--config.compare.vary=('after.steps=0|1|3', 'after.poison_ratio=0.5')")  # fmt: skip
+    assert command(place, out, *flags) == 0
+    heals = list(out.rglob("heal/manifest.json"))
+    assert len(heals) == 1 and len(list(out.glob("shared/**/finetune/manifest.json"))) == 1
+    further = {}
+    for path in out.glob("cells/random*/*/after/finetune/manifest.json"):
+        config = json.loads(path.read_text())["config"]
+        assert config["lora"]["init_from"] == str(heals[0].parent / "adapter")
+        assert config["defence"]["name"] == "sft" and config["data"]["poison_ratio"] == 0.5
+        further[config["train"]["steps"]] = path
+    assert set(further) == {1, 3}
+    answers = json.loads((further[3].parents[2] / "generations" / "manifest.json").read_text())
+    assert answers["config"]["adapter"] == str(further[3].parent / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--config.compare.vary=('train.steps=-1',)",), "config.compare.vary: config.train.steps = -1"),
+        (("--config.compare.vary=('lora.rank=2|4',)", "--config.align.defence.name=sft"), "config.lora.policy = merged"),
+        (("--config.compare.vary=('data.user=pairs@none.jsonl',)",), "none.jsonl"),
+        (("--config.compare.methods=()", "--config.compare.vary=('train.steps=1',)"), "config.compare.vary"),
+        (("--config.compare.methods=()", "--config.after.steps=1"), "config.after.steps = 1"),
+        (("--config.after.poison_ratio=2",), "config.after.poison_ratio = 2"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_refused_before_anything_is_made(flags, message, tmp_path, capsys):
+    place = make_place(tmp_path / "place")
+    methods = () if any("methods" in flag for flag in flags) else ("--config.compare.methods=('antidote',)",)
+    assert command(place, tmp_path / "out", *methods, *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("attack", "message"),
+    [
+        ("realign", "sft, or one method of the stage heal that has no steps"),
+        ("panacea", "sft, or one method of the stage heal that has no steps"),
+        ("unlearn:rho=-1", "config.after.attack: 'unlearn:rho=-1': config.defence.rho = -1"),
+        ("unlearn:rho=1|2", "alternatives with |"),
+        ("unlearn", "config.after.steps = 3: unlearn has no steps"),
+    ],
+)
+def test_bad_attacks(attack, message, tmp_path, capsys):
+    place = make_place(tmp_path / "place")
+    flags = ("--config.compare.methods=('sft',)", f"--config.after.attack={attack}", "--config.after.steps=3")
+    assert command(place, tmp_path / "out", *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unlearning_and_noise_after_all_defences(tmp_path):
+    """Each in a folder of its own beside the answers, from what Panacea deployed; its norm is what was asked for."""
+    place, out = make_place(tmp_path / "place"), tmp_path / "out"
+    flags = ("--config.compare.methods=('panacea:rho=0.5,lam=0.3',)",
+             "--config.compare.vary=('after.attack=unlearn:rho=0.25|random_perturbation:rho=0.25',)")  # fmt: skip
+    assert command(place, out, *flags) == 0
+    [tuned] = out.glob("shared/**/panacea*/finetune/adapter/adapter_model.safetensors")
+    w = load_file(tuned)
+    found = {}
+    for path in out.glob("cells/panacea*/*/after/heal/adapter/adapter_model.safetensors"):
+        moved = {n: x - w[n] for n, x in load_file(path).items()}
+        assert np.sqrt(sum((x**2).sum() for x in moved.values())) == pytest.approx(0.25, rel=1e-4)
+        found[json.loads((path.parents[1] / "manifest.json").read_text())["config"]["defence"]["name"]] = moved
+    assert set(found) == {"unlearn", "random_perturbation"}
+    result = json.loads((out / "compare.json").read_text())
+    row = next(r for r in result["rows"] if r["method"].startswith("panacea"))
+    assert set(row["steps"]) == {"finetune"} and row["extra_data"] == ["harmful"]  # the attack is none of its costs
