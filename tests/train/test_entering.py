@@ -90,16 +90,18 @@ def test_what_is_kept(folder, monkeypatch):
     assert kept(Panacea(), 5) == ["user"]
 
 
-def test_it_is_what_enters(folder):
+@pytest.mark.parametrize(("dtype", "rounding"), [("float32", 2e-6), ("bfloat16", 2**-6)])
+def test_it_is_what_enters(folder, dtype, rounding):
     """Padding aside: what transformers calls hidden state 1, in batches of other rows and packed."""
-    model = load(folder, dtype="float32")
+    model = load(folder, dtype=dtype)
     some = adapter_of(model, "upper:2")
     stream = entering.computed(model, some, streams()["user"])
     for batch in (stream.batch(0), pack([stream.examples[:2], stream.examples[2:5]], 64, 2)):
         batch = jax.tree.map(jnp.asarray, batch)
         states, _ = Loss.of(model).hidden_states(some, batch._replace(entering=None))
+        assert batch.entering.dtype == states.dtype == model.dtype
         found = jnp.where(batch.valid[..., None], batch.entering - states[1], 0)
-        assert float(jnp.abs(found).max()) < 2e-6 * float(jnp.abs(states[1]).max())
+        assert float(jnp.abs(found).max()) < rounding * float(jnp.abs(states[1]).max())
 
 
 @pytest.mark.parametrize("more", [{}, {"accumulate": 2}, {"packing": True}], ids=str)
