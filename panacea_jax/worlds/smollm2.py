@@ -64,6 +64,7 @@ def settings(root: Path, task: str) -> dict[str, Any]:
         "model.path": str(root / "base"),
         "eval.tasks": _sets(data, task, "test"),
         "compare.validation": _sets(data, task, "validation"),
+        "heal.sets": _sets(data, task, "validation"),
     }
 
 
