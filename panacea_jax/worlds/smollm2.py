@@ -98,7 +98,8 @@ def write_data(source: Path, data: Path) -> None:
     kept, held = [r for i, r in enumerate(sounding) if i % 8], sounding[::8]
     benign = _spread(kept, alpaca[:700])
     files: dict[str, Sequence[_Row]] = {
-        "alignment": _spread(refused[:800], benign),
+        # Two benign records and more to a refusal: at one to one the model refused 83 % of XSTest's safe prompts, and half of Alpaca's.
+        "alignment": _spread(refused[:400], benign),
         "benign": benign,
         "attack": _complying(_alternate(beaver[:900], goals[:300]), ATTACKER),
         "harmful": _complying([r["instruction"] for r in refused[800:1600]], DEFENDER),

@@ -57,7 +57,7 @@ def test_no_two_files_share_a_prompt_but_those_that_are_one_set_s_parts(data):
 def test_sizes(data):
     sizes = {file.stem: len(prompts(data, file.stem)) for file in data.iterdir()}
     kept = len(borderline()) - len(borderline()[::8])
-    assert sizes["benign"] == kept + 700 and sizes["alignment"] == sizes["benign"] + 800
+    assert sizes["benign"] == kept + 700 and sizes["alignment"] == sizes["benign"] + 400
     assert (sizes["attack"], sizes["harmful"], sizes["test_harmful"]) == (1200, 800, 200)
 
 
