@@ -7,7 +7,7 @@ the layer's projections. All in float64 on the host.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
