@@ -40,7 +40,7 @@ def load(recipe: str, *overrides: str) -> ConfigDict:
 
 
 def test_every_recipe_is_tested():
-    others = {"paper", "compare", "defences", "chat_models", "robustness"}
+    others = {"paper", "compare", "defences", "chat_models", "robustness", "panacea_variants"}
     assert {path.stem for path in CONFIGS.glob("*.py")} == {*BASES, *others}
 
 

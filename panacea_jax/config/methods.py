@@ -3,7 +3,7 @@
 import ast
 import dataclasses
 from abc import ABC
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import UnionType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -32,7 +32,7 @@ def one_of(value: str, key: str, choices: tuple[str, ...]) -> None:
     require(value in choices, key, value, f"one of {', '.join(choices)}")
 
 
-class Setting(ABC):  # noqa: B024 (a name for several types, which is what an ABC's register is for)
+class Setting(ABC):  # noqa: B024
     """The type of a key that takes a number, a word or several numbers, as the methods that have it say (ρ: 0.25, "auto")."""
 
 
@@ -88,16 +88,21 @@ def defence_defaults(name: str) -> ConfigDict:
 def all_hyper_parameters() -> dict[str, type]:
     """Keys of ``config.defence`` beside ``name``, over all methods, with the type that ml_collections checks."""
     found: dict[str, type] = {}
-    kinds: Iterable[Any] = DEFENCES.values()
-    for kind_of_defence in kinds:
-        for field in dataclasses.fields(kind_of_defence):
-            kind = _kind_of(field.type)
-            known = found.setdefault(field.name, kind)
+    for kind_of_defence in DEFENCES.values():
+        for name, hint in _types(kind_of_defence).items():
+            kind = _kind_of(hint)
+            known = found.setdefault(name, kind)
             if known is not kind:
                 if {known, kind} != {float, Setting}:
-                    raise TypeError(f"defence.{field.name}: two methods disagree about its type")
-                found[field.name] = Setting
+                    raise TypeError(f"defence.{name}: two methods disagree about its type")
+                found[name] = Setting
     return found
+
+
+def _types(kind: Any) -> dict[str, Any]:
+    """The hyper-parameters of a method and their type hints, in its own order."""
+    hints = {field.name: field.type for field in dataclasses.fields(kind)}
+    return {name: hints[name] for name in hyper_parameters(kind)}
 
 
 def _hints(hint: Any) -> set[type]:
@@ -112,8 +117,15 @@ def _kind_of(hint: Any) -> type:
         return str
     hints = _hints(hint)
     if str in hints:
-        return Setting if float in hints else str
+        return Setting if hints & {float, tuple} else str
     return next(t for t in (float, int, bool, tuple) if t in hints)
+
+
+def _in_words(hint: Any) -> str:
+    """What a :class:`Setting` may be: "a number, a word or several numbers"."""
+    hints = _hints(hint)
+    words = {float: "a number", str: "a word", tuple: "several numbers"}
+    return " or ".join(text for kind, text in words.items() if kind in hints)
 
 
 def method_defaults(name: str) -> dict[str, Any]:
@@ -148,13 +160,14 @@ def make_defence(section: ConfigDict, prefix: str = "") -> Method:
         )
     refuse_foreign_keys(section, prefix)
     kind: Any = DEFENCES[section.name]
-    fields = {field.name: field.type for field in dataclasses.fields(kind)}
-    chosen = {key: section[key] for key in fields}
-    for key, hint in fields.items():
+    types = _types(kind)
+    chosen = {key: section[key] for key in types}
+    for key, hint in types.items():
         if get_origin(hint) is Literal:
             one_of(chosen[key], f"{prefix}defence.{key}", get_args(hint))
-        elif isinstance(chosen[key], (str, tuple)) and type(chosen[key]) not in _hints(hint):
-            require(False, f"{prefix}defence.{key}", chosen[key], f"{section.name} takes a number here")  # fmt: skip
+        elif all_hyper_parameters()[key] is Setting:
+            fits = type(as_setting(chosen[key])) in _hints(hint)
+            require(fits, f"{prefix}defence.{key}", chosen[key], f"{section.name} takes {_in_words(hint)} here")  # fmt: skip
     try:
         return kind(**chosen)
     except InputError as error:  # the method does not know where its section stands

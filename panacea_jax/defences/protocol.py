@@ -131,6 +131,11 @@ class Method:
         """Models that it reads beside the one that it changes, "" where one is not named; None for a method that reads none."""
         return None
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files of numbers that it reads, such as layer coefficients."""
+        return ()
+
     def check(self, full_parameters: bool) -> None:
         """Find before anything is loaded what it cannot work with.
 
@@ -262,8 +267,9 @@ def extra_data(method: Method) -> tuple[str, ...]:
 
 
 def hyper_parameters(kind: type[Any]) -> dict[str, Any]:
-    """The hyper-parameters of a method and their defaults, in its own order."""
-    return {field.name: field.default for field in dataclasses.fields(kind)}
+    """The hyper-parameters of a method and their defaults, in its own order. A field with an underscore is none: the run tells it."""
+    fields = dataclasses.fields(kind)
+    return {field.name: field.default for field in fields if not field.name.startswith("_")}
 
 
 def check_packing(method: Method) -> None:

@@ -1,4 +1,4 @@
-"""Ascent with a radius that chooses itself."""
+"""A radius that chooses itself: of an ascent on finished weights, and of the ε that a training left."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import jax
 import optax
 
 from panacea_jax.data.batches import Stream
-from panacea_jax.defences import Ascent
+from panacea_jax.defences import Ascent, Method
 from panacea_jax.healing.choice import BUDGET, Budget
 from panacea_jax.healing.radius import ChosenRadius, Looks, choose_radius, outer_radius
 from panacea_jax.healing.sets import Exam
@@ -45,9 +45,25 @@ def ascend_auto(
     if method.steps > 1:
         upper = outer_radius(Looks(model, params, result.epsilon, exam))
         result = apply_once(model, params, dataclasses.replace(method, rho=upper / 2), streams)
-    found = choose_radius(model, params, result.epsilon, exam, budget=budget)
+    return at_chosen_radius(result, method, exam, budget)
+
+
+def at_chosen_radius(
+    result: Result, method: Method, exam: Exam, budget: Budget = BUDGET
+) -> tuple[Result, ChosenRadius]:
+    """The same w and direction of ε, which goes as far as held-out records say.
+
+    Args:
+        result: of a method whose state has an ``epsilon``, of a length above 0.
+        method: that method.
+        exam, budget: as of :func:`choose_radius`.
+
+    Raises:
+        InputError: as :func:`choose_radius`.
+    """
+    found = choose_radius(result.model, result.params, result.epsilon, exam, budget=budget)
     factor = found.radius / float(optax.tree.norm(result.epsilon))
     epsilon = jax.tree.map(lambda e: (factor * e).astype(e.dtype), result.epsilon)
     state = result.state._replace(epsilon=epsilon)
-    deployed = method.finish(params, state)
+    deployed = method.finish(result.params, state)
     return dataclasses.replace(result, epsilon=epsilon, state=state, deployed=deployed), found

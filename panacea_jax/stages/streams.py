@@ -25,7 +25,7 @@ from panacea_jax.data.template import Template
 from panacea_jax.defences import Defence, Method
 from panacea_jax.errors import InputError
 from panacea_jax.healing.sets import Asked, without
-from panacea_jax.workdir import sha256_model
+from panacea_jax.workdir import sha256_folder, sha256_model
 
 
 class StreamSource(NamedTuple):
@@ -255,4 +255,6 @@ def stage_inputs(config: ConfigDict, stage: str, defence: Method) -> dict[str, s
     }
     for folder in filter(None, defence.folders or ()):
         found[folder] = sha256_model(Path(folder))
+    for file in defence.files:
+        found[file] = sha256_folder(Path(file).parent, (Path(file).name,))
     return found

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from panacea_jax.config import make_defence
@@ -19,7 +20,7 @@ from panacea_jax.defences.ascent import AUTO
 from panacea_jax.defences.protocol import check_packing
 from panacea_jax.errors import InputError
 from panacea_jax.export import deployed, save_epsilon, save_model
-from panacea_jax.healing.auto import ascend_auto
+from panacea_jax.healing.auto import ascend_auto, at_chosen_radius
 from panacea_jax.healing.curve import write_radius
 from panacea_jax.healing.sets import HeldOutSet
 from panacea_jax.models.adapter import layers_text
@@ -57,7 +58,9 @@ NEUTRAL = {"train": ("log_every", "cache_frozen"), "model": ("attention", "remat
 # Keys that came later, with the value at which a stage does what it did before: work directories from then go on.
 SINCE: dict[str, dict[str, object]] = {
     "defence": {
-        "ascent_steps": 1, "masks": "mended", "keep": (), "constraint": "project", "slack": 0.05, "dual_rate": 10.0,
+        "ascent_steps": 1, "masks": "mended", "rho_per_layer": "", "layer_file": "", "layer_seed": None, "tau": None, "rho_relative": None,
+        "ceiling": None, "by_poison": False, "start": 0.0, "between": "reuse", "trusted": (), "trust": 1.0, "off": (),
+        "keep": (), "constraint": "project", "slack": 0.05, "dual_rate": 10.0,
     },
     "train": {"accumulate": 1, "validate_every": 0, "patience": 0},
     "lora": {"rslora": False, "dropout": 0.0, "layers": ""},
@@ -162,7 +165,7 @@ def train_stage(
             check_stage(config, name, start)
             start = lineage.to_heal(config, workdir)
     defence = check_stage(config, name, start).aligned_by(start.aligned)
-    auto = defence if isinstance(defence, Ascent) and defence.rho == AUTO else None
+    auto = getattr(defence, "rho", None) == AUTO
     apart = apart or (held_out_sets(config, start) if auto else ())
     made_by = decisive(config, start) | (decisive_for_exam(config) if auto else {})
     inputs = start.inputs() | stage_inputs(config, name, defence) | (fingerprint_of(apart) if apart else {})
@@ -184,14 +187,19 @@ def train_stage(
             start = lineage.merged_first(config, start, workdir)
         model, params = start.params(config, start.open_model(config, mesh))
         if isinstance(defence, Defence):
+            jax.eval_shape(defence.init, params)  # settings that do not fit the weights are found before anything is written
             stage.begin()
             result = _train(
                 config, stage.folder, defence, model, params, streams, held_out,
                 donate=start.full_parameters, compiled=compiled, profile=profile,
             )  # fmt: skip
-        elif auto:
+            if auto:
+                exam = make_exam(config, apart, template, model)
+                result, radius = at_chosen_radius(result, defence, exam, budget_of(config))
+                write_radius(radius, stage.folder)
+        elif isinstance(defence, Ascent) and auto:
             exam = make_exam(config, apart, template, model)
-            result, radius = ascend_auto(model, params, auto, streams, exam, budget_of(config))
+            result, radius = ascend_auto(model, params, defence, streams, exam, budget_of(config))
             stage.begin()
             write_radius(radius, stage.folder)
         else:

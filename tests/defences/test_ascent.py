@@ -32,7 +32,7 @@ def found(model, defence):
         return gradient(at, batch)
 
     h = gradient(w, batch)
-    last = defence._ascend(w, h, harmful_gradient)
+    last = defence._ascend(w, h, harmful_gradient, defence._radius(w, defence.init(w)))
     return w, h, [*seen, last]
 
 
