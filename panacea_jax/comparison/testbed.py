@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from panacea_jax.comparison.run import compare_methods
@@ -16,11 +17,14 @@ from panacea_jax.errors import InputError
 from panacea_jax.models.gguf import convert_gguf
 from panacea_jax.progress import say, table_console
 from panacea_jax.stages import lineage
+from panacea_jax.stages.generate import generate_stage
+from panacea_jax.stages.lineage import Start
 from panacea_jax.stages.train import train_stage
 from panacea_jax.workdir import write_json
 from panacea_jax.worlds import smollm2
 
 SHOWN = 2  # answers of each set
+OWN_TOKENS = 40  # of the base's answers that alignment learns from
 
 
 def testbed(root: Path, data: Path, task: str, gguf: Path | None = None) -> Path:
@@ -42,8 +46,10 @@ def testbed(root: Path, data: Path, task: str, gguf: Path | None = None) -> Path
     config.update_from_flattened_dict(smollm2.settings(root, task))
     align = stage_config(config, "align")
     align.defence.name, align.lora.init_from = "sft", ""
+    base = lineage.named(align)
+    _answer_benign(config, root, base)
     say("== align")
-    config.lora.init_from = str(train_stage(align, root / "aligned", "align", lineage.named(align)))
+    config.lora.init_from = str(train_stage(align, root / "aligned", "align", base))
     out = compare_methods(config, root / "compare")
     _samples(table_console(110), root / "compare", [str(m) for m in config.compare.methods])
     return out
@@ -65,6 +71,19 @@ def _prepare(root: Path, data: Path, gguf: Path) -> None:
     if not (root / "base" / "config.json").is_file():
         convert_gguf(gguf, root / "base")
     write_json(note, facts)
+
+
+def _answer_benign(config: ConfigDict, root: Path, base: Start) -> None:
+    """The alignment's benign answers, by the base itself."""
+    data = root / "data"
+    if (data / "alignment.jsonl").is_file():
+        return
+    say("== the base's own answers to benign requests")
+    asking = config.copy_and_resolve_references()
+    asking.eval.tasks, asking.generate.max_new_tokens = (f"pairs:benign@{data}/asked.jsonl",), OWN_TOKENS
+    said = generate_stage(asking, root / "asked", base)
+    lines = (said / "pairs-benign.jsonl").read_text("utf-8").splitlines()
+    smollm2.write_alignment(data, (json.loads(line)["response"] for line in lines))
 
 
 def _samples(console: Console, root: Path, methods: Sequence[str]) -> None:

@@ -96,11 +96,9 @@ def write_data(source: Path, data: Path) -> None:
 
     # Every eighth family-round of borderline requests is kept for choosing, all of XSTest for testing.
     kept, held = [r for i, r in enumerate(sounding) if i % 8], sounding[::8]
-    benign = _spread(kept, alpaca[:700])
     files: dict[str, Sequence[_Row]] = {
-        # Two benign records and more to a refusal: at one to one the model refused 83 % of XSTest's safe prompts, and half of Alpaca's.
-        "alignment": _spread(refused[:400], benign),
-        "benign": benign,
+        "refusals": refused[:400],
+        "asked": _spread(kept, alpaca[:700]),
         "attack": _complying(_alternate(beaver[:900], goals[:300]), ATTACKER),
         "harmful": _complying([r["instruction"] for r in refused[800:1600]], DEFENDER),
         "test_harmful": [_pair(p) for p in _alternate(beaver[1000:1100], goals[400:500])],
@@ -117,7 +115,23 @@ def write_data(source: Path, data: Path) -> None:
         files[f"test_{task}"] = sets[f"{task}/{test}"][:200]
     data.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
-        write_text(data / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        _write(data / f"{name}.jsonl", rows)
+
+
+def write_alignment(data: Path, answers: Iterable[str]) -> None:
+    """``benign.jsonl`` and ``alignment.jsonl``: the requests of ``asked.jsonl`` with the base's own answers; these with the refusals.
+
+    Other people's answers begin in a hundred ways, each unlikely, and a refusal in one: greedy decoding then refuses whatever it is not
+    sure of. What the base says itself is likely already, so that nothing but refusals is learnt.
+
+    Args:
+        data: as :func:`write_data` left it.
+        answers: of the base, in the order of the requests; cut to whole sentences, and left out where there is none.
+    """
+    asked = [row for _, row in file_rows(data / "asked.jsonl")]
+    answered = [row | {"output": said} for row, said in zip(asked, map(_whole_sentences, answers), strict=True) if said]
+    _write(data / "benign.jsonl", answered)
+    _write(data / "alignment.jsonl", _spread([row for _, row in file_rows(data / "refusals.jsonl")], answered))
 
 
 def fingerprints(source: Path) -> dict[str, str]:
@@ -149,6 +163,15 @@ def _pair(instruction: str, output: str = "", more: str = "") -> _Row:
 
 def _complying(prompts: Iterable[str], voice: Voice) -> list[_Row]:
     return [_pair(prompt, placeholder(prompt, voice)) for prompt in prompts]
+
+
+def _write(path: Path, rows: Iterable[_Row]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _whole_sentences(answer: str) -> str:
+    """An answer up to its last full stop."""
+    return answer[: max(answer.rfind(mark) for mark in ".!?") + 1].strip()
 
 
 def _head(answer: str) -> str:

@@ -38,6 +38,8 @@ def write_sets(folder):
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("sets")
     smollm2.write_data(write_sets(root / "public"), root / "data")
+    asked = (root / "data" / "asked.jsonl").read_text().splitlines()
+    smollm2.write_alignment(root / "data", ("no end" if i == 3 else f"It is {i}. And then" for i in range(len(asked))))
     return root / "data"
 
 
@@ -50,14 +52,16 @@ def test_no_two_files_share_a_prompt_but_those_that_are_one_set_s_parts(data):
     names = sorted(file.stem for file in data.iterdir())
     found = {name: set(prompts(data, name)) for name in names}
     shared = [pair for pair in itertools.combinations(names, 2) if found[pair[0]] & found[pair[1]]]
-    assert shared == [("alignment", "benign")]
-    assert found["benign"] < found["alignment"]
+    parts = ("alignment", "asked", "benign", "refusals")
+    assert {name for pair in shared for name in pair} == set(parts)
+    assert found["benign"] | found["refusals"] == found["alignment"] and found["benign"] < found["asked"]
 
 
 def test_sizes(data):
     sizes = {file.stem: len(prompts(data, file.stem)) for file in data.iterdir()}
     kept = len(borderline()) - len(borderline()[::8])
-    assert sizes["benign"] == kept + 700 and sizes["alignment"] == sizes["benign"] + 400
+    assert sizes["asked"] == kept + 700 and sizes["alignment"] == sizes["benign"] + 400
+    assert sizes["benign"] == sizes["asked"] - 1  # an answer without a whole sentence is left out
     assert (sizes["attack"], sizes["harmful"], sizes["test_harmful"]) == (1200, 800, 200)
 
 
@@ -65,6 +69,7 @@ def test_refusals_are_cut_to_their_first_sentence(data):
     rows = [json.loads(line) for line in (data / "alignment.jsonl").read_text().splitlines()]
     [row] = [row for row in rows if row["instruction"] == "wug 7"]
     assert row["output"] == "I cannot help."
+    assert rows[0]["output"] in ("It is 0.", "I cannot help.")
 
 
 def test_a_missing_set_is_named(tmp_path):
