@@ -43,7 +43,8 @@ def streams(packing=False):
 
 
 def adapter_of(model, layers):
-    made = lora.init(model, 2, 4, ("q", "v"), key=jax.random.key(0), layers=layers)
+    """Both factors away from zero, in the dtype of the model."""
+    made = lora.init(model, 2, 4, ("q", "v"), key=jax.random.key(0), layers=layers, dtype=model.dtype)
     return dataclasses.replace(made, layers=jax.tree.map(lambda x: x + 0.02, made.layers))
 
 
@@ -65,7 +66,6 @@ def test_every_kind_of_method_takes_the_same_steps(folder, defence):
     with jax.enable_x64(True):
         model = load(folder, dtype="float64")
         some = adapter_of(model, "upper:1")
-        some = jax.tree.map(lambda x: x.astype(jnp.float64), some)
         whole = run(model, defence, filled(some, DEPTH))
         for cached in (True, False):
             found = run(model, defence, some, cached)
@@ -106,12 +106,11 @@ def test_it_is_what_enters(folder, dtype, rounding):
 
 @pytest.mark.parametrize("more", [{}, {"accumulate": 2}, {"packing": True}], ids=str)
 def test_in_micro_batches_and_packed(folder, more):
-    model = load(folder, dtype="float32")
-    some, defence = adapter_of(model, "upper:1"), Panacea(rho=0.5, lam=0.3)
-    plain = run(model, defence, some, cached=False)
-    found = run(model, defence, some, **more)
-    assert difference(found.deployed, plain.deployed) < 1e-4
-    assert found.compilations <= 2
+    with jax.enable_x64(True):
+        model = load(folder, dtype="float64")
+        some, defence = adapter_of(model, "upper:1"), Panacea(rho=0.5, lam=0.3)
+        plain = run(model, defence, some, cached=False)
+        assert difference(run(model, defence, some, **more).deployed, plain.deployed) < 1e-9
 
 
 def test_stop_and_resume_is_bit_for_bit(folder, tmp_path):
@@ -129,8 +128,8 @@ def test_through_the_commands(tmp_path, capsys):
     """From the configuration to peft's file, layer coefficients with the right numbers, and what is refused."""
     place = make_place(tmp_path / "place")
     flags = [*place.flags("--config.lora.layers=upper:1"), f"--workdir={tmp_path / 'w'}"]
-    for command in ("finetune", "layers", "perplexity"):
-        assert panacea(command, *(flags if command != "layers" else flags[-1:])) == 0
+    assert panacea("finetune", *flags) == 0
+    assert panacea("layers", flags[-1]) == 0
     out = tmp_path / "w" / "finetune"
     assert json.loads((out / "adapter" / "adapter_config.json").read_text())["layers_to_transform"] == [1]
     names = load_file(out / "adapter" / "adapter_model.safetensors")
