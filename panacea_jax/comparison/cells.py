@@ -21,6 +21,7 @@ from panacea_jax.comparison.settings import (
 )
 from panacea_jax.config import defence_section, make_defence, stage_config, varied
 from panacea_jax.config.variation import Setting, written
+from panacea_jax.defences.ascent import AUTO
 from panacea_jax.defences.spec import Part, Stack, parse_stack, slug
 from panacea_jax.errors import InputError
 from panacea_jax.stages import lineage
@@ -271,6 +272,9 @@ def _decisive(config: ConfigDict) -> dict[str, Any]:
     }
     sections = ("eval", "generate", "judge", *(["after"] if _attack_after(config) else []))
     rest = {key: config[key].to_dict() for key in sections}
+    if AUTO in (config.defence.rho, config.heal.defence.rho):  # then held-out records choose
+        held_out = {key: config.heal[key] for key in ("sets", "held_out", "num_held_out", "new_tokens")}
+        rest["choice"] = held_out | {"budget": config.budget.to_dict()}
     text = json.dumps(stages | rest, default=str)
     return dict(json.loads(text))
 

@@ -1,7 +1,11 @@
 """What of a varied setting concerns which stage, and the worst case over settings."""
 
+import pytest
+
 from panacea_jax.comparison import settings
+from panacea_jax.comparison.cells import _decisive
 from panacea_jax.comparison.worst import worst_cases
+from panacea_jax.config import defence_section, get_config
 from panacea_jax.defences.spec import Part, parse_stack
 
 HARMFUL, STEPS, HEAL = ("data.num_harmful", 10), ("train.steps", 3), ("heal.train.steps", 5)
@@ -55,3 +59,13 @@ def test_the_worst_case_is_the_attackers_choice():
         "method": "a", "ratio": 0.1, "hs": {"worst": 40.0, "setting": "t", "cumulative": [10.0, 40.0, 40.0], "fa": 20.0},
     }  # fmt: skip
     assert b["hs"] == {"worst": 3.0, "setting": "s", "cumulative": [3.0, 3.0], "fa": None}
+
+
+@pytest.mark.parametrize(("rho", "matters"), [("auto", True), (0.5, False)])
+def test_what_a_radius_is_chosen_by_decides_a_cell_if_one_is_chosen(rho, matters):
+    config = get_config()
+    config.defence.rho, config.defence.name = 1.0, "panacea"
+    config.heal.defence = defence_section(Part("ascent", (("rho", rho),)))
+    before = _decisive(config)
+    config.budget.fa = 20.0
+    assert (before != _decisive(config)) == matters
