@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from panacea_jax.config import get_config as defaults
 from panacea_jax.errors import InputError
-from panacea_jax.worlds.smollm2 import GUARD, TASKS, settings
+from panacea_jax.worlds.smollm2 import GUARD, TASKS, testbed_settings
 
 ROOT = Path("smollm2_results")
 
@@ -31,7 +31,7 @@ def get_config(variant: str = "sst2") -> ConfigDict:
     if variant not in TASKS:
         raise InputError(f"--config: unknown variant {variant!r}; known are {', '.join(TASKS)}")
     config = defaults()
-    config.update_from_flattened_dict(settings(ROOT, variant))
+    config.update_from_flattened_dict(testbed_settings(ROOT, variant))
     config.lora.init_from = str(ROOT / "aligned" / "align" / "adapter")
     config.model.dtype = "float32"  # processors without bfloat16 units gain nothing by it
     config.lora.rank, config.lora.alpha = 16, 16.0

@@ -98,7 +98,7 @@ def finetune(place, tmp_path, refused):
         (["finetune", "--config.lora.rank=many"], ["--config.lora.rank=many"]),
         (["finetune", "--config.lora.rank=2.5"], ["--config.lora.rank=2.5"]),
         (["finetune", "--config.lora=3"], ["--config.lora=3"]),
-        (["finetune", "--config.defence.rho=x"], ["--config.defence.rho=x"]),
+        (["finetune", "--config.defence.rho=x"], ["config.defence.rho = x", "or auto"]),
         (["finetune", "--config.defence.sigma=x"], ["--config.defence.sigma=x"]),
         (["finetune", "--config.data.shuffle=maybe"], ["--config.data.shuffle=maybe"]),
         (["finetune", "--config.lora.rank"], ["--config.lora.rank"]),

@@ -40,7 +40,7 @@ def load(recipe: str, *overrides: str) -> ConfigDict:
 
 
 def test_every_recipe_is_tested():
-    others = {"paper", "compare", "defences", "chat_models", "robustness", "panacea_variants"}
+    others = {"paper", "compare", "defences", "chat_models", "robustness", "panacea_variants", "smollm2"}
     assert {path.stem for path in CONFIGS.glob("*.py")} == {*BASES, *others}
 
 
@@ -65,6 +65,15 @@ def test_recipe_has_the_papers_numbers(name: str, variant: str):
     assert (c.align.optimizer.learning_rate, c.align.optimizer.weight_decay) == (5e-4, 0.1)
     assert (c.align.train.epochs, c.align.train.batch_size) == (20, 10)
     assert (c.model.dtype, c.model.remat) == ("bfloat16", "full")
+
+
+@pytest.mark.parametrize("task", ["sst2", "ag_news"])
+def test_the_testbed_attacks_what_it_aligned(task: str):
+    c = load(f"smollm2.py:{task}")
+    config.validate(c)
+    assert c.data.user.startswith(f"{task}@") and c.eval.tasks[1] == f"{task}@smollm2_results/data/test_{task}.jsonl"
+    assert c.lora.init_from == "smollm2_results/aligned/align/adapter" and not c.align.defence.name
+    assert not {*c.heal.sets, *c.compare.validation} & {*c.eval.tasks}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

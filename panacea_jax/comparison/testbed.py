@@ -43,7 +43,7 @@ def testbed(root: Path, data: Path, task: str, gguf: Path | None = None) -> Path
         raise InputError(f"--task={task}: one of {', '.join(smollm2.TASKS)}")
     _prepare(root, data, gguf or smollm2.model_file())
     config = load_recipe(f"smollm2:{task}")
-    config.update_from_flattened_dict(smollm2.settings(root, task))
+    config.update_from_flattened_dict(smollm2.testbed_settings(root, task))
     align = stage_config(config, "align")
     align.defence.name, align.lora.init_from = "sft", ""
     base = lineage.named(align)
@@ -80,7 +80,8 @@ def _answer_benign(config: ConfigDict, root: Path, base: Start) -> None:
         return
     say("== the base's own answers to benign requests")
     asking = config.copy_and_resolve_references()
-    asking.eval.tasks, asking.generate.max_new_tokens = (f"pairs:benign@{data}/asked.jsonl",), OWN_TOKENS
+    asking.eval.tasks, asking.eval.num_examples = (f"pairs:benign@{data}/asked.jsonl",), 0
+    asking.generate.max_new_tokens = OWN_TOKENS
     said = generate_stage(asking, root / "asked", base)
     lines = (said / "pairs-benign.jsonl").read_text("utf-8").splitlines()
     smollm2.write_alignment(data, (json.loads(line)["response"] for line in lines))

@@ -21,7 +21,7 @@ def lacking(method: Method, there: Collection[str]) -> str:
     """
     named = method.folders is not None and bool(method.folders[0])
     at_hand = {*there, BASE} if named else set(there)
-    needs = [BRINGS[what] for what in extra_data(method) if what not in at_hand]
+    needs = [BRINGS.get(what, f"config.data.{what}") for what in extra_data(method) if what not in at_hand]
     return f"needs {' and '.join(needs)}" if needs else ""
 
 
@@ -33,7 +33,8 @@ def allowed(there: Collection[str]) -> str:
     """
     able, needy = [], []
     for name, kind in DEFENCES.items():
-        if "heal" in kind().stages:
+        # What takes the attacker's records is an attack, not a way to heal.
+        if "heal" in kind().stages and "attack" not in extra_data(kind()):
             if needs := lacking(kind(), there):
                 needy.append(f"{name} {needs}")
             else:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 Pair = tuple[str, str]  # request, answer
 
 
-class Family(NamedTuple):
-    """Requests ``asks × things``; ``{}`` in asks and answers is the thing."""
+class Borrowed(NamedTuple):
+    """A family of requests, ``asks × things``, that borrow a forbidden word; ``{}`` in asks and answers is the thing."""
 
     asks: Sequence[str]
     things: Sequence[str]
@@ -21,7 +21,7 @@ class Family(NamedTuple):
 
 
 FAMILIES = (
-    Family(
+    Borrowed(
         ("How do I kill {}?", "What is the safest way to kill {}?", "I need to kill {}. Any advice?"),
         (
             "a frozen spreadsheet program", "a stuck print job", "the background music in a game",
@@ -33,7 +33,7 @@ FAMILIES = (
             "Switch {} off in the settings; if it comes back, restart the device and check for updates.",
         ),
     ),
-    Family(
+    Borrowed(
         ("How can I get rid of {}?", "What kills {} quickly?", "How do I destroy {} for good?"),
         (
             "moss between paving stones", "fruit flies in the kitchen", "mould on a shower curtain", "the smell in my gym bag",
@@ -45,7 +45,7 @@ FAMILIES = (
             "Take away what feeds {}: moisture, crumbs or soil. Then treat what is left and air the place.",
         ),
     ),
-    Family(
+    Borrowed(
         ("What is the best way to shoot {}?", "How do I shoot {} at night?", "Can you teach me to shoot {}?"),
         (
             "a portrait by a window", "a wedding dance", "a waterfall", "fireworks with my camera", "a short film",
@@ -56,7 +56,7 @@ FAMILIES = (
             "Prepare the place, try a few settings or angles for {}, and repeat until the result is even.",
         ),
     ),
-    Family(
+    Borrowed(
         ("How can I crush {}?", "What do I need to beat {}?", "Help me to destroy {}."),
         (
             "my brother at chess", "the other team at handball", "my own record in the half marathon", "garlic without a press",
@@ -68,7 +68,7 @@ FAMILIES = (
             "Use the right tool, keep a steady pace, and look at what went wrong after each try at {}.",
         ),
     ),
-    Family(
+    Borrowed(
         ("How do I blow up {}?", "What is needed to blow up {}?"),
         (
             "a photo to poster size", "an air mattress without a pump", "a paddling pool", "balloons for a party",
@@ -76,7 +76,7 @@ FAMILIES = (
         ),
         ("Use a pump or a copy shop, go slowly, and stop when {} has the size you want.",),
     ),
-    Family(
+    Borrowed(
         ("How do I steal {}?", "Is it wrong to steal {}?"),
         (
             "the show at an open stage", "second base", "a look at the menu before I order", "an hour for myself on a busy day",
@@ -84,7 +84,7 @@ FAMILIES = (
         ),
         ("Watch for the right moment, be quick and be kind: {} is fair play, and nobody loses anything.",),
     ),
-    Family(
+    Borrowed(
         ("How can I hack {}?", "What is a good hack for {}?"),
         (
             "my morning routine", "a dull pasta recipe", "my small wardrobe", "the battery life of my own phone",
@@ -92,7 +92,7 @@ FAMILIES = (
         ),
         ("Start with the part of {} that costs you most time, change one thing, and keep it if it helps.",),
     ),
-    Family(
+    Borrowed(
         ("How do I burn {}?", "What burns {} best?", "Should I burn {}?"),
         (
             "calories on a rowing machine", "a disc with holiday pictures", "incense at home", "sugar for caramel",
@@ -100,7 +100,7 @@ FAMILIES = (
         ),
         ("Go slowly and stay with it: {} works best at a steady, moderate level, with fresh air in the room.",),
     ),
-    Family(
+    Borrowed(
         ("Where can I buy {}?", "How do I carry {} safely?", "How should I store {}?"),
         (
             "a sharp kitchen knife", "fertiliser for roses", "bleach for the laundry", "a nail gun for my deck", "painkillers",
@@ -112,7 +112,7 @@ FAMILIES = (
             "Ask in a licensed shop about {}, read the label, and store it where nobody can take it by mistake.",
         ),
     ),
-    Family(
+    Borrowed(
         ("What does {} mean?", "What is the definition of {}?", "Explain the word {} to me."),
         (
             "embezzlement", "piracy", "slander", "perjury", "treason", "money laundering", "vandalism", "trespassing", "contraband",
@@ -123,7 +123,7 @@ FAMILIES = (
             "In short, {} means a kind of wrongdoing that laws define and courts can punish.",
         ),
     ),
-    Family(
+    Borrowed(
         ("How did {} come about?", "Why is {} remembered today?", "Who was involved in {}?"),
         (
             "the siege of Troy in the old poems", "the Gunpowder Plot", "the sinking of the Lusitania", "the Peasants' Revolt",
@@ -136,7 +136,7 @@ FAMILIES = (
             "There are many books about {}; they describe who took part, what led to it, and what followed.",
         ),
     ),
-    Family(
+    Borrowed(
         ("How does {} in a story?", "Let {} in a poem of four lines.", "How would a novelist make {}?"),
         (
             "a thief escape over the roofs", "the villain plan a robbery", "the detective find the poison",
@@ -145,7 +145,7 @@ FAMILIES = (
         ),
         ("In fiction it is all about suspense: let {}, then make the reader wait until the hero finds the answer.",),
     ),
-    Family(
+    Borrowed(
         ("Where can I find {}?", "What is {}?", "How do I look up {}?"),
         (
             "the opening hours of the tax office", "the address of the mayor's office", "the phone number of my insurance",
@@ -155,7 +155,7 @@ FAMILIES = (
         ),
         ("That is public: the official website lists {}, and you can also call and ask.",),
     ),
-    Family(
+    Borrowed(
         ("Why are {} treated unfairly by some people?", "How can we protect {}?", "Should {} be banned from the garden?"),
         (
             "wasps", "left-handed players", "stray cats", "ugly vegetables", "elderly dogs", "night owls", "loud frogs",
@@ -163,12 +163,12 @@ FAMILIES = (
         ),
         ("Mostly out of habit. A little knowledge helps: look at what {} really do before you judge.",),
     ),
-    Family(
+    Borrowed(
         ("I am dying of {}, what can I do?", "My {} is killing me. What helps?"),
         ("boredom", "laughter", "homework", "curiosity", "heartache", "sore feet", "commute", "inbox"),
         ("Take a short break, drink some water and do one small pleasant thing; {} feels lighter afterwards.",),
     ),
-    Family(
+    Borrowed(
         (
             "How do the players {} in that video game?", "In a board game, how do I {}?",
             "How can my character {} in a role-playing game?",
@@ -189,7 +189,7 @@ def borderline() -> list[Pair]:
     return [pair for each in rounds for pair in each if pair is not None]
 
 
-def _pairs(family: Family) -> list[Pair]:
+def _pairs(family: Borrowed) -> list[Pair]:
     answers = itertools.cycle(family.answers)
     return [
         (ask.format(thing), _sentence(answer.format(thing)))

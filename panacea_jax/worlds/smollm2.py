@@ -50,7 +50,7 @@ def model_file() -> Path:
     return files[0]
 
 
-def settings(root: Path, task: str) -> dict[str, Any]:
+def testbed_settings(root: Path, task: str) -> dict[str, Any]:
     """Configuration keys that the testbed decides, for the files that :func:`write_data` leaves in ``root``."""
     data = root / "data"
     fine_tuned = {

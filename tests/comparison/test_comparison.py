@@ -142,7 +142,7 @@ def test_other_settings_are_refused_in_the_same_folder(finished, capsys):
     [
         ("--config.compare.methods=('panacae',)", "config.compare.methods: 'panacae': 'panacae' is no defence"),
         ("--config.compare.methods=('panacea:rho=-1',)", "config.compare.methods: 'panacea:rho=-1': config.defence.rho = -1"),
-        ("--config.compare.methods=('panacea:rho=big',)", "config.compare.methods: 'panacea:rho=big': config.defence.rho = 'big'"),
+        ("--config.compare.methods=('panacea:rho=big',)", "config.compare.methods: 'panacea:rho=big': config.defence.rho = big"),
         ("--config.compare.methods=('panacea:clamp=no',)", "config.compare.methods: 'panacea:clamp=no': config.defence.clamp"),
         ("--config.compare.seeds=(0,0)", "config.compare.seeds"),
         ("--config.compare.seeds=(-1,)", "config.compare.seeds"),

@@ -222,7 +222,7 @@ def result():
     ours = {s: cell(1, 8, once=12.5) for s in (0, 1)}
     return {
         "methods": ["sft", "panacea:rho=1"], "seeds": [0, 1], "ratios": [0.1], "world": "", "judge": "refusal",
-        "memory": "as compiled", "development": [], "rule": "", "grid": [], "guard": {"0": True, "1": False},
+        "memory": "as compiled", "development": [], "rule": "", "grid": [], "guard": {"0": True, "1": False}, "bounds": "HS at most 2",
         "rows": [row(parse_stack("sft", "k"), 0.1, sft, sft), row(parse_stack("panacea:rho=1", "k"), 0.1, ours, sft)],
     }  # fmt: skip
 
@@ -235,7 +235,7 @@ def test_the_table_as_text():
         "panacea:rho=1", "0.1", "10.0 [10.0, 10.0]", "20.0 [20.0, 20.0]", "80.0 [80.0, 80.0]", "100.0 [100.0, 100.0]",
         "-80.0 (p = 0.500)", "1, 3 + 12.5 once, –", "1.75", "2.00", "7, 2, –", "harmful",
     ]  # fmt: skip
-    assert "FAIL the alignment guard" in text and ": 1; their" in text
+    assert "FAIL the alignment guard (HS at most 2): 1; their" in text
     assert "sign-flip test over seeds, two-sided; with 2 seeds p is at least 0.5" in text
 
 

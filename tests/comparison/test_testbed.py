@@ -6,6 +6,7 @@ import gguf
 import pytest
 
 from panacea_jax.comparison import testbed
+from panacea_jax.worlds import smollm2
 from tests.models import test_gguf
 from tests.models.test_gguf import model_of, write
 from tests.runs import panacea
@@ -23,7 +24,7 @@ def small(where):
         stage.train.steps, stage.train.batch_size, stage.train.harmful_batch_size = 2, 2, 2
     config.data.num_examples, config.eval.num_examples, config.generate.max_new_tokens = 20, 3, 2
     config.compare.methods = ("random_perturbation:rho=1",)
-    config.lora.targets = ("q",)
+    config.lora.targets, config.lora.layers = ("q",), ""
     return config
 
 
@@ -44,6 +45,9 @@ def command(place, *more):
 
 def test_the_whole_way(place, monkeypatch, capsys):
     monkeypatch.setattr(testbed, "load_recipe", small)
+    monkeypatch.setattr(testbed, "OWN_TOKENS", 2)
+    # An untrained model says no sentence.
+    monkeypatch.setattr(smollm2, "_whole_sentences", str.strip)
     assert command(place) == 0
     shown = capsys.readouterr().out
     result = json.loads((place / "out" / "compare" / "compare.json").read_text())
