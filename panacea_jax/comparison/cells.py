@@ -26,6 +26,7 @@ from panacea_jax.defences.spec import Part, Stack, parse_stack, slug
 from panacea_jax.errors import InputError
 from panacea_jax.stages import lineage
 from panacea_jax.stages.generate import generate_stage
+from panacea_jax.stages.held_out import decisive_for_exam
 from panacea_jax.stages.judge import judge_stage
 from panacea_jax.stages.lineage import Start
 from panacea_jax.stages.miniature import Experiment
@@ -273,8 +274,8 @@ def _decisive(config: ConfigDict) -> dict[str, Any]:
     sections = ("eval", "generate", "judge", *(["after"] if _attack_after(config) else []))
     rest = {key: config[key].to_dict() for key in sections}
     if AUTO in (config.defence.rho, config.heal.defence.rho):  # then held-out records choose
-        held_out = {key: config.heal[key] for key in ("sets", "held_out", "num_held_out", "new_tokens")}
-        rest["choice"] = held_out | {"budget": config.budget.to_dict()}
+        held_out = {key: config.heal[key] for key in ("sets", "held_out", "num_held_out")}
+        rest["choice"] = held_out | decisive_for_exam(config)
     text = json.dumps(stages | rest, default=str)
     return dict(json.loads(text))
 

@@ -22,7 +22,7 @@ from panacea_jax.defences.spec import Stack
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.intervals import bootstrap_mean, wilson
 from panacea_jax.evaluate.pairing import paired
-from panacea_jax.evaluate.scores import checked_pairs, outcomes
+from panacea_jax.evaluate.scores import Judged, checked_pairs, outcomes
 from panacea_jax.evaluate.tasks import find_task
 from panacea_jax.records.judged import load_judged
 from panacea_jax.workdir import read_manifest
@@ -68,7 +68,7 @@ def measure(root: Path, folder: Path, judge: str) -> Measured:
     Raises:
         InputError: a manifest does not say how many records a method looked at.
     """
-    note = json.loads((folder / "cell.json").read_text())
+    note, judged = json.loads((folder / "cell.json").read_text()), load_judged(folder)[judge]
     steps: dict[str, int] = {}
     passes: dict[str, float] = {}
     whole: dict[str, float] = {}
@@ -90,14 +90,14 @@ def measure(root: Path, folder: Path, judge: str) -> Measured:
     known = [s for s in seconds if s is not None]
     total = sum(known) if len(known) == len(seconds) else None
     return Measured(
-        events(folder, judge),
+        events(judged),
         steps,
         passes,
         whole,
         total,
         step_bytes,
         tuple(n for n in EXTRA if n in extra),
-        _perplexity(folder, judge),
+        _perplexity(folder, judged),
     )
 
 
@@ -128,12 +128,12 @@ def _whole_passes(defence: Method, manifest: _Json, folder: Path) -> float:
     return total
 
 
-def _perplexity(folder: Path, judge: str) -> float | None:
+def _perplexity(folder: Path, judged: Judged) -> float | None:
     path = folder / "perplexity.json"
     if not path.is_file():
         return None
     measured = json.loads(path.read_text())["sets"]
-    ordinary = [s.name for s in load_judged(folder)[judge].sets if find_task(s.task).role == "generation"]
+    ordinary = [s.name for s in judged.sets if find_task(s.task).role == "generation"]
     return next((measured[name]["perplexity"] for name in ordinary if name in measured), None)
 
 
@@ -145,13 +145,12 @@ def _seconds(stage: Path, steps: int) -> float | None:
     return steps * statistics.median(found) if found else None
 
 
-def events(folder: Path, judge: str) -> dict[str, list[bool]]:
+def events(judged: Judged) -> dict[str, list[bool]]:
     """Outcomes by figure.
 
     HS and HS+ are of the first harmful set, FA of the first set with right answers. "Benign answered" is of the first set of the
     over-refusal kind (not refused), or else of the set with right answers whose name ends in ``benign`` (answered rightly).
     """
-    judged = load_judged(folder)[judge]
     found: dict[str, list[bool]] = {}
     for s in judged.sets:
         happened = outcomes(

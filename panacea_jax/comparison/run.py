@@ -90,13 +90,12 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
         row(m, p, found[m, p, s], found[SFT, p, s], s) for p in map(float, compare.ratios) for s in settings for m in reported
     ]
     guard = miniature.GUARD if compare.world else AlignmentGuard(*compare.guard) if compare.guard else None
-    guarded = {seed: measured.figures() for seed, measured in aligned.items()} if guard else {}
+    held = {str(seed): guard.holds(f["hs"], f["benign"]) for seed, f in _figures(aligned).items()} if guard else {}
     result = {
         "methods": list(map(str, reported)), "seeds": list(compare.seeds), "ratios": list(map(float, compare.ratios)),
         "world": compare.world, "judge": judge, "memory": MEMORY,
         "development": list(compare.development) if grid else [], "rule": choice.RULE if grid else "", "grid": choices,
-        "guard": {str(seed): guard.holds(f["hs"], f["benign"]) for seed, f in guarded.items() if guard}, "bounds": str(guard or ""),
-        "rows": rows,
+        "guard": held, "bounds": str(guard or ""), "rows": rows,
         **({"worst": worst_cases(rows)} if compare.vary else {}),
     }  # fmt: skip
     write_json(workdir / "compare.json", result)
@@ -166,6 +165,11 @@ def _aligned(cells: Cells, seeds: Sequence[int], judge: str) -> dict[int, Measur
     return {seed: measure(cells.root, folder, judge) for seed, folder in folders.items()}
 
 
+def _figures(cells: Mapping[int, Measured]) -> dict[int, dict[str, float]]:
+    """Percentages by seed."""
+    return {seed: measured.figures() for seed, measured in cells.items()}
+
+
 def _means(cells: Mapping[int, Measured]) -> dict[str, Any]:
-    figures = [cell.figures() for cell in cells.values()]
+    figures = list(_figures(cells).values())
     return {name: sum(f[name] for f in figures) / len(figures) for name in figures[0]}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference, placeholder
 
-from panacea_jax.config.methods import Setting, defence_defaults
+from panacea_jax.config.methods import NumberOrWord, defence_defaults
 from panacea_jax.errors import InputError
 
 
@@ -64,7 +64,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "rslora": False,  # True: scaled by α/√r in place of α/r
             "dropout": 0.0,  # of the adapter's inputs, in training steps
             "targets": ("q", "k", "v"),
-            "layers": FieldReference("", field_type=Setting),  # that are adapted: "upper:10", "20-29", numbers; "": all
+            "layers": FieldReference("", field_type=NumberOrWord),  # that are adapted: "upper:10", "20-29", numbers; "": all
             "init_from": "",  # PEFT folder to go on from; "": a fresh adapter, or in a run the alignment stage's
             "policy": "single",  # that adapter is trained on; "merged": it becomes part of the base, and a fresh one is trained
         },

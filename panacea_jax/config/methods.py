@@ -3,7 +3,7 @@
 import ast
 import dataclasses
 from abc import ABC
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import UnionType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -32,11 +32,11 @@ def one_of(value: str, key: str, choices: tuple[str, ...]) -> None:
     require(value in choices, key, value, f"one of {', '.join(choices)}")
 
 
-class Setting(ABC):  # noqa: B024
+class NumberOrWord(ABC):  # noqa: B024
     """The type of a key that takes a number, a word or several numbers, as the methods that have it say (ρ: 0.25, "auto")."""
 
 
-class _SettingParser(flags.ArgumentParser[Any]):
+class _NumberOrWordParser(flags.ArgumentParser[Any]):
     """``0.25``, ``auto``, ``(0.1,0.2)``; numbers are floats, as in keys that take nothing else."""
 
     syntactic_help = "a number, a word or (several,numbers)"
@@ -47,18 +47,18 @@ class _SettingParser(flags.ArgumentParser[Any]):
             value = ast.literal_eval(argument) if isinstance(argument, str) else argument
         except (SyntaxError, ValueError):
             return argument
-        return as_setting(value)
+        return as_number_or_word(value)
 
 
 for _kind in (float, int, str, tuple):
-    Setting.register(_kind)
-config_flags.register_flag_parser_for_type(Setting, _SettingParser())
+    NumberOrWord.register(_kind)
+config_flags.register_flag_parser_for_type(NumberOrWord, _NumberOrWordParser())
 
 
-def as_setting(value: Any) -> Any:
+def as_number_or_word(value: Any) -> Any:
     """A whole number as a float, several numbers as a tuple of floats: what was written and what was read again are the same."""
     if isinstance(value, (list, tuple)):
-        return tuple(map(as_setting, value))
+        return tuple(map(as_number_or_word, value))
     return float(value) if type(value) is int else value
 
 
@@ -80,7 +80,7 @@ def defence_defaults(name: str) -> ConfigDict:
     for key, kind in all_hyper_parameters().items():
         # The value only gives the type: what is read is what the lookup returns, until the key is set.
         section[key] = FieldReference(
-            "" if kind is Setting else kind(), kind, op=_Lookup(_own_default, (chosen, key))
+            "" if kind is NumberOrWord else kind(), kind, op=_Lookup(_own_default, (chosen, key))
         )
     return section
 
@@ -93,9 +93,9 @@ def all_hyper_parameters() -> dict[str, type]:
             kind = _kind_of(hint)
             known = found.setdefault(name, kind)
             if known is not kind:
-                if {known, kind} != {float, Setting}:
+                if {known, kind} != {float, NumberOrWord}:
                     raise TypeError(f"defence.{name}: two methods disagree about its type")
-                found[name] = Setting
+                found[name] = NumberOrWord
     return found
 
 
@@ -117,15 +117,21 @@ def _kind_of(hint: Any) -> type:
         return str
     hints = _hints(hint)
     if str in hints:
-        return Setting if hints & {float, tuple} else str
+        return NumberOrWord if hints & {float, tuple} else str
     return next(t for t in (float, int, bool, tuple) if t in hints)
 
 
 def _in_words(hint: Any) -> str:
-    """What a :class:`Setting` may be: "a number, a word or several numbers"."""
+    """What a :class:`NumberOrWord` may be: "a number, a word or several numbers"."""
     hints = _hints(hint)
     words = {float: "a number", str: "a word", tuple: "several numbers"}
     return " or ".join(text for kind, text in words.items() if kind in hints)
+
+
+def in_one_form(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``defence`` section whose numbers are written in one way: ρ = 1 and ρ = 1.0 are one setting."""
+    kinds = all_hyper_parameters()
+    return {k: as_number_or_word(v) if kinds.get(k) is NumberOrWord else v for k, v in section.items()}
 
 
 def method_defaults(name: str) -> dict[str, Any]:
@@ -142,7 +148,7 @@ def defence_section(part: Part) -> ConfigDict:
     section = defence_defaults(part.name)
     for name, value in part.settings:
         try:
-            section[name] = as_setting(value) if all_hyper_parameters()[name] is Setting else value
+            section[name] = as_number_or_word(value) if all_hyper_parameters()[name] is NumberOrWord else value
         except (TypeError, ValueError) as error:
             raise InputError(f"config.defence.{name} = {value!r}: {error}") from error
     return section.lock()
@@ -165,8 +171,8 @@ def make_defence(section: ConfigDict, prefix: str = "") -> Method:
     for key, hint in types.items():
         if get_origin(hint) is Literal:
             one_of(chosen[key], f"{prefix}defence.{key}", get_args(hint))
-        elif all_hyper_parameters()[key] is Setting:
-            fits = type(as_setting(chosen[key])) in _hints(hint)
+        elif all_hyper_parameters()[key] is NumberOrWord:
+            fits = type(as_number_or_word(chosen[key])) in _hints(hint)
             require(fits, f"{prefix}defence.{key}", chosen[key], f"{section.name} takes {_in_words(hint)} here")  # fmt: skip
     try:
         return kind(**chosen)

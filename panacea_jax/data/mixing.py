@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -10,15 +11,16 @@ from panacea_jax.data.sources import Record
 from panacea_jax.errors import InputError
 
 _log = logging.getLogger(__name__)
+_Row = TypeVar("_Row")
 
 
-def mixture(sets: Sequence[Sequence[Record]], weights: Sequence[float]) -> list[Record]:
+def mixture(sets: Sequence[Sequence[_Row]], weights: Sequence[float]) -> list[_Row]:
     """Records of several sets in fixed proportions, each set in its own order, as many as there are until one set has no more.
 
     Of the first k records, each set's share is its weight's to within one record.
     """
     total, taken = sum(weights), [0] * len(sets)
-    mixed: list[Record] = []
+    mixed: list[_Row] = []
     while True:
         behind = [weight / total * (len(mixed) + 1) - count for weight, count in zip(weights, taken)]
         chosen = behind.index(max(behind))

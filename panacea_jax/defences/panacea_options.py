@@ -7,7 +7,7 @@ import dataclasses
 from typing import Literal
 
 from panacea_jax.defences.protocol import Defence, StreamSpec, check_counts, check_not_negative
-from panacea_jax.defences.steering import AUTO, Steering
+from panacea_jax.defences.steering import OF_AUTO, Steering
 from panacea_jax.errors import InputError
 from panacea_jax.perturbation import LayerRule
 
@@ -105,7 +105,7 @@ class PanaceaOptions(Defence):
             return Steering(self.lam * boost, self.tau, self.rho_relative, self.ceiling, self.by_poison)
         given = {name: getattr(self, name) for name in ("tau", "rho_relative", "ceiling")}
         given = {name: x for name, x in given.items() if x is not None}
-        return dataclasses.replace(AUTO, lam=AUTO.lam * boost, **given)
+        return dataclasses.replace(OF_AUTO, lam=OF_AUTO.lam * boost, **given)
 
     @property
     def _holds(self) -> bool:

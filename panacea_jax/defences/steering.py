@@ -1,6 +1,6 @@
 """λ and ρ by what a step measures, in place of two numbers that carry over to no other model: what ``rho = "auto"`` does in training.
 
-Each piece has a key of its own; "auto" is all four, with the constants of ``AUTO``.
+Each piece has a key of its own; "auto" is all four, with the constants of ``OF_AUTO``.
 
     piece, key             rule                                                  why
     ---------------------  ----------------------------------------------------  -----------------------------------------------------
@@ -149,7 +149,7 @@ class Steering:
 
 # Reasoned, not searched for: 2 p̂ is the λ of 0.2 that held in the miniature at p = 0.1; with τ below 1 every update lowers the task loss
 # to first order; r is in the middle of the range of docs/diagnostics.md; c = 1 is the model that training began with.
-AUTO = Steering(lam=2.0, tau=0.5, rho_relative=0.1, ceiling=1.0, by_poison=True)
+OF_AUTO = Steering(lam=2.0, tau=0.5, rho_relative=0.1, ceiling=1.0, by_poison=True)
 
 
 @jax.jit

@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from panacea_jax.config import make_defence
-from panacea_jax.config.methods import Setting, all_hyper_parameters, as_setting
+from panacea_jax.config.methods import in_one_form
 from panacea_jax.data.batches import Stream
 from panacea_jax.data.encode import Example
 from panacea_jax.defences import Ascent, Defence, Method
@@ -118,8 +118,7 @@ def decisive(config: ConfigDict, start: Start) -> dict[str, Any]:
     out["model"]["path"], out["lora"]["init_from"] = start.base, start.adapter
     out["train"]["full_parameters"] = start.full_parameters
     out["lora"]["layers"] = layers_text(out["lora"]["layers"])
-    settings = [key for key, kind in all_hyper_parameters().items() if kind is Setting]
-    out["defence"] |= {key: as_setting(out["defence"][key]) for key in settings}
+    out["defence"] = in_one_form(out["defence"])
     if out["defence"].get("aligned") == "":
         out["defence"]["aligned"] = start.aligned
     for section, since in SINCE.items():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from panacea_jax.data.files import file_rows, sha256
+from panacea_jax.data.mixing import mixture
 from panacea_jax.errors import InputError
 from panacea_jax.workdir import write_text
 from panacea_jax.worlds.borderline import borderline
@@ -187,5 +188,4 @@ def _alternate(first: Sequence[str], second: Sequence[str]) -> list[str]:
 
 def _spread(first: Sequence[_Row], second: Sequence[_Row]) -> list[_Row]:
     """All of both, evenly mixed, each in its order."""
-    placed = [((i + 0.5) / len(rows), k, row) for k, rows in enumerate((first, second)) for i, row in enumerate(rows)]
-    return [row for *_, row in sorted(placed, key=lambda entry: entry[:2])]
+    return mixture((first, second), (float(len(first)), float(len(second))))

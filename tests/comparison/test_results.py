@@ -15,6 +15,7 @@ from panacea_jax.config import defence_section
 from panacea_jax.defences.protocol import passes_of
 from panacea_jax.defences.spec import Part, parse_stack
 from panacea_jax.errors import InputError
+from panacea_jax.evaluate.scores import Judged
 from panacea_jax.workdir import MANIFEST
 
 MIB = 2**20
@@ -149,7 +150,8 @@ def finished_cell(root, stages, monkeypatch):
         lines = [{"step_seconds": 9.0}, {"validation_loss": 1.0}, {"step_seconds": 0.5}] if steps else []
         (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     (root / "cell.json").write_text(json.dumps({"stages": where}))
-    monkeypatch.setattr(results, "events", lambda folder, judge: {"hs": [True]})
+    monkeypatch.setattr(results, "load_judged", lambda folder: {"any": Judged({}, (), "", None)})
+    monkeypatch.setattr(results, "events", lambda judged: {"hs": [True]})
     return root
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from panacea_jax.config import get_config, stage_config, validate
 from panacea_jax.config.methods import (
-    Setting,
+    NumberOrWord,
     all_hyper_parameters,
     make_defence,
     method_defaults,
@@ -14,7 +14,7 @@ from panacea_jax.errors import InputError
 from tests.runs import panacea
 
 # A value of the right type for a key, whatever it means.
-VALUES = {float: 0.5, int: 3, bool: True, str: "mean", tuple: (0.5,), Setting: 0.5}
+VALUES = {float: 0.5, int: 3, bool: True, str: "mean", tuple: (0.5,), NumberOrWord: 0.5}
 FOREIGN = [
     (name, key)
     for name in DEFENCES

@@ -9,7 +9,7 @@ import pytest
 
 from panacea_jax.data.batches import Stream
 from panacea_jax.defences import Loss, Panacea, Sft
-from panacea_jax.defences.steering import AUTO, LEAST_SHARE, SHRINK, Steering
+from panacea_jax.defences.steering import LEAST_SHARE, OF_AUTO, SHRINK, Steering
 from panacea_jax.errors import InputError
 from panacea_jax.train.feeding import whole_sets
 from tests.defences.test_panacea import BATCHES, W, flat, gradient_by_hand, loss, run
@@ -152,9 +152,9 @@ def test_the_loss_of_the_start_is_the_mean_over_the_set(model):
 
 
 def test_auto_is_all_four_and_takes_what_is_set():
-    assert Panacea(rho="auto")._steering == AUTO and all(dataclasses.astuple(AUTO))
+    assert Panacea(rho="auto")._steering == OF_AUTO and all(dataclasses.astuple(OF_AUTO))
     given = Panacea(rho="auto", tau=2.0, rho_relative=0.05, lam=77.0)._steering
-    assert given == dataclasses.replace(AUTO, tau=2.0, rho_relative=0.05)
+    assert given == dataclasses.replace(OF_AUTO, tau=2.0, rho_relative=0.05)
     assert not Panacea()._steering and not Panacea(rho=(0.1, 0.2))._steering
     assert Panacea(rho="auto").streams["harmful"].whole_passes == 0.5
     with pytest.raises(InputError, match="config.defence.rho = automatic"):
@@ -169,5 +169,5 @@ def test_auto_never_lets_the_term_outweigh_the_task():
         w = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 3, jnp.float32), W)
         grads, state, metrics = run(defence, w=w, state=state)
         g = flat(jax.grad(loss)(w, BATCHES["user"]))
-        assert flat(grads) @ g >= (1 - AUTO.tau) * (g @ g) * (1 - 1e-4)
-        assert float(metrics["term_ratio"]) <= AUTO.tau * (1 + 1e-4)
+        assert flat(grads) @ g >= (1 - OF_AUTO.tau) * (g @ g) * (1 - 1e-4)
+        assert float(metrics["term_ratio"]) <= OF_AUTO.tau * (1 + 1e-4)
