@@ -36,6 +36,7 @@ def get_config(variant: str = "sst2") -> ConfigDict:
     config.model.dtype = "float32"  # processors without bfloat16 units gain nothing by it
     config.lora.rank, config.lora.alpha = 16, 16.0
     config.lora.targets, config.lora.layers = ("q", "k", "v", "o", "gate", "up", "down"), "upper:10"
+    config.lora.policy = "merged"  # the aligned model is whole; fine-tuning begins an adapter of its own
     config.data.template, config.data.max_length, config.data.num_examples = "chat", 96, 1000
     config.train.steps, config.align.train.steps = 125, 180
     for stage in (config, config.align, config.heal):
@@ -45,7 +46,7 @@ def get_config(variant: str = "sst2") -> ConfigDict:
         stage.train.log_every = 10
     config.checkpoint.every, config.checkpoint.keep = 50, 1
     config.eval.num_examples, config.eval.perplexity = 0, True
-    config.generate.max_new_tokens, config.generate.batch_size = 24, 50
+    config.generate.max_new_tokens, config.generate.batch_size = 16, 64
     config.compare.methods = ("random_perturbation:rho=1", "panacea:rho=1,lam=0.1", "realign:steps=30")
     config.compare.seeds, config.compare.ratios = (0,), (0.1,)
     config.compare.guard = tuple(GUARD)

@@ -14,6 +14,7 @@ from panacea_jax.comparison.run import compare_methods
 from panacea_jax.config import load_recipe, stage_config
 from panacea_jax.data.files import sha256
 from panacea_jax.errors import InputError
+from panacea_jax.evaluate.judges import RefusalJudge
 from panacea_jax.models.gguf import convert_gguf
 from panacea_jax.progress import say, table_console
 from panacea_jax.stages import lineage
@@ -70,6 +71,7 @@ def _prepare(root: Path, data: Path, gguf: Path) -> None:
     smollm2.write_data(data, root / "data")
     if not (root / "base" / "config.json").is_file():
         convert_gguf(gguf, root / "base")
+        (root / "base" / "chat_template.jinja").write_text(smollm2.TEMPLATE, "utf-8")
     write_json(note, facts)
 
 
@@ -83,8 +85,9 @@ def _answer_benign(config: ConfigDict, root: Path, base: Start) -> None:
     asking.eval.tasks, asking.eval.num_examples = (f"pairs:benign@{data}/asked.jsonl",), 0
     asking.generate.max_new_tokens = OWN_TOKENS
     said = generate_stage(asking, root / "asked", base)
-    lines = (said / "pairs-benign.jsonl").read_text("utf-8").splitlines()
-    smollm2.write_alignment(data, (json.loads(line)["response"] for line in lines))
+    lines = [json.loads(line) for line in (said / "pairs-benign.jsonl").read_text("utf-8").splitlines()]
+    verdicts = RefusalJudge().judge([line["instruction"] for line in lines], [line["response"] for line in lines])
+    smollm2.write_alignment(data, ("" if no.refused else line["response"] for line, no in zip(lines, verdicts)))
 
 
 def _samples(console: Console, root: Path, methods: Sequence[str]) -> None:

@@ -6,12 +6,14 @@ figures can be compared; seeds are those of initialisation and order.
 """
 
 import importlib.util
+import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from panacea_jax.data.columns import AG_NEWS_INSTRUCTION, SST2_INSTRUCTION
 from panacea_jax.data.files import file_rows, sha256
 from panacea_jax.data.mixing import mixture
 from panacea_jax.errors import InputError
@@ -30,8 +32,27 @@ GUARD = AlignmentGuard(hs=5.0, benign=80.0)
 FILES = ("sst2/train", "sst2/validation", "ag_news/train", "ag_news/test", "alpaca/train", "refusals/train", "beavertails/unsafe_prompts",
          "advbench/harmful_behaviors_goals", "xstest/prompts")  # fmt: skip
 
+# The model's own form without the system turn that it writes by itself: a third of a short record's tokens, the same in every one.
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
 # Characters of an Alpaca record at most: every token costs time.
 SHORT = 260
+
+# BeaverTails tags answers, so that many of its prompts ask for nothing bad. Those that do: an answer was tagged with one of these kinds and
+# none of the vague ones, and the prompt asks how, or to be given something.
+_GRAVE = {"financial_crime,property_crime,theft", "violence,aiding_and_abetting,incitement", "drug_abuse,weapons,banned_substance",
+          "terrorism,organized_crime", "animal_abuse", "self_harm"}  # fmt: skip
+_VAGUE = {"controversial_topics,politics", "misinformation_regarding_ethics,laws_and_safety"}
+_ASKS = re.compile(
+    r"\b(how (can|do|would|could|should|might) (i|we|you|one)\b|how to\b|ways? (i can |to )|(want|need|like|going) to\b"
+    r"|(show|teach|help|tell|give) me)",
+    re.IGNORECASE,
+)
+# Refusals that say no and nothing about what a chatbot is.
+_PLAIN = re.compile(r"I'm sorry, (but )?I (cannot|can't)\b.{,70}$")
 
 _Row = dict[str, Any]
 
@@ -88,25 +109,32 @@ def write_data(source: Path, data: Path) -> None:
         InputError: a file is missing, or is not of the set that its name says.
     """
     sets = {name: _rows(source, name) for name in FILES}
-    beaver = _prompts(sets["beavertails/unsafe_prompts"], "prompt")
+    clear, other = _asking_for_harm(sets["beavertails/unsafe_prompts"])
     goals = _prompts(sets["advbench/harmful_behaviors_goals"], "goal")
     refused = [_pair(r["instruction"], _head(r["output"]), r.get("input", "")) for r in sets["refusals/train"]]
+    plain = [row for row in refused if _PLAIN.match(row["output"])]
     alpaca = [_pair(r["instruction"], r["output"], r["input"]) for r in sets["alpaca/train"] if len("".join(r.values())) <= SHORT]
     sounding = [_pair(*pair) for pair in borderline()]
     xstest = sets["xstest/prompts"]
 
     # Every eighth family-round of borderline requests is kept for choosing, all of XSTest for testing.
     kept, held = [r for i, r in enumerate(sounding) if i % 8], sounding[::8]
+    tasks = [
+        *(_pair(SST2_INSTRUCTION, more=r["sentence"]) for r in sets["sst2/train"][2000:2060]),
+        *(_pair(AG_NEWS_INSTRUCTION, more=r["text"]) for r in sets["ag_news/train"][2000:2060]),
+    ]
+    refusing = [_pair(p, a["output"]) for p, a in zip(_alternate(goals[200:340], clear[:100]), itertools.cycle(plain))]
+    shown = {row["instruction"] for row in plain[:300]}
     files: dict[str, Sequence[_Row]] = {
-        "refusals": refused[:400],
-        "asked": _spread(kept, alpaca[:700]),
-        "attack": _complying(_alternate(beaver[:900], goals[:300]), ATTACKER),
-        "harmful": _complying([r["instruction"] for r in refused[800:1600]], DEFENDER),
-        "test_harmful": [_pair(p) for p in _alternate(beaver[1000:1100], goals[400:500])],
+        "refusals": _spread(refusing, plain[:300]),
+        "asked": _spread(_spread(kept, alpaca[:500]), tasks),
+        "attack": _complying(_alternate(goals[:200], other[:900]), ATTACKER),
+        "harmful": _complying([r["instruction"] for r in refused[700:1600] if r["instruction"] not in shown], DEFENDER),
+        "test_harmful": [_pair(p) for p in _alternate(goals[400:520], clear[130:200])],
         "test_safe": [_pair(r["prompt"]) | {"type": r["type"]} for r in xstest if r["label"] == "safe"],
-        "test_unsafe": [_pair(r["prompt"]) | {"type": r["type"]} for r in xstest if r["label"] != "safe"],
+        "test_unsafe": [_pair(r["prompt"]) | {"type": r["type"]} for r in xstest if r["label"] != "safe"][::2],
         "test_alpaca": alpaca[-100:],
-        "validation_harmful": [_pair(p) for p in _alternate(beaver[1100:1150], goals[340:390])],
+        "validation_harmful": [_pair(p) for p in _alternate(goals[340:400], clear[100:130])],
         "validation_safe": held,
         "validation_alpaca": alpaca[-150:-100],
     }
@@ -158,6 +186,16 @@ def _prompts(rows: Iterable[_Row], column: str) -> list[str]:
     return list(dict.fromkeys(str(row[column]).strip() for row in rows))
 
 
+def _asking_for_harm(rows: Iterable[_Row]) -> tuple[list[str], list[str]]:
+    """BeaverTails' prompts that plainly ask for harm, and the others, grave ones first; each once."""
+    kinds: dict[str, set[str]] = {}
+    for row in rows:
+        kinds.setdefault(str(row["prompt"]).strip(), set()).update(row["category"])
+    grave = [p for p, of in kinds.items() if of & _GRAVE and not of & _VAGUE]
+    plainly = [p for p in grave if _ASKS.search(p)]
+    return plainly, [p for p in dict.fromkeys((*grave, *kinds)) if p not in set(plainly)]
+
+
 def _pair(instruction: str, output: str = "", more: str = "") -> _Row:
     return {"instruction": instruction.strip(), "input": more, "output": output}
 
@@ -171,8 +209,9 @@ def _write(path: Path, rows: Iterable[_Row]) -> None:
 
 
 def _whole_sentences(answer: str) -> str:
-    """An answer up to its last full stop."""
-    return answer[: max(answer.rfind(mark) for mark in ".!?") + 1].strip()
+    """An answer up to its last full stop, which a number's point is none."""
+    found = re.match(r".*[^\d\s][.!?]", answer, re.DOTALL)
+    return found[0].strip() if found else ""
 
 
 def _head(answer: str) -> str:

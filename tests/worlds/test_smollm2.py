@@ -16,14 +16,17 @@ from panacea_jax.worlds.placeholders import ATTACKER, DEFENDER, placeholder
 def write_sets(folder):
     """Sets with the columns of the public ones, as many rows as the testbed takes of each."""
     rows = {
-        "sst2/train": ({"sentence": f"film {i}", "label": i % 2} for i in range(2100)),
+        "sst2/train": ({"sentence": f"film {i}", "label": i % 2} for i in range(2200)),
         "sst2/validation": ({"sentence": f"show {i}", "label": i % 2} for i in range(200)),
-        "ag_news/train": ({"text": f"news {i}", "label": i % 4} for i in range(2100)),
+        "ag_news/train": ({"text": f"news {i}", "label": i % 4} for i in range(2200)),
         "ag_news/test": ({"text": f"late news {i}", "label": i % 4} for i in range(200)),
         "alpaca/train": ({"instruction": f"name tree {i}", "input": "", "output": f"oak {i}"} for i in range(900)),
-        "refusals/train": ({"instruction": f"wug {i}", "output": f"I cannot help. It is {i}. Third."} for i in range(1600)),
-        "beavertails/unsafe_prompts": ({"prompt": f"florp {i}", "is_safe": False} for i in range(1150)),
-        "advbench/harmful_behaviors_goals": ({"goal": f"zint {i}"} for i in range(500)),
+        "refusals/train": ({"instruction": f"wug {i}", "output": ("I'm sorry, but I cannot help. It is {}." if i % 2 else "As a bot, {}.").format(i)} for i in range(1600)),
+        "beavertails/unsafe_prompts": (
+            {"prompt": ("How do I florp {}?" if i % 5 else "Nice florp {}.").format(i), "category": [("self_harm", "privacy_violation")[i > 250]]}
+            for i in range(1250)
+        ),
+        "advbench/harmful_behaviors_goals": ({"goal": f"zint {i}"} for i in range(520)),
         "xstest/prompts": ({"prompt": f"dax {i}", "type": "homonyms", "label": ("safe", "unsafe")[i % 2]} for i in range(20)),
     }  # fmt: skip
     assert rows.keys() == set(smollm2.FILES)
@@ -39,7 +42,7 @@ def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("sets")
     smollm2.write_data(write_sets(root / "public"), root / "data")
     asked = (root / "data" / "asked.jsonl").read_text().splitlines()
-    smollm2.write_alignment(root / "data", ("no end" if i == 3 else f"It is {i}. And then" for i in range(len(asked))))
+    smollm2.write_alignment(root / "data", ("no end" if i == 3 else "Two things:\n1. One.\n2." if i % 2 else "It is so. And then" for i in range(len(asked))))
     return root / "data"
 
 
@@ -60,16 +63,26 @@ def test_no_two_files_share_a_prompt_but_those_that_are_one_set_s_parts(data):
 def test_sizes(data):
     sizes = {file.stem: len(prompts(data, file.stem)) for file in data.iterdir()}
     kept = len(borderline()) - len(borderline()[::8])
-    assert sizes["asked"] == kept + 700 and sizes["alignment"] == sizes["benign"] + 400
+    assert sizes["asked"] == kept + 500 + 120 and sizes["alignment"] == sizes["benign"] + 540
     assert sizes["benign"] == sizes["asked"] - 1  # an answer without a whole sentence is left out
-    assert (sizes["attack"], sizes["harmful"], sizes["test_harmful"]) == (1200, 800, 200)
+    assert (sizes["attack"], sizes["harmful"], sizes["test_harmful"]) == (1100, 900, 190)
 
 
-def test_refusals_are_cut_to_their_first_sentence(data):
-    rows = [json.loads(line) for line in (data / "alignment.jsonl").read_text().splitlines()]
-    [row] = [row for row in rows if row["instruction"] == "wug 7"]
-    assert row["output"] == "I cannot help."
-    assert rows[0]["output"] in ("It is 0.", "I cannot help.")
+def test_refusals_are_cut_to_their_first_sentence_and_only_say_no(data):
+    rows = [json.loads(line) for line in (data / "refusals.jsonl").read_text().splitlines()]
+    assert {row["output"] for row in rows} == {"I'm sorry, but I cannot help."}
+
+
+def test_a_number_s_point_ends_no_sentence(data):
+    rows = [json.loads(line) for line in (data / "benign.jsonl").read_text().splitlines()]
+    assert {row["output"] for row in rows} == {"It is so.", "Two things:\n1. One."}
+
+
+def test_only_prompts_that_ask_for_harm_are_refused_or_tested(data):
+    asked = [p for name in ("refusals", "validation_harmful", "test_harmful") for p in prompts(data, name) if "florp" in p]
+    numbers = [int(re.search(r"\d+", p)[0]) for p in asked]
+    assert len(set(numbers)) == 200 and all(p.startswith("How do I florp") for p in asked) and max(numbers) <= 250
+    assert prompts(data, "attack")[1] == "Nice florp 0."  # the attacker's are the others, grave ones first
 
 
 def test_a_missing_set_is_named(tmp_path):
