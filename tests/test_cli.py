@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from panacea_jax import cli, config
+from panacea_jax.cli.parsing import parse_command
 from panacea_jax.errors import InputError
 from panacea_jax.train.signals import Diverged, Preempted
 from tests.runs import panacea
@@ -61,7 +62,7 @@ def test_help_of_a_command_shows_its_flags_and_every_key_with_its_default(name, 
 
 def test_a_recipe_its_variant_and_overrides(recipe):
     def parsed(*arguments):
-        return cli.parse_command("finetune", arguments)
+        return parse_command("finetune", arguments)
 
     values, made = parsed("--workdir=w", "--config.seed=3")
     assert (values.workdir, made.seed, made.lora.rank) == ("w", 3, 32)
@@ -83,8 +84,8 @@ def test_a_recipe_its_variant_and_overrides(recipe):
 def test_parsing_leaves_no_trace(recipe):
     """One process may run several commands, as the quickstart does."""
     before = list(sys.argv)
-    cli.parse_command("finetune", [f"--config={recipe}:large", "--config.seed=4"])
-    assert cli.parse_command("finetune", [])[1].to_dict() == config.get_config().to_dict()
+    parse_command("finetune", [f"--config={recipe}:large", "--config.seed=4"])
+    assert parse_command("finetune", [])[1].to_dict() == config.get_config().to_dict()
     assert sys.argv == before
 
 

@@ -8,7 +8,8 @@ import pytest
 from datasets import ReadInstruction
 from ml_collections import ConfigDict
 
-from panacea_jax import cli, config
+from panacea_jax import config
+from panacea_jax.cli.parsing import parse_command
 from panacea_jax.data import files, hub
 from panacea_jax.data.categories import CATEGORIES
 from panacea_jax.data.sources import parse_source
@@ -36,7 +37,7 @@ VARIANTS = {"gsm8k": "gsm8k", "sst2": "sst2", "agnews": "ag_news", "alpaca": "al
 
 
 def load(recipe: str, *overrides: str) -> ConfigDict:
-    return cli.parse_command("doctor", [f"--config={CONFIGS / recipe}", *overrides])[1]
+    return parse_command("doctor", [f"--config={CONFIGS / recipe}", *overrides])[1]
 
 
 def test_every_recipe_is_tested():
