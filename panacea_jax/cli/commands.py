@@ -16,12 +16,21 @@ if TYPE_CHECKING:
 
 
 class Command(NamedTuple):
-    """One command: what it does in a line, what runs it, and the flags it reads besides --config."""
+    """One command.
+
+    Attributes:
+        summary: what it does, in a line.
+        run: starts it; returns the path that it wrote.
+        flags: that it reads besides ``--config``.
+        several: whether several processes may run it together.
+        reads: keys and sections of the configuration that it reads, for ``--help``.
+    """
 
     summary: str
     run: "Callable[[FlagValues, ConfigDict], Path | None]"
     flags: tuple[str, ...] = ("workdir",)
-    several: bool = False  # whether several processes may run it together
+    several: bool = False
+    reads: tuple[str, ...] = ()
 
 
 def _workdir(values: "FlagValues") -> Path:
@@ -171,31 +180,61 @@ def _launch(values: "FlagValues", config: "ConfigDict") -> None:
 
 
 TRAINING = ("workdir", "profile")
+# Keys and sections that several commands read.
+PROMPTS = (
+    "data.format", "data.columns", "data.template", "data.thinking", "data.date", "data.special_tokens", "eval.tasks", "eval.num_examples",
+)  # fmt: skip
+ANSWERS = ("seed", "model", "lora.init_from", "train.full_parameters", "generate", "mesh", *PROMPTS)
+STEPS = ("seed", "model", "lora", "data", "defence", "optimizer", "train", "checkpoint", "mesh", "export")
+CHOOSING = ("heal.sets", "heal.held_out", "heal.num_held_out", "heal.new_tokens", "budget", "generate.batch_size", "judge")
 COMMANDS = {
     "quickstart": Command(
         "the whole experiment in a miniature world, no download, minutes on a laptop; or with a real small model on real rows", _quickstart,
         ("workdir", "world", "base", "data", "task", "gguf"),
     ),
     "run": Command(
-        "every stage of a recipe: align, finetune, heal, generate, judge, layers (perplexity if asked for)", _run, TRAINING, True,
+        "every stage of a recipe: align, finetune, heal, generate, judge, layers (perplexity if asked for)", _run, TRAINING, several=True,
+        reads=(*STEPS, "align", "heal", "budget", "eval", "generate", "judge", "compare", "after"),
     ),
-    "align": Command("safety alignment of the base on config.data.alignment", _train("align"), TRAINING, True),
-    "finetune": Command("fine-tuning on user data with config.defence", _train("finetune"), TRAINING, True),
-    "heal": Command("a post-fine-tuning defence, or several side by side, on a finished adapter or model", _heal, TRAINING, True),
-    "generate": Command("answers to config.eval.tasks", _generate, ("workdir", "prompts_only"), several=True),
-    "judge": Command("verdicts and scores.json from the answers", _judge),
+    "align": Command("safety alignment of the base on config.data.alignment", _train("align"), TRAINING, several=True, reads=STEPS),
+    "finetune": Command(
+        "fine-tuning on user data with config.defence", _train("finetune"), TRAINING, several=True, reads=(*STEPS, *CHOOSING),
+    ),
+    "heal": Command(
+        "a post-fine-tuning defence, or several side by side, on a finished adapter or model", _heal, TRAINING, several=True,
+        reads=(*STEPS, "heal.methods", *CHOOSING),
+    ),
+    "generate": Command("answers to config.eval.tasks", _generate, ("workdir", "prompts_only"), several=True, reads=ANSWERS),
+    "judge": Command("verdicts and scores.json from the answers", _judge, reads=("judge", "eval.tasks")),
     "score": Command(
         "figures from the verdicts that are there: again, of answers made elsewhere, or side by side", _score,
         ("workdir", "generations", "template", "against", "undefended", "aligned"),
+        reads=("judge", "eval.tasks", "generate.max_new_tokens", "data.format", "data.columns"),
     ),
-    "perplexity": Command("perplexity.json: the model's surprise at the answers of config.eval.tasks", _perplexity, several=True),
+    "perplexity": Command(
+        "perplexity.json: the model's surprise at the answers of config.eval.tasks", _perplexity, several=True,
+        reads=(
+            "seed", "model", "lora.init_from", "generate.adapter", "mesh", *PROMPTS, "data.max_length", "data.loss_on",
+            "train.batch_size", "train.full_parameters",
+        ),
+    ),
     "layers": Command(
         "layer safety coefficients of a run, of several beside each other, or by a probe: JSON, CSV, PNG", _layers,
         ("workdir", "epsilon", "checkpoint", "label", "probe", "against", "out"),
+        reads=("seed", "model", "lora", "data", "train.harmful_batch_size", "train.full_parameters", "generate.adapter", "mesh"),
     ),
-    "convert": Command("base (+ adapter, + ε), or a GGUF file, to one Hugging Face folder", _convert, ("out", "epsilon", "gguf")),
+    "convert": Command(
+        "base (+ adapter, + ε), or a GGUF file, to one Hugging Face folder", _convert, ("out", "epsilon", "gguf"),
+        reads=("model.path", "lora.init_from", "mesh"),
+    ),
     "defences": Command("every defence: stage, data, passes a step, memory, paper", _defences, ()),
-    "doctor": Command("what this machine has, and what a configuration will use of it", _doctor, (), several=True),
-    "plan": Command("memory and least time of a step on a machine that is not there", _plan, ("workdir", "topology", "search")),
+    "doctor": Command(
+        "what this machine has, and what a configuration will use of it", _doctor, (), several=True,
+        reads=("seed", "model", "lora", "data", "defence", "optimizer", "train", "eval.tasks", "judge", "mesh"),
+    ),
+    "plan": Command(
+        "memory and least time of a step on a machine that is not there", _plan, ("workdir", "topology", "search"),
+        reads=("model", "lora", "data", "defence", "optimizer", "train", "mesh"),
+    ),
     "launch": Command("the launch scripts for SLURM, TPU pods, GKE and others, for a machine without a clone", _launch, ("print",)),
 }  # fmt: skip

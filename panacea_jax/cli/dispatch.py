@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from panacea_jax.cli.commands import COMMANDS
-from panacea_jax.cli.help import command_help, usage
+from panacea_jax.cli.help import HELP, HELPFULL, VERSION, command_help, usage, version
 from panacea_jax.errors import InputError, no_space
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130
@@ -34,15 +34,18 @@ def run(arguments: Sequence[str], together: contextlib.ExitStack | None = None) 
         arguments: of the command line.
         together: where this process leaves the others that it joined; by default at the end of this call.
     """
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0 if arguments else EXIT_BAD_INPUT
-    name, *rest = arguments
+    name, *rest = arguments or ("",)
+    if name in VERSION:
+        print(version())
+        return 0
+    if name in ("", "help", *HELP, *HELPFULL):
+        print(usage(name in HELPFULL))
+        return 0 if name else EXIT_BAD_INPUT
     if name not in COMMANDS:
         print(f"panacea: unknown command {name!r}; known are {', '.join(COMMANDS)}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    if any(a in ("-h", "--help") for a in rest):
-        print(command_help(name))
+    if any(a in (*HELP, *HELPFULL) for a in rest):
+        print(command_help(name, any(a in HELPFULL for a in rest)))
         return 0
     # transformers advises to install PyTorch, which is not needed here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
