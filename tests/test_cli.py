@@ -1,11 +1,14 @@
 """The command line: help, parsing, exit codes."""
 
+import io
+import logging
 import re
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
+import absl.logging
 import pytest
 
 from panacea_jax import cli, config
@@ -166,6 +169,22 @@ def test_exit_codes(error, code, monkeypatch, capsys):
     )
     if code in (75, 1):
         assert "step 7" in captured.err
+
+
+def test_a_warning_is_a_line_that_begins_with_its_level(monkeypatch):
+    """Without absl's date, thread and file."""
+    said = io.StringIO()
+
+    def warn(values, config):
+        handler = absl.logging.get_absl_handler()
+        monkeypatch.setattr(handler.python_handler, "stream", said)
+        logging.getLogger("panacea_jax.data").warning("%d records", 3)
+        absl.logging.warning("the head is float32")
+        absl.logging.info("not said")
+
+    replace(monkeypatch, "doctor", warn)
+    assert panacea("doctor") == 0
+    assert said.getvalue() == "WARNING: 3 records\nWARNING: the head is float32\n"
 
 
 def test_a_defect_of_ours_keeps_its_traceback(monkeypatch):

@@ -55,16 +55,13 @@ def run(arguments: Sequence[str], together: contextlib.ExitStack | None = None) 
 
 def _run_command(name: str, arguments: Sequence[str], together: contextlib.ExitStack) -> int:
     import jax
-    from absl import flags, logging
 
     from panacea_jax import workdir
     from panacea_jax.cli.parsing import parse_command
     from panacea_jax.parallel import processes
     from panacea_jax.train.signals import Diverged, Preempted
 
-    flags.FLAGS.mark_as_parsed()  # ours are in a set of their own; absl's logging looks at the global one
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.WARNING)
+    _log_plainly()
     try:
         values, config = parse_command(name, arguments)
         if COMMANDS[name].several:
@@ -102,6 +99,19 @@ def _run_command(name: str, arguments: Sequence[str], together: contextlib.ExitS
     if path is not None and processes.first():
         print(os.path.relpath(path))
     return 0
+
+
+def _log_plainly() -> None:
+    """Warnings and errors on stderr, as a line that begins with their level."""
+    import logging
+
+    import absl.logging
+    from absl import flags
+
+    flags.FLAGS.mark_as_parsed()  # ours are in a set of their own; absl's logging looks at the global one
+    absl.logging.use_absl_handler()
+    absl.logging.set_verbosity(absl.logging.WARNING)
+    absl.logging.get_absl_handler().setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
 
 
 def _written(arguments: Sequence[str]) -> str:
