@@ -1,5 +1,6 @@
 """Progress of a long job: a bar with ETA on a terminal, a line now and then in a log file."""
 
+import datetime
 import sys
 import time
 
@@ -10,13 +11,14 @@ from rich.progress import (
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
 
 from panacea_jax.parallel import processes
 
 SECONDS_BETWEEN_LINES = 30.0
+# From the first advance, which waits for a compilation, until the rate is worth a guess.
+SECONDS_UNTIL_KNOWN = 10.0
 
 
 def say(text: str) -> None:
@@ -35,22 +37,23 @@ class Progress:
     """``with Progress("train", total=100) as bar: bar.advance("loss 0.1")``. Only the first process prints."""
 
     def __init__(self, title: str, total: int, start: int = 0) -> None:
-        self._title, self._total, self._done, self._start = title, total, start, start
-        self._began = self._last_line = time.monotonic()
+        self._title, self._total, self._done = title, total, start
+        self._last_line = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when the first advance came, and what was done then
         console = Console(stderr=True)
         self._loud = processes.first()
         self._bar: RichProgress | None = None
         if self._loud and console.is_terminal:
             self._bar = RichProgress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(),
-                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console,
+                TimeElapsedColumn(), TextColumn("{task.fields[left]}"), TextColumn("{task.fields[note]}"), console=console,
             )  # fmt: skip
 
     def __enter__(self) -> "Progress":
         if self._bar is not None:
             self._bar.start()
             self._task = self._bar.add_task(
-                self._title, total=self._total, completed=self._done, note=""
+                self._title, total=self._total, completed=self._done, note="", left=""
             )
         return self
 
@@ -61,14 +64,20 @@ class Progress:
     def advance(self, note: str = "", by: int = 1) -> None:
         """``by`` more are done."""
         self._done += by
+        now = time.monotonic()
+        left = self._left(now)
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, note=note)
-        elif self._loud and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            rate = (self._done - self._start) / (self._last_line - self._began)
-            left = (self._total - self._done) / rate if rate else float("inf")
-            print(
-                f"{self._title} {self._done}/{self._total} {note} {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+            self._bar.update(self._task, completed=self._done, note=note, left=left)
+        elif self._loud and now - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            print(*filter(None, (f"{self._title} {self._done}/{self._total}", note, left)), file=sys.stderr, flush=True)
+
+    def _left(self, now: float) -> str:
+        """``0:12:30 left``, by the rate since the first advance; "" until that is known."""
+        if self._first is None:
+            self._first = now, self._done
+        began, before = self._first
+        if now - began < SECONDS_UNTIL_KNOWN or self._done == before:
+            return ""
+        seconds = (self._total - self._done) * (now - began) / (self._done - before)
+        return f"{datetime.timedelta(seconds=round(seconds))} left"

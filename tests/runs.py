@@ -12,6 +12,7 @@ import absl.logging
 import pytest
 
 from panacea_jax import cli
+from tests.reads import only_what_help_names
 from tests.tiny import write_model, write_pairs
 
 RHO = 0.5
@@ -74,9 +75,10 @@ def make_place(root: Path) -> Place:
 
 
 def panacea(*arguments: object) -> int:
-    """One command line; the logging that it sets up for its process is taken back."""
-    with _logging_as_it_was():
-        return cli.run([str(a) for a in arguments])
+    """One command line; the logging that it sets up for its process is taken back. It may read what its ``--help`` names, no more."""
+    words = [str(a) for a in arguments]
+    with _logging_as_it_was(), only_what_help_names(words[0] if words else ""):
+        return cli.run(words)
 
 
 @contextlib.contextmanager

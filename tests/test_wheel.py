@@ -63,7 +63,7 @@ def test_what_it_holds(wheel):
     assert {f"panacea_jax/launch/{p.as_posix()}" for p in scripts} <= names
     assert "panacea_jax/py.typed" in names and any(n.endswith("licenses/LICENSE") for n in names)
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
-    extra = {"panacea_jax.recipes", "panacea_jax.launch"}
+    extra = {"panacea_jax.recipes", "panacea_jax.launch", "panacea_jax.docs"}
     assert {name.replace(".", "/") for name in set(listed) - extra} == folders
 
 
@@ -77,6 +77,10 @@ def test_a_recipe_by_name(installed):
     assert "meta-llama/Llama-2-7b-hf" in said and "not looked at" in said
     said = call(installed, "-m", "panacea_jax.cli", "doctor", "--config=llama9", code=2)
     assert "no recipe of that name" in said and "llama2_7b" in said
+
+
+def test_help_explains_the_keys(installed):
+    assert "\n  seed = 0 " in call(installed, "-m", "panacea_jax.cli", "run", "--help")
 
 
 def test_launch_scripts(installed):

@@ -5,7 +5,7 @@ A recipe starts from :func:`get_config` and changes what differs. Overrides on t
 
 from panacea_jax.config.defaults import batch_sizes, get_config, keys, stage_config
 from panacea_jax.config.methods import defence_section, make_defence
-from panacea_jax.config.recipes import load_recipe, recipes, require_key, shipped
+from panacea_jax.config.recipes import load_recipe, recipes, require_key
 from panacea_jax.config.validation import validate
 from panacea_jax.config.variation import variations, varied
 
@@ -18,7 +18,6 @@ __all__ = [
     "make_defence",
     "recipes",
     "require_key",
-    "shipped",
     "stage_config",
     "validate",
     "variations",

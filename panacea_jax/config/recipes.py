@@ -8,13 +8,7 @@ from ml_collections import ConfigDict
 
 from panacea_jax.config.defaults import get_config, keys
 from panacea_jax.errors import InputError
-
-
-def shipped(folder: str, installed: str) -> Path:
-    """A folder that comes with the package: ``folder`` in a clone, ``installed`` inside the package where a wheel put it."""
-    package = Path(__file__).parents[1]
-    inside = package / installed
-    return inside if inside.is_dir() else package.parent / folder
+from panacea_jax.shipped import shipped
 
 
 def recipes() -> dict[str, Path]:

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from panacea_jax.config import shipped
 from panacea_jax.errors import InputError
+from panacea_jax.shipped import shipped
 
 
 def scripts() -> dict[str, Path]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from panacea_jax import cli
+from panacea_jax.cli.parsing import parse_command
 from panacea_jax.config import get_config, validate
 from panacea_jax.config.methods import make_defence
 from panacea_jax.stages.lineage import named
@@ -12,7 +12,7 @@ from tests.runs import panacea
 
 def written(*arguments):
     """The configuration that a command line makes."""
-    return cli.parse_command("doctor", [f"--config.{argument}" for argument in arguments])[1]
+    return parse_command("doctor", [f"--config.{argument}" for argument in arguments])[1]
 
 
 @pytest.mark.parametrize(

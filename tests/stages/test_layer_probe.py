@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from panacea_jax.cli import parse_command
+from panacea_jax.cli.parsing import parse_command
 from panacea_jax.data.template import Template
 from panacea_jax.defences import Antidote
 from panacea_jax.models.vocabulary import open_vocabulary

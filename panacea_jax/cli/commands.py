@@ -1,0 +1,240 @@
+"""The commands: what each does in a line, what runs it, and the flags it reads.
+
+A new command is a file in ``stages/``, a function here that starts it, and its line in ``COMMANDS``. A function imports what it needs when
+it runs, so that ``--help`` and bad flags answer at once.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from panacea_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from absl.flags import FlagValues
+    from ml_collections import ConfigDict
+
+
+class Command(NamedTuple):
+    """One command.
+
+    Attributes:
+        summary: what it does, in a line.
+        run: starts it; returns the path that it wrote.
+        flags: that it reads besides ``--config``.
+        several: whether several processes may run it together.
+        reads: keys and sections of the configuration that it reads, for ``--help``.
+    """
+
+    summary: str
+    run: "Callable[[FlagValues, ConfigDict], Path | None]"
+    flags: tuple[str, ...] = ("workdir",)
+    several: bool = False
+    reads: tuple[str, ...] = ()
+
+
+def _workdir(values: "FlagValues") -> Path:
+    if not values.workdir:
+        raise InputError("--workdir is not set: name a folder for the results")
+    return Path(values.workdir)
+
+
+def _path(text: str) -> Path | None:
+    return Path(text) if text else None
+
+
+def _items(text: str) -> list[str]:
+    return [item for item in text.split(",") if item]
+
+
+def _paths(text: str) -> list[Path]:
+    return [Path(item) for item in _items(text)]
+
+
+def _quickstart(values: "FlagValues", config: "ConfigDict") -> Path:
+    if values.base == "smollm2":
+        from panacea_jax.comparison.testbed import testbed
+
+        if not values.data:
+            raise InputError("--data is not set: name the folder of the public sets (docs/real_language.md)")
+        return testbed(Path(values.workdir or "smollm2_results"), Path(values.data), values.task, _path(values.gguf))
+    from panacea_jax.stages.quickstart import quickstart
+
+    if values.base != "miniature":
+        raise InputError(f"--base={values.base}: one of miniature, smollm2")
+    return quickstart(Path(values.workdir or "quickstart_results"), values.world)
+
+
+def _train(name: str) -> "Callable[[FlagValues, ConfigDict], Path]":
+    def run(values: "FlagValues", config: "ConfigDict") -> Path:
+        from panacea_jax.stages.train import train_stage
+        from panacea_jax.train.watch import Profile
+
+        profile = Profile.parse(values.profile)
+        return train_stage(config, _workdir(values), name, profile=profile)
+
+    return run
+
+
+def _heal(values: "FlagValues", config: "ConfigDict") -> Path:
+    if config.heal.methods:
+        from panacea_jax.stages.heal import heal_stage
+
+        return heal_stage(config, _workdir(values))
+    return _train("heal")(values, config)
+
+
+def _generate(values: "FlagValues", config: "ConfigDict") -> Path:
+    if values.prompts_only:
+        from panacea_jax.stages.prompts import prompts_stage
+
+        return prompts_stage(config, _workdir(values))
+    from panacea_jax.stages.generate import generate_stage
+
+    return generate_stage(config, _workdir(values))
+
+
+def _judge(values: "FlagValues", config: "ConfigDict") -> Path:
+    from panacea_jax.stages.judge import judge_stage
+
+    return judge_stage(config, _workdir(values))
+
+
+def _score(values: "FlagValues", config: "ConfigDict") -> Path:
+    from panacea_jax.stages.score import score_stage
+
+    return score_stage(
+        config, _workdir(values), generations=values.generations, template=values.template,
+        against=_paths(values.against),
+        undefended=_path(values.undefended), aligned=_path(values.aligned),
+    )  # fmt: skip
+
+
+def _perplexity(values: "FlagValues", config: "ConfigDict") -> Path:
+    from panacea_jax.stages.perplexity import perplexity_stage
+
+    return perplexity_stage(config, _workdir(values))
+
+
+def _run(values: "FlagValues", config: "ConfigDict") -> Path:
+    if config.compare.methods or config.compare.grid:
+        from panacea_jax.comparison.run import compare_methods
+
+        return compare_methods(config, _workdir(values))
+    from panacea_jax.stages.run import run_stages
+    from panacea_jax.train.watch import Profile
+
+    return run_stages(config, _workdir(values), Profile.parse(values.profile))
+
+
+def _layers(values: "FlagValues", config: "ConfigDict") -> Path:
+    out = _path(values.out)
+    if values.probe:
+        from panacea_jax.stages.layer_probe import probe_layers
+
+        one = "a probe looks at one model, that of --workdir or config.lora.init_from"
+        for flag in ("epsilon", "checkpoint", "label"):
+            if values[flag].value:
+                raise InputError(f"--{flag}: {one}")
+        if len(_items(values.workdir)) > 1:
+            raise InputError(f"--workdir={values.workdir}: {one}")
+        return probe_layers(config, _workdir(values), values.probe, values.against, out)
+    from panacea_jax.stages.layers import layers_stage
+
+    if values.against:
+        raise InputError("--against: needs harmful batches; say how many with --probe=N")
+    sources = [_paths(text) for text in (values.workdir, values.epsilon, values.checkpoint)]
+    return layers_stage(*sources, labels=_items(values.label), out=out)
+
+
+def _convert(values: "FlagValues", config: "ConfigDict") -> Path:
+    from panacea_jax.stages.convert import convert
+
+    if not values.out:
+        raise InputError("--out is not set: name the folder to write")
+    return convert(config, Path(values.out), _path(values.epsilon), _path(values.gguf))
+
+
+def _defences(values: "FlagValues", config: "ConfigDict") -> None:
+    from panacea_jax.stages.defences import print_defences
+
+    print_defences()
+
+
+def _doctor(values: "FlagValues", config: "ConfigDict") -> None:
+    from panacea_jax.stages.doctor import doctor
+
+    doctor(config)
+
+
+def _plan(values: "FlagValues", config: "ConfigDict") -> Path | None:
+    from panacea_jax.stages.plan import plan_stage
+
+    return plan_stage(config, values.topology, values.search, _path(values.workdir))
+
+
+def _launch(values: "FlagValues", config: "ConfigDict") -> None:
+    from panacea_jax.stages.launch import print_script
+
+    print_script(values.print)
+
+
+TRAINING = ("workdir", "profile")
+# Keys and sections that several commands read.
+PROMPTS = (
+    "data.format", "data.columns", "data.template", "data.thinking", "data.date", "data.special_tokens", "eval.tasks", "eval.num_examples",
+)  # fmt: skip
+ANSWERS = ("seed", "model", "lora.init_from", "train.full_parameters", "generate", "mesh", *PROMPTS)
+STEPS = ("seed", "model", "lora", "data", "defence", "optimizer", "train", "checkpoint", "mesh", "export")
+CHOOSING = ("heal.sets", "heal.held_out", "heal.num_held_out", "heal.new_tokens", "budget", "generate.batch_size", "judge")
+COMMANDS = {
+    "quickstart": Command(
+        "the whole experiment in a miniature world, no download, minutes on a laptop; or with a real small model on real rows", _quickstart,
+        ("workdir", "world", "base", "data", "task", "gguf"),
+    ),
+    "run": Command(
+        "every stage of a recipe: align, finetune, heal, generate, judge, layers (perplexity if asked for)", _run, TRAINING, several=True,
+        reads=(*STEPS, "align", "heal", "budget", "eval", "generate", "judge", "compare", "after"),
+    ),
+    "align": Command("safety alignment of the base on config.data.alignment", _train("align"), TRAINING, several=True, reads=STEPS),
+    "finetune": Command(
+        "fine-tuning on user data with config.defence", _train("finetune"), TRAINING, several=True, reads=(*STEPS, *CHOOSING),
+    ),
+    "heal": Command(
+        "a post-fine-tuning defence, or several side by side, on a finished adapter or model", _heal, TRAINING, several=True,
+        reads=(*STEPS, "heal.methods", *CHOOSING),
+    ),
+    "generate": Command("answers to config.eval.tasks", _generate, ("workdir", "prompts_only"), several=True, reads=ANSWERS),
+    "judge": Command("verdicts and scores.json from the answers", _judge, reads=("judge", "eval.tasks")),
+    "score": Command(
+        "figures from the verdicts that are there: again, of answers made elsewhere, or side by side", _score,
+        ("workdir", "generations", "template", "against", "undefended", "aligned"),
+        reads=("judge", "eval.tasks", "generate.max_new_tokens", "data.format", "data.columns"),
+    ),
+    "perplexity": Command(
+        "perplexity.json: the model's surprise at the answers of config.eval.tasks", _perplexity, several=True,
+        reads=(
+            "seed", "model", "lora.init_from", "generate.adapter", "mesh", *PROMPTS, "data.max_length", "data.loss_on",
+            "train.batch_size", "train.full_parameters",
+        ),
+    ),
+    "layers": Command(
+        "layer safety coefficients of a run, of several beside each other, or by a probe: JSON, CSV, PNG", _layers,
+        ("workdir", "epsilon", "checkpoint", "label", "probe", "against", "out"),
+        reads=("seed", "model", "lora", "data", "train.harmful_batch_size", "train.full_parameters", "generate.adapter", "mesh"),
+    ),
+    "convert": Command(
+        "base (+ adapter, + ε), or a GGUF file, to one Hugging Face folder", _convert, ("out", "epsilon", "gguf"),
+        reads=("model.path", "lora.init_from", "mesh"),
+    ),
+    "defences": Command("every defence: stage, data, passes a step, memory, paper", _defences, ()),
+    "doctor": Command(
+        "what this machine has, and what a configuration will use of it", _doctor, (), several=True,
+        reads=("seed", "model", "lora", "data", "defence", "optimizer", "train", "eval.tasks", "judge", "mesh"),
+    ),
+    "plan": Command(
+        "memory and least time of a step on a machine that is not there", _plan, ("workdir", "topology", "search"),
+        reads=("model", "lora", "data", "defence", "optimizer", "train", "mesh"),
+    ),
+    "launch": Command("the launch scripts for SLURM, TPU pods, GKE and others, for a machine without a clone", _launch, ("print",)),
+}  # fmt: skip

@@ -1,0 +1,138 @@
+"""Runs one command line and ends with its exit code."""
+
+import contextlib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+
+from panacea_jax.cli.commands import COMMANDS
+from panacea_jax.cli.help import HELP, HELPFULL, VERSION, command_help, usage, version
+from panacea_jax.errors import InputError, no_space
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``panacea``; ends the process with the command's exit code."""
+    with contextlib.ExitStack() as together:
+        code = run(sys.argv[1:] if argv is None else argv, together)
+        if code:
+            _abandon(code)
+    if code == EXIT_FAILED:  # threads of a failed write may be left, whose last words are tracebacks
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def run(arguments: Sequence[str], together: contextlib.ExitStack | None = None) -> int:
+    """Run one command line and return its exit code.
+
+    Args:
+        arguments: of the command line.
+        together: where this process leaves the others that it joined; by default at the end of this call.
+    """
+    name, *rest = arguments or ("",)
+    if name in VERSION:
+        print(version())
+        return 0
+    if name in ("", "help", *HELP, *HELPFULL):
+        print(usage(name in HELPFULL))
+        return 0 if name else EXIT_BAD_INPUT
+    if name not in COMMANDS:
+        print(f"panacea: unknown command {name!r}; known are {', '.join(COMMANDS)}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    if any(a in (*HELP, *HELPFULL) for a in rest):
+        print(command_help(name, any(a in HELPFULL for a in rest)))
+        return 0
+    # transformers advises to install PyTorch, which is not needed here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    with contextlib.ExitStack() as stack:
+        return _run_command(name, rest, together or stack)
+
+
+def _run_command(name: str, arguments: Sequence[str], together: contextlib.ExitStack) -> int:
+    import jax
+
+    from panacea_jax import workdir
+    from panacea_jax.cli.parsing import parse_command
+    from panacea_jax.parallel import processes
+    from panacea_jax.train.signals import Diverged, Preempted
+
+    _log_plainly()
+    try:
+        values, config = parse_command(name, arguments)
+        if COMMANDS[name].several:
+            place = processes.find_place(
+                values.coordinator, values.num_processes, values.process_id
+            )
+            together.enter_context(processes.joined(place))
+            environment = {k: v for k, v in os.environ.items() if k in processes.SETTINGS}
+            facts = {"config": config.to_dict(), "environment": environment}
+            processes.agree(f"panacea {name}", workdir.plain(facts))
+        path = COMMANDS[name].run(values, config)
+        processes.leave()
+    except InputError as error:
+        return _fail(str(error), EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        return _fail(
+            "interrupted; the same command goes on from the last checkpoint", EXIT_INTERRUPTED
+        )
+    except Preempted as error:
+        return _fail(f"{error}; start the same command again to go on", EXIT_PREEMPTED)
+    except Diverged as error:
+        return _fail(str(error), EXIT_FAILED)
+    except Exception as error:
+        if full := no_space(error):
+            file, reason = full
+            where = file or _written(arguments)
+            return _fail(f"{where}: cannot be written ({reason}); make room and start the same command again", EXIT_FAILED)
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            processes.wait_for_verdict()
+        processes.leave(f"{type(error).__name__}: {error}")
+        if processes.together():
+            traceback.print_exc()
+            processes.abandon(EXIT_FAILED)
+        raise
+    if path is not None and processes.first():
+        print(os.path.relpath(path))
+    return 0
+
+
+def _log_plainly() -> None:
+    """Warnings and errors on stderr, as a line that begins with their level."""
+    import logging
+
+    import absl.logging
+    from absl import flags
+
+    flags.FLAGS.mark_as_parsed()  # ours are in a set of their own; absl's logging looks at the global one
+    absl.logging.use_absl_handler()
+    absl.logging.set_verbosity(absl.logging.WARNING)
+    absl.logging.get_absl_handler().setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+
+
+def _written(arguments: Sequence[str]) -> str:
+    """The flag that says where a command writes."""
+    return next((a for a in arguments if re.match("--?(workdir|out)=", a)), "the disk")
+
+
+def _fail(message: str, code: int) -> int:
+    from panacea_jax.parallel import processes
+
+    print(f"panacea: {message}", file=sys.stderr, flush=True)
+    if code == EXIT_PREEMPTED:
+        processes.barrier()  # the first one's end would cut the others off from their coordinator
+        message = ""
+    processes.leave(message, code)
+    return code
+
+
+def _abandon(code: int) -> None:
+    """End at once where others would be waited for."""
+    if "jax" in sys.modules:
+        from panacea_jax.parallel import processes
+
+        processes.abandon(code)

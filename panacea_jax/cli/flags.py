@@ -1,0 +1,42 @@
+"""Every flag besides ``--config``: what it is for, and its default."""
+
+from typing import NamedTuple
+
+
+class Flag(NamedTuple):
+    """A flag of some commands: what ``--help`` says, and the default, whose type is the flag's."""
+
+    help: str
+    default: str | int | bool = ""
+
+
+FLAGS = {
+    "workdir": Flag("folder for the results; a run in it goes on where it stopped; for layers several with commas"),
+    "world": Flag("seed of the miniature world", 0),
+    "base": Flag("miniature, or smollm2: SmolLM2-135M-Instruct, about two hours on two cores", "miniature"),
+    "data": Flag("folder of the public sets that --base=smollm2 draws on"),
+    "task": Flag("the user's task on --base=smollm2: sst2 or ag_news", "sst2"),
+    "prompts_only": Flag("write the prompts alone, for a server that answers in our place; loads no weights", False),
+    "generations": Flag("answers made elsewhere: [TASK@]FILE, several with commas, or a folder"),
+    "template": Flag("id of the template that --generations were made with, like alpaca-1"),
+    "against": Flag("work directories to compare with, commas between them; for a probe one, a PEFT or model folder, or none (the base)"),
+    "undefended": Flag("work directory of the model attacked without a defence"),
+    "aligned": Flag("work directory of the model before the attack"),
+    "epsilon": Flag("exported ε (epsilon.safetensors); for layers several with commas"),
+    "gguf": Flag("GGUF file: to convert in place of a base, or the model of --base=smollm2"),
+    "checkpoint": Flag("checkpoint folder (…/checkpoints/<step>), several with commas"),
+    "label": Flag("names of the models that several sources are runs of, with commas; by default those of their bases"),
+    "probe": Flag("number of harmful batches to look at without training", 0),
+    "topology": Flag("machine to plan for: v5e:4x4, 2*v5p:2x2x1 (two slices), tpu7x:2x2x1, gpu:h100x8 …"),
+    "search": Flag("try meshes, batch sizes and remat policies; the cheapest that fits comes first", False),
+    "out": Flag("folder to write: of convert a Hugging Face folder, of layers one in place of --workdir"),
+    "profile": Flag("record steps with jax.profiler, STEP:COUNT, into WORKDIR/<stage>/profile"),
+    "print": Flag("name of the script; without it all names are listed"),
+}
+
+# Where a process stands among several; without them the launcher's environment says so.
+PROCESS_FLAGS = {
+    "coordinator": "HOST:PORT of process 0, the same for all; auto on a TPU slice",
+    "num_processes": "how many there are",
+    "process_id": "which one this is, 0 …",
+}
