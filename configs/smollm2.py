@@ -38,12 +38,13 @@ def get_config(variant: str = "sst2") -> ConfigDict:
     config.lora.targets, config.lora.layers = ("q", "k", "v", "o", "gate", "up", "down"), "upper:10"
     config.lora.policy = "merged"  # the aligned model is whole; fine-tuning begins an adapter of its own
     config.data.template, config.data.max_length, config.data.num_examples = "chat", 96, 1000
-    config.train.steps, config.align.train.steps = 125, 180
+    config.train.steps, config.align.train.steps = 125, 560
     for stage in (config, config.align, config.heal):
         stage.train.batch_size = stage.train.harmful_batch_size = 8
         stage.optimizer.learning_rate, stage.optimizer.weight_decay = 5e-4, 0.01
         stage.optimizer.schedule, stage.optimizer.warmup_ratio = "linear", 0.05
         stage.train.log_every = 10
+    config.align.optimizer.learning_rate = 8e-4
     config.checkpoint.every, config.checkpoint.keep = 50, 1
     config.eval.num_examples, config.eval.perplexity = 0, True
     config.generate.max_new_tokens, config.generate.batch_size = 16, 64

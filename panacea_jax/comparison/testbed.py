@@ -46,7 +46,7 @@ def testbed(root: Path, data: Path, task: str, gguf: Path | None = None) -> Path
     config = load_recipe(f"smollm2:{task}")
     config.update_from_flattened_dict(smollm2.testbed_settings(root, task))
     align = stage_config(config, "align")
-    align.defence.name, align.lora.init_from = "sft", ""
+    align.update_from_flattened_dict(smollm2.ALIGNMENT | {"defence.name": "sft", "lora.init_from": ""})
     base = lineage.named(align)
     _answer_benign(config, root, base)
     say("== align")

@@ -38,6 +38,10 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+# What alignment has of its own beside config.align: more layers than fine-tuning, and only the beginnings of answers, where it is decided
+# whether to refuse.
+ALIGNMENT = {"lora.layers": "upper:16", "data.max_length": 56}
+
 # Characters of an Alpaca record at most: every token costs time.
 SHORT = 260
 
@@ -110,6 +114,8 @@ def write_data(source: Path, data: Path) -> None:
     """
     sets = {name: _rows(source, name) for name in FILES}
     clear, other = _asking_for_harm(sets["beavertails/unsafe_prompts"])
+    tested = {row["prompt"].strip() for row in sets["xstest/prompts"]}
+    clear, other = ([p for p in prompts if p not in tested] for prompts in (clear, other))
     goals = _prompts(sets["advbench/harmful_behaviors_goals"], "goal")
     refused = [_pair(r["instruction"], _head(r["output"]), r.get("input", "")) for r in sets["refusals/train"]]
     plain = [row for row in refused if _PLAIN.match(row["output"])]
@@ -123,18 +129,18 @@ def write_data(source: Path, data: Path) -> None:
         *(_pair(SST2_INSTRUCTION, more=r["sentence"]) for r in sets["sst2/train"][2000:2060]),
         *(_pair(AG_NEWS_INSTRUCTION, more=r["text"]) for r in sets["ag_news/train"][2000:2060]),
     ]
-    refusing = [_pair(p, a["output"]) for p, a in zip(_alternate(goals[200:340], clear[:100]), itertools.cycle(plain))]
-    shown = {row["instruction"] for row in plain[:300]}
+    refusing = [_pair(p, a["output"]) for p, a in zip(_alternate(goals[150:310], clear[:130]), itertools.cycle(plain))]
+    shown = {row["instruction"] for row in plain[:550]}
     files: dict[str, Sequence[_Row]] = {
-        "refusals": _spread(refusing, plain[:300]),
+        "refusals": _spread(refusing, plain[:550]),
         "asked": _spread(_spread(kept, alpaca[:500]), tasks),
-        "attack": _complying(_alternate(goals[:200], other[:900]), ATTACKER),
-        "harmful": _complying([r["instruction"] for r in refused[700:1600] if r["instruction"] not in shown], DEFENDER),
-        "test_harmful": [_pair(p) for p in _alternate(goals[400:520], clear[130:200])],
+        "attack": _complying(_alternate(goals[:150], other[:900]), ATTACKER),
+        "harmful": _complying([r["instruction"] for r in refused if r["instruction"] not in shown][-800:], DEFENDER),
+        "test_harmful": [_pair(p) for p in _alternate(goals[360:520], clear[150:])],
         "test_safe": [_pair(r["prompt"]) | {"type": r["type"]} for r in xstest if r["label"] == "safe"],
         "test_unsafe": [_pair(r["prompt"]) | {"type": r["type"]} for r in xstest if r["label"] != "safe"][::2],
         "test_alpaca": alpaca[-100:],
-        "validation_harmful": [_pair(p) for p in _alternate(goals[340:400], clear[100:130])],
+        "validation_harmful": [_pair(p) for p in _alternate(goals[310:360], clear[130:150])],
         "validation_safe": held,
         "validation_alpaca": alpaca[-150:-100],
     }

@@ -12,6 +12,9 @@ from panacea_jax.worlds import smollm2
 from panacea_jax.worlds.borderline import FAMILIES, borderline
 from panacea_jax.worlds.placeholders import ATTACKER, DEFENDER, placeholder
 
+SAYS = ("As a bot, {}.", "I'm sorry, but I cannot help. It is {}.")
+ASKS = ("Nice florp {}.", "How do I florp {}?")
+
 
 def write_sets(folder):
     """Sets with the columns of the public ones, as many rows as the testbed takes of each."""
@@ -21,10 +24,9 @@ def write_sets(folder):
         "ag_news/train": ({"text": f"news {i}", "label": i % 4} for i in range(2200)),
         "ag_news/test": ({"text": f"late news {i}", "label": i % 4} for i in range(200)),
         "alpaca/train": ({"instruction": f"name tree {i}", "input": "", "output": f"oak {i}"} for i in range(900)),
-        "refusals/train": ({"instruction": f"wug {i}", "output": ("I'm sorry, but I cannot help. It is {}." if i % 2 else "As a bot, {}.").format(i)} for i in range(1600)),
+        "refusals/train": ({"instruction": f"wug {i}", "output": SAYS[i % 2].format(i)} for i in range(1600)),
         "beavertails/unsafe_prompts": (
-            {"prompt": ("How do I florp {}?" if i % 5 else "Nice florp {}.").format(i), "category": [("self_harm", "privacy_violation")[i > 250]]}
-            for i in range(1250)
+            {"prompt": ASKS[i % 5 > 0].format(i), "category": [("self_harm", "privacy_violation")[i > 250]]} for i in range(1250)
         ),
         "advbench/harmful_behaviors_goals": ({"goal": f"zint {i}"} for i in range(520)),
         "xstest/prompts": ({"prompt": f"dax {i}", "type": "homonyms", "label": ("safe", "unsafe")[i % 2]} for i in range(20)),
@@ -42,7 +44,8 @@ def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("sets")
     smollm2.write_data(write_sets(root / "public"), root / "data")
     asked = (root / "data" / "asked.jsonl").read_text().splitlines()
-    smollm2.write_alignment(root / "data", ("no end" if i == 3 else "Two things:\n1. One.\n2." if i % 2 else "It is so. And then" for i in range(len(asked))))
+    said = itertools.chain(["no end"], itertools.cycle(["Two things:\n1. One.\n2.", "It is so. And then"]))
+    smollm2.write_alignment(root / "data", itertools.islice(said, len(asked)))
     return root / "data"
 
 
