@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from panacea_jax.config import make_defence
@@ -28,7 +29,7 @@ from panacea_jax.models.fused import choose_backend
 from panacea_jax.models.model import Model
 from panacea_jax.models.peft import save_adapter
 from panacea_jax.models.vocabulary import open_vocabulary
-from panacea_jax.parallel import make_mesh
+from panacea_jax.parallel import make_mesh, processes
 from panacea_jax.parallel.sharding import batch_rows
 from panacea_jax.progress import say
 from panacea_jax.stages import lineage
@@ -46,9 +47,11 @@ from panacea_jax.stages.streams import make_streams, stage_inputs
 from panacea_jax.train.checkpoints import Checkpoints
 from panacea_jax.train.held_out import HeldOut
 from panacea_jax.train.loop import Result, finetune
+from panacea_jax.train.loss_picture import plot_losses
 from panacea_jax.train.once import apply_once
 from panacea_jax.train.optimizer import learning_rate, optimizer_of
 from panacea_jax.train.step import CompiledSteps
+from panacea_jax.train.trackers import Tracking, check_installed
 from panacea_jax.train.watch import Profile
 from panacea_jax.workdir import StageFolder
 
@@ -168,6 +171,8 @@ def train_stage(
     apart = apart or (held_out_sets(config, start) if auto else ())
     made_by = decisive(config, start) | (decisive_for_exam(config) if auto else {})
     inputs = start.inputs() | stage_inputs(config, name, defence) | (fingerprint_of(apart) if apart else {})
+    check_installed(config.track.to)
+    tracking = Tracking(config.track.to, config.track.project, _flat(made_by))
     out = workdir / name / ("model" if start.full_parameters else "adapter")
     with StageFolder(workdir, name, made_by, inputs) as stage:
         if stage.done:
@@ -190,8 +195,10 @@ def train_stage(
             stage.begin()
             result = _train(
                 config, stage.folder, defence, model, params, streams, held_out,
-                donate=start.full_parameters, compiled=compiled, profile=profile,
+                donate=start.full_parameters, compiled=compiled, profile=profile, tracking=tracking,
             )  # fmt: skip
+            if processes.first():
+                plot_losses(stage.folder)
             if auto:
                 exam = make_exam(config, apart, template, model)
                 result, radius = at_chosen_radius(result, defence, exam, budget_of(config))
@@ -231,6 +238,7 @@ def _train(
     donate: bool,
     compiled: CompiledSteps | None,
     profile: Profile | None,
+    tracking: Tracking,
 ) -> Result:
     """All steps of a stage, from its newest checkpoint on."""
     asked = defence.own_steps or config.train.steps
@@ -245,9 +253,14 @@ def _train(
         optimizer=optimizer_of(o, rate, defence), steps=steps, seed=config.seed, log_every=config.train.log_every,
         accumulate=config.train.accumulate, checkpoints=checkpoints, folder=folder, donate=donate,
         cache_frozen=config.train.cache_frozen,
-        compiled=compiled, profile=profile, learning_rate=rate,
+        compiled=compiled, profile=profile, learning_rate=rate, tracking=tracking,
         held_out=HeldOut(held_out, config.train.batch_size, every, config.train.patience) if held_out else None,
     )  # fmt: skip
+
+
+def _flat(made_by: dict[str, Any]) -> dict[str, Any]:
+    """Settings that are set, by dotted key."""
+    return {key: value for key, value in flatten_dict(made_by, sep=".").items() if value is not None}
 
 
 def export(
