@@ -156,6 +156,14 @@ def _convert(values: flags.FlagValues, config: "ConfigDict") -> Path:
     return convert(config, Path(values.out), _path(values.epsilon), _path(values.gguf))
 
 
+def _push(values: flags.FlagValues, config: "ConfigDict") -> None:
+    from panacea_jax.stages.push import push_adapter
+
+    if not values.adapter:
+        raise InputError("--adapter is not set: name the PEFT folder to push")
+    push_adapter(Path(values.adapter), values.to, public=values.public)
+
+
 def _defences(values: flags.FlagValues, config: "ConfigDict") -> None:
     from panacea_jax.stages.defences import print_defences
 
@@ -204,6 +212,7 @@ COMMANDS = {
         ("workdir", "epsilon", "checkpoint", "label", "probe", "against", "out"),
     ),
     "convert": Command("base (+ adapter, + ε), or a GGUF file, to one Hugging Face folder", _convert, ("out", "epsilon", "gguf")),
+    "push": Command("an exported adapter, its tokenizer and its card to a repository of the hub", _push, ("adapter", "to", "public")),
     "defences": Command("every defence: stage, data, passes a step, memory, paper", _defences, ()),
     "doctor": Command("what this machine has, and what a configuration will use of it", _doctor, (), several=True),
     "plan": Command("memory and least time of a step on a machine that is not there", _plan, ("workdir", "topology", "search")),
@@ -245,6 +254,9 @@ FLAGS = {
     "topology": Flag("machine to plan for: v5e:4x4, 2*v5p:2x2x1 (two slices), tpu7x:2x2x1, gpu:h100x8 …"),
     "search": Flag("try meshes, batch sizes and remat policies; the cheapest that fits comes first", False),
     "out": Flag("folder to write: of convert a Hugging Face folder, of layers one in place of --workdir"),
+    "adapter": Flag("PEFT folder to push"),
+    "to": Flag("repository to push to, owner/name; the token is HF_TOKEN of the environment"),
+    "public": Flag("for everyone to see; without it a new repository is private", False),
     "profile": Flag("record steps with jax.profiler, STEP:COUNT, into WORKDIR/<stage>/profile"),
     "print": Flag("name of the script; without it all names are listed"),
 }
