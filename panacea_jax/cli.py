@@ -128,6 +128,12 @@ def _run(values: flags.FlagValues, config: "ConfigDict") -> Path:
     return run_stages(config, _workdir(values), Profile.parse(values.profile))
 
 
+def _compare(values: flags.FlagValues, config: "ConfigDict") -> Path:
+    from panacea_jax.comparison.own import compare_own
+
+    return compare_own(config, _workdir(values))
+
+
 def _layers(values: flags.FlagValues, config: "ConfigDict") -> Path:
     out = _path(values.out)
     if values.probe:
@@ -197,6 +203,7 @@ COMMANDS = {
     "run": Command(
         "every stage of a recipe: align, finetune, heal, generate, judge, layers (perplexity if asked for)", _run, TRAINING, True,
     ),
+    "compare": Command("one's own model before, after SFT, with noise, and with the defence and its w alone; one table", _compare),
     "align": Command("safety alignment of the base on config.data.alignment", _train("align"), TRAINING, True),
     "finetune": Command("fine-tuning on user data with config.defence", _train("finetune"), TRAINING, True),
     "heal": Command("a post-fine-tuning defence, or several side by side, on a finished adapter or model", _heal, TRAINING, True),
