@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this", and the errors of others that mean a full disk."""
+"""The one exception that means "the user can fix this", and the errors of others: a full disk, and what no message may show."""
 
 import errno
 import os
@@ -20,6 +20,9 @@ class InputError(Exception):
 # How a full disk, or a used-up quota, is said by the system and by libraries that write files themselves.
 _FULL = {number: os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)}
 _PATH = re.compile(r"[\"'](/[^\"']+)[\"']")
+# Names of environment variables that hold what no log may show, and a password in an address.
+_SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")
+_LOGIN = re.compile(r"//[^/@\s]+@")
 
 
 def no_space(error: BaseException) -> tuple[str, str] | None:
@@ -31,6 +34,14 @@ def no_space(error: BaseException) -> tuple[str, str] | None:
                 named = getattr(one, "filename", None) or next(iter(_PATH.findall(text)), "")
                 return str(named), reason
     return None
+
+
+def without_secrets(text: str) -> str:
+    """A message of somebody else's library without the keys and passwords that the environment holds, or an address in it."""
+    for name, value in os.environ.items():
+        if _SECRET.search(name.upper()) and len(value) >= 8:
+            text = text.replace(value, "…")
+    return _LOGIN.sub("//…@", text)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

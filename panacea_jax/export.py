@@ -2,7 +2,7 @@
 
 import functools
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from panacea_jax.parallel import processes
 from panacea_jax.train.checkpoints import read_checkpoint
 from panacea_jax.train.loop import Result
 
-# Everything of a Hugging Face folder that is not weights and travels with an exported model.
-COMPANIONS = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*", "vocab*", "merges.txt",
-              "added_tokens.json")  # fmt: skip
+# What of a Hugging Face folder travels with an exported adapter, and everything that is not weights and travels with an exported model.
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "added_tokens.json")
+COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
 WITHOUT_EPSILON = "exporting w without ε: w alone can be MORE harmful than plain fine-tuning; deploy w + ε instead"
 
 
@@ -47,8 +47,7 @@ def export_adapter(result: Result, folder: str | Path, *, without_epsilon: bool 
         raise InputError(
             "export_adapter: all parameters were trained, so there is no adapter; use export_model"
         )
-    model = result.model
-    save_adapter(params, Path(folder), str(model.folder or ""), note, nested=model.config.nested)
+    write_adapter(result.model, params, Path(folder), str(result.model.folder or ""), note)
     return Path(folder)
 
 
@@ -62,6 +61,29 @@ def export_model(result: Result, folder: str | Path, *, without_epsilon: bool = 
     """
     save_model(result.model, deployed(result, without_epsilon)[0], Path(folder))
     return Path(folder)
+
+
+def write_adapter(model: Model, params: Adapter, folder: Path, base: str, notes: Mapping[str, str]) -> None:
+    """Write a PEFT folder with the tokenizer's files of the base.
+
+    Args:
+        model: the base.
+        params: the adapter.
+        folder: created if missing.
+        base: path or hub id of the base, noted in the adapter's configuration.
+        notes: see ``save_adapter``.
+    """
+    save_adapter(params, folder, base, notes, nested=model.config.nested)
+    _bring_along(model, TOKENIZER_FILES, folder)
+
+
+def _bring_along(model: Model, patterns: Sequence[str], folder: Path) -> None:
+    """Copy files of the folder that the model came from, if it came from one; of several processes the first does."""
+    if model.folder is None or not processes.first():
+        return
+    for path in (p for pattern in patterns for p in model.folder.glob(pattern)):
+        if path.is_file():
+            shutil.copy(path, folder / path.name)
 
 
 def save_model(model: Model, params: Any, folder: Path) -> None:
@@ -80,9 +102,7 @@ def save_model(model: Model, params: Any, folder: Path) -> None:
     if config_from_dict(hf_config).tie_embeddings != model.config.tie_embeddings:
         hf_config["tie_word_embeddings"] = model.config.tie_embeddings  # as the files had it
     save_weights(weights, folder, hf_config, adapter=adapter, dtype=stored_dtype(hf_config))
-    for path in (p for pattern in COMPANIONS for p in model.folder.glob(pattern)):
-        if path.is_file() and processes.first():
-            shutil.copy(path, folder / path.name)
+    _bring_along(model, COMPANIONS, folder)
 
 
 def stored_dtype(hf_config: Mapping[str, Any]) -> str:

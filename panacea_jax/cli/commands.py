@@ -127,6 +127,12 @@ def _run(values: "FlagValues", config: "ConfigDict") -> Path:
     return run_stages(config, _workdir(values), Profile.parse(values.profile))
 
 
+def _compare(values: "FlagValues", config: "ConfigDict") -> Path:
+    from panacea_jax.comparison.own import compare_own
+
+    return compare_own(config, _workdir(values))
+
+
 def _layers(values: "FlagValues", config: "ConfigDict") -> Path:
     out = _path(values.out)
     if values.probe:
@@ -153,6 +159,14 @@ def _convert(values: "FlagValues", config: "ConfigDict") -> Path:
     if not values.out:
         raise InputError("--out is not set: name the folder to write")
     return convert(config, Path(values.out), _path(values.epsilon), _path(values.gguf))
+
+
+def _push(values: "FlagValues", config: "ConfigDict") -> None:
+    from panacea_jax.stages.push import push_adapter
+
+    if not values.adapter:
+        raise InputError("--adapter is not set: name the PEFT folder to push")
+    push_adapter(Path(values.adapter), values.to, public=values.public)
 
 
 def _defences(values: "FlagValues", config: "ConfigDict") -> None:
@@ -196,6 +210,10 @@ COMMANDS = {
         "every stage of a recipe: align, finetune, heal, generate, judge, layers (perplexity if asked for)", _run, TRAINING, several=True,
         reads=(*STEPS, "align", "heal", "budget", "eval", "generate", "judge", "compare", "after"),
     ),
+    "compare": Command(
+        "one's own model before, after SFT, with noise, and with the defence and its w alone; one table", _compare,
+        reads=(*STEPS, "heal", "budget", "eval", "generate", "judge", "compare", "after"),
+    ),
     "align": Command("safety alignment of the base on config.data.alignment", _train("align"), TRAINING, several=True, reads=STEPS),
     "finetune": Command(
         "fine-tuning on user data with config.defence", _train("finetune"), TRAINING, several=True, reads=(*STEPS, *CHOOSING),
@@ -227,6 +245,7 @@ COMMANDS = {
         "base (+ adapter, + ε), or a GGUF file, to one Hugging Face folder", _convert, ("out", "epsilon", "gguf"),
         reads=("model.path", "lora.init_from", "mesh"),
     ),
+    "push": Command("an exported adapter, its tokenizer and its card to a repository of the hub", _push, ("adapter", "to", "public")),
     "defences": Command("every defence: stage, data, passes a step, memory, paper", _defences, ()),
     "doctor": Command(
         "what this machine has, and what a configuration will use of it", _doctor, (), several=True,

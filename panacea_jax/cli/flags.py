@@ -30,6 +30,9 @@ FLAGS = {
     "topology": Flag("machine to plan for: v5e:4x4, 2*v5p:2x2x1 (two slices), tpu7x:2x2x1, gpu:h100x8 …"),
     "search": Flag("try meshes, batch sizes and remat policies; the cheapest that fits comes first", False),
     "out": Flag("folder to write: of convert a Hugging Face folder, of layers one in place of --workdir"),
+    "adapter": Flag("PEFT folder to push"),
+    "to": Flag("repository to push to, owner/name; the token is HF_TOKEN of the environment"),
+    "public": Flag("for everyone to see; without it a new repository is private", False),
     "profile": Flag("record steps with jax.profiler, STEP:COUNT, into WORKDIR/<stage>/profile"),
     "print": Flag("name of the script; without it all names are listed"),
 }

@@ -25,6 +25,7 @@ from panacea_jax.defences.ascent import AUTO
 from panacea_jax.defences.spec import Part, Stack, parse_stack, slug
 from panacea_jax.errors import InputError
 from panacea_jax.stages import lineage
+from panacea_jax.stages.bare import write_bare
 from panacea_jax.stages.generate import generate_stage
 from panacea_jax.stages.held_out import decisive_for_exam
 from panacea_jax.stages.judge import judge_stage
@@ -49,18 +50,27 @@ class Cell(NamedTuple):
         seed: in a miniature world, the world too.
         ratio: poison ratio; None for the aligned model, before any fine-tuning.
         setting: what differs from the comparison's configuration.
+        title: what tables and folders call it; "": the method.
+        bare: the ε of fine-tuning is left out, so that w alone answers.
     """
 
     method: Stack
     seed: int
     ratio: float | None
     setting: Setting = ()
+    title: str = ""
+    bare: bool = False
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return self.title or str(self.method)
 
     def __str__(self) -> str:
         if self.ratio is None:
             return f"aligned, seed {self.seed}"
         setting = f", {written(self.setting)}" if self.setting else ""
-        return f"{self.method}, seed {self.seed}, poison ratio {self.ratio:g}{setting}"
+        return f"{self.name}, seed {self.seed}, poison ratio {self.ratio:g}{setting}"
 
 
 class Cells:
@@ -92,7 +102,7 @@ class Cells:
             return self.root / "aligned" / f"seed{cell.seed}"
         name = f"seed{cell.seed}-p{cell.ratio:g}"
         name = f"{name}-{folder_name(cell.setting)}" if cell.setting else name
-        return self.root / "cells" / slug(cell.method) / name
+        return self.root / "cells" / slug(cell.name) / name
 
     def check(
         self,
@@ -163,7 +173,7 @@ class Cells:
             tuned = train_stage(
                 main, stages["finetune"].parent, "finetune", start, compiled=self._compiled
             )
-            left = _left(start, tuned)
+            left = _left(start, write_bare(tuned.parent, folder / "bare") if cell.bare else tuned)
         if cell.method.heal:
             heal = stage_config(config, "heal")
             own = self.folder(cell._replace(setting=of_healing(cell.setting)))
@@ -182,10 +192,16 @@ class Cells:
             perplexity_stage(main, folder, left)
         found = {stage: str(path.relative_to(self.root)) for stage, path in stages.items()}
         write_json(note, {
-            "method": str(cell.method), "seed": cell.seed, "ratio": cell.ratio, "stages": found, "config_sha256": made,
+            "method": cell.name, "seed": cell.seed, "ratio": cell.ratio, "stages": found, "config_sha256": made,
             **({"setting": dict(cell.setting)} if cell.setting else {}),
         })  # fmt: skip
         return folder
+
+    def epsilon(self, cell: Cell) -> Path | None:
+        """The ε that a cell which is done deploys, by the latest of its stages that has one; None where none has."""
+        stages = json.loads((self.folder(cell) / "cell.json").read_text())["stages"]
+        files = (self.root / stages[name] / "epsilon.safetensors" for name in ("heal", "finetune") if name in stages)
+        return next((file for file in files if file.is_file()), None)
 
     def _start_folder(self, cell: Cell) -> Path:
         """Where all that starts from one alignment lies, or from the model as it came if there is none."""

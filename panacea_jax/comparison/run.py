@@ -80,28 +80,41 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
     cells = Cells(config, workdir, aligns, compiled)
     cells.check(reported, compare.seeds[0], compare.ratios, settings)
     judge = config.judge.name
-    # Where nothing is aligned here, all seeds start from one model.
-    aligned = _aligned(cells, compare.seeds if aligns else compare.seeds[:1], judge)
+    aligned = measure_aligned(cells, compare.seeds, judge)
     found = _run(cells, reported, compare.seeds, compare.ratios, judge, settings)
 
     # ---- table
-    before = row(SFT, None, aligned, None) | {"method": "aligned" if aligns else "before"}
-    rows = [before] + [
+    rows = [row_before(aligned, aligns)] + [
         row(m, p, found[m, p, s], found[SFT, p, s], s) for p in map(float, compare.ratios) for s in settings for m in reported
     ]
-    guard = miniature.GUARD if compare.world else AlignmentGuard(*compare.guard) if compare.guard else None
-    held = {str(seed): guard.holds(f["hs"], f["benign"]) for seed, f in _figures(aligned).items()} if guard else {}
     result = {
         "methods": list(map(str, reported)), "seeds": list(compare.seeds), "ratios": list(map(float, compare.ratios)),
         "world": compare.world, "judge": judge, "memory": MEMORY,
         "development": list(compare.development) if grid else [], "rule": choice.RULE if grid else "", "grid": choices,
-        "guard": held, "bounds": str(guard or ""), "rows": rows,
+        **guarded(compare, aligned), "rows": rows,
         **({"worst": worst_cases(rows)} if compare.vary else {}),
     }  # fmt: skip
+    return write_result(result, workdir)
+
+
+def row_before(aligned: Mapping[int, Measured], aligns: bool) -> dict[str, Any]:
+    """The line of the models before any fine-tuning, which were aligned here or are as they came."""
+    return row(SFT, None, aligned, None) | {"method": "aligned" if aligns else "before"}
+
+
+def guarded(compare: ConfigDict, aligned: Mapping[int, Measured]) -> dict[str, Any]:
+    """Whether the models before any fine-tuning hold the guard, by seed, and what it demands; nothing where there is none."""
+    guard = miniature.GUARD if compare.world else AlignmentGuard(*compare.guard) if compare.guard else None
+    held = {str(seed): guard.holds(f["hs"], f["benign"]) for seed, f in _figures(aligned).items()} if guard else {}
+    return {"guard": held, "bounds": str(guard or "")}
+
+
+def write_result(result: dict[str, Any], workdir: Path) -> Path:
+    """Write ``WORKDIR/compare.{json,csv,md}``, of varied settings also ``compare.png``, and print the table; returns the first."""
     write_json(workdir / "compare.json", result)
     write_text(workdir / "compare.csv", table.as_csv(result))
     write_text(workdir / "compare.md", table.markdown(result))
-    if compare.vary:
+    if "worst" in result:
         plot_settings(result, workdir / "compare.png")
     table.show(result)
     return workdir / "compare.json"
@@ -159,9 +172,9 @@ def _run(
     return found
 
 
-def _aligned(cells: Cells, seeds: Sequence[int], judge: str) -> dict[int, Measured]:
-    """The aligned models before any fine-tuning."""
-    folders = {seed: cells.run(Cell(SFT, seed, None)) for seed in seeds}
+def measure_aligned(cells: Cells, seeds: Sequence[int], judge: str) -> dict[int, Measured]:
+    """The models before any fine-tuning, by seed; where nothing is aligned here, all seeds start from one."""
+    folders = {seed: cells.run(Cell(SFT, seed, None)) for seed in (seeds if cells.aligns else seeds[:1])}
     return {seed: measure(cells.root, folder, judge) for seed, folder in folders.items()}
 
 

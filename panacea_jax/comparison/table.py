@@ -93,6 +93,7 @@ def notes(result: _Json) -> list[str]:
         given = [m for m in result["methods"] if m != "sft" and m not in {f["chosen"] for f in result["grid"]}]  # fmt: skip
         if given:
             lines.append(f"As given, not chosen: {', '.join(given)}.")
+    lines += result.get("notes", ())
     if failing := [seed for seed, passed in result["guard"].items() if not passed]:
         kind = "Worlds" if result["world"] else "Seeds"
         lines.append(

@@ -4,7 +4,7 @@ A recipe starts from :func:`get_config` and changes what differs. Overrides on t
 """
 
 from panacea_jax.config.defaults import batch_sizes, get_config, keys, stage_config
-from panacea_jax.config.methods import defence_section, make_defence
+from panacea_jax.config.methods import defence_section, make_defence, part_of
 from panacea_jax.config.recipes import load_recipe, recipes, require_key
 from panacea_jax.config.validation import validate
 from panacea_jax.config.variation import variations, varied
@@ -16,6 +16,7 @@ __all__ = [
     "keys",
     "load_recipe",
     "make_defence",
+    "part_of",
     "recipes",
     "require_key",
     "stage_config",

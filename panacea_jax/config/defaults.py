@@ -117,6 +117,10 @@ def get_config(variant: str = "") -> ConfigDict:
         },
         "mesh": {"replica": 0, "data": 1, "fsdp": -1, "tensor": 1},
         "checkpoint": {"every": 500, "keep": 2},
+        "track": {
+            "to": ("tensorboard",),  # who is told the metrics beside metrics.jsonl: tensorboard, wandb, mlflow
+            "project": "panacea",  # of wandb, experiment of mlflow, that a run belongs to
+        },
         "generate": {
             "batch_size": 32,
             "max_new_tokens": 0,  # 0: what the task's protocol says

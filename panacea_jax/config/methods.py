@@ -154,6 +154,12 @@ def defence_section(part: Part) -> ConfigDict:
     return section.lock()
 
 
+def part_of(section: ConfigDict) -> Part:
+    """The line that describes a ``defence`` section: what ``defence_section`` makes it of."""
+    own = method_defaults(section.name).items()
+    return Part(section.name, tuple((key, section[key]) for key, default in own if section[key] != default))
+
+
 def make_defence(section: ConfigDict, prefix: str = "") -> Method:
     """The defence of a ``defence`` section: of its keys, those that the method has.
 

@@ -26,6 +26,7 @@ from panacea_jax.models.decoder import REMAT
 from panacea_jax.models.fused import BACKENDS
 from panacea_jax.models.quantise import QUANTIZATIONS
 from panacea_jax.train.optimizer import SCHEDULES
+from panacea_jax.train.trackers import TRACKERS
 
 _DTYPES = ("bfloat16", "float32")
 LORA_POLICIES = ("single", "merged")
@@ -87,6 +88,9 @@ def validate(config: ConfigDict) -> None:
         )
     _at_least(config.checkpoint.every, "checkpoint.every", 0)
     _at_least(config.checkpoint.keep, "checkpoint.keep", 1)
+    for name in config.track.to:
+        one_of(name, "track.to", tuple(TRACKERS))
+    require(bool(config.track.project), "track.project", config.track.project, "a name")
     _validate_generate(config.generate)
     _at_least(config.eval.num_examples, "eval.num_examples", 0)
     _validate_heal(config)

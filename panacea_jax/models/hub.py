@@ -10,6 +10,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja"]
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form ``owner/name``; a folder may have it too."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
 def local_folder(where: str | PurePath, patterns: Sequence[str] = _HUB_FILES) -> Path:
     """The folder itself, or the local snapshot of a hub id ``owner/name`` when there is no such
     folder.
@@ -24,7 +29,7 @@ def local_folder(where: str | PurePath, patterns: Sequence[str] = _HUB_FILES) ->
     folder = Path(where).expanduser()
     if folder.is_dir():
         return folder
-    if not _HUB_ID.fullmatch(str(where)):
+    if not is_hub_id(str(where)):
         raise InputError(f"{where}: no such model folder, and not a hub id (owner/name)")
     import huggingface_hub
 

@@ -36,7 +36,7 @@ from panacea_jax.records.journal import Answers
 from panacea_jax.stages import lineage
 from panacea_jax.stages.lineage import Start
 from panacea_jax.stages.rendering import decisive_for_prompts, make_template
-from panacea_jax.workdir import StageFolder, sha256_folder
+from panacea_jax.workdir import StageFolder, sha256_model
 
 
 def eval_records(config: ConfigDict, spec: str) -> list[Record]:
@@ -158,8 +158,8 @@ def generate_stage(config: ConfigDict, workdir: Path, start: Start | None = None
 
 
 def adapter_sha256(start: Start) -> str:
-    """Hash of all files of the adapter that answered; "" for none."""
-    return sha256_folder(Path(start.adapter), ("*",)) if start.adapter else ""
+    """Hash of the adapter that answered; "" for none."""
+    return sha256_model(Path(start.adapter)) if start.adapter else ""
 
 
 class Prompt(NamedTuple):

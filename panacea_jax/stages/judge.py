@@ -21,6 +21,7 @@ from panacea_jax.records.judged import (
     read_decoding,
     read_generations,
 )
+from panacea_jax.stages.card import write_scores
 from panacea_jax.workdir import write_json
 
 # Answers judged between two flushes to disk: enough for full batches of any length.
@@ -79,6 +80,7 @@ def judge_stage(config: ConfigDict, workdir: Path, specs: Sequence[str] | None =
     result = score(scored, judge=version, template=template, decoding=read_decoding(folder))
     for name in (f"scores.{judge.name}.json", "scores.json"):
         write_json(workdir / name, result)
+    write_scores(workdir, result)
     return workdir / "scores.json"
 
 

@@ -49,11 +49,11 @@ def from_checkpoint(folder: Path) -> list[dict[str, Any]]:
     """
     arrays, meta = read_checkpoint(folder)
     results = []
-    params = _subtree(arrays, "params.")
+    params = subtree(arrays, "params.")
     scale = meta.get("lora_scale")  # absent in all-parameter mode
     numbers = meta.get("lora_layers")  # where not all layers are adapted
     for kind, name in (("last", "defence.epsilon."), ("mean", "defence.epsilon_mean.")):
-        epsilon = _subtree(arrays, name)
+        epsilon = subtree(arrays, name)
         if epsilon:
             results.append(layer_coefficients(epsilon, params if scale else None, scale, kind, numbers))
     if not results:
@@ -61,7 +61,7 @@ def from_checkpoint(folder: Path) -> list[dict[str, Any]]:
     return results
 
 
-def _subtree(arrays: dict[str, Any], prefix: str) -> dict[str, Any]:
+def subtree(arrays: dict[str, Any], prefix: str) -> dict[str, Any]:
     """The arrays below a dotted prefix as a nested tree; an adapter's ``layers`` level is taken off."""
     tree = unflatten_dict(
         {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}, sep="."

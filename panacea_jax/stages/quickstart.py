@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from panacea_jax.export import adapter_from_checkpoint
-from panacea_jax.models.peft import save_adapter
 from panacea_jax.progress import table_console
+from panacea_jax.stages.bare import write_bare
 from panacea_jax.stages.miniature import Experiment
 from panacea_jax.workdir import write_json
 from panacea_jax.worlds.miniature import GUARD, make_world
@@ -80,13 +79,8 @@ def train(run: Experiment) -> list[ModelRow]:
     })  # fmt: skip
     run("layers", root / "panacea", {})
     bare = root / "panacea_w" / "adapter"
-    save_adapter(
-        adapter_from_checkpoint(
-            root / "panacea" / "finetune" / "checkpoints" / str(FINETUNE_STEPS)
-        ),
-        bare,
-        str(run.base),
-    )
+    if not bare.is_dir():
+        write_bare(root / "panacea" / "finetune", bare.parent)
     return [
         ModelRow("aligned", aligned, root / "aligned", seconds["aligned"]),
         ModelRow("SFT", sft, root / "sft", seconds["sft"]),

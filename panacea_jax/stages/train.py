@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from panacea_jax.config import make_defence
@@ -19,19 +20,19 @@ from panacea_jax.defences import Ascent, Defence, Method
 from panacea_jax.defences.ascent import AUTO
 from panacea_jax.defences.protocol import check_packing
 from panacea_jax.errors import InputError
-from panacea_jax.export import deployed, save_epsilon, save_model
+from panacea_jax.export import deployed, save_epsilon, save_model, write_adapter
 from panacea_jax.healing.auto import ascend_auto, at_chosen_radius
 from panacea_jax.healing.curve import write_radius
 from panacea_jax.healing.sets import HeldOutSet
 from panacea_jax.models.adapter import layers_text
 from panacea_jax.models.fused import choose_backend
 from panacea_jax.models.model import Model
-from panacea_jax.models.peft import save_adapter
 from panacea_jax.models.vocabulary import open_vocabulary
-from panacea_jax.parallel import make_mesh
+from panacea_jax.parallel import make_mesh, processes
 from panacea_jax.parallel.sharding import batch_rows
 from panacea_jax.progress import say
 from panacea_jax.stages import lineage
+from panacea_jax.stages.card import write_card
 from panacea_jax.stages.held_out import (
     asked_in,
     budget_of,
@@ -46,11 +47,13 @@ from panacea_jax.stages.streams import make_streams, stage_inputs
 from panacea_jax.train.checkpoints import Checkpoints
 from panacea_jax.train.held_out import HeldOut
 from panacea_jax.train.loop import Result, finetune
+from panacea_jax.train.loss_picture import plot_losses
 from panacea_jax.train.once import apply_once
 from panacea_jax.train.optimizer import learning_rate, optimizer_of
 from panacea_jax.train.step import CompiledSteps
+from panacea_jax.train.trackers import Tracking, check_installed
 from panacea_jax.train.watch import Profile
-from panacea_jax.workdir import StageFolder
+from panacea_jax.workdir import StageFolder, plain
 
 # Which configuration sections decide the outcome of a stage: a change of any other may resume it.
 DECISIVE = ("seed", "model", "lora", "data", "defence", "optimizer", "train", "export")
@@ -168,6 +171,8 @@ def train_stage(
     apart = apart or (held_out_sets(config, start) if auto else ())
     made_by = decisive(config, start) | (decisive_for_exam(config) if auto else {})
     inputs = start.inputs() | stage_inputs(config, name, defence) | (fingerprint_of(apart) if apart else {})
+    check_installed(config.track.to)
+    tracking = Tracking(config.track.to, config.track.project, _flat(made_by))
     out = workdir / name / ("model" if start.full_parameters else "adapter")
     with StageFolder(workdir, name, made_by, inputs) as stage:
         if stage.done:
@@ -190,8 +195,10 @@ def train_stage(
             stage.begin()
             result = _train(
                 config, stage.folder, defence, model, params, streams, held_out,
-                donate=start.full_parameters, compiled=compiled, profile=profile,
+                donate=start.full_parameters, compiled=compiled, profile=profile, tracking=tracking,
             )  # fmt: skip
+            if processes.first():
+                plot_losses(stage.folder)
             if auto:
                 exam = make_exam(config, apart, template, model)
                 result, radius = at_chosen_radius(result, defence, exam, budget_of(config))
@@ -206,16 +213,19 @@ def train_stage(
             stage.begin()  # only now: the look at its input is over, which may have been found bad
 
         # ---- export
-        export(config, stage.folder, start, result, defence.epsilon_mean(result.state))
+        epsilon = export(config, stage.folder, start, result, defence.epsilon_mean(result.state))
         report = defence.report(params, result.state)
         attention = choose_backend(config.model.attention, model.config, model.dtype, mesh.devices.flat[0])  # fmt: skip
-        stage.finish({
+        outcome = {
             "base": start.base, "steps": result.steps, "compilations": result.compilations,
             "step_bytes": result.step_bytes, "warnings": list(result.warnings),
             "attention": f"{attention.name}: {attention.why}", "template": template.id,
             "records": {k: len(s.examples) for k, s in streams.items()},
             **({} if report is None else {"report": report}),
-        })  # fmt: skip
+        }  # fmt: skip
+        if processes.first():
+            write_card(out, name, plain(made_by), inputs, outcome, epsilon)
+        stage.finish(outcome)
     return out
 
 
@@ -231,6 +241,7 @@ def _train(
     donate: bool,
     compiled: CompiledSteps | None,
     profile: Profile | None,
+    tracking: Tracking,
 ) -> Result:
     """All steps of a stage, from its newest checkpoint on."""
     asked = defence.own_steps or config.train.steps
@@ -245,23 +256,29 @@ def _train(
         optimizer=optimizer_of(o, rate, defence), steps=steps, seed=config.seed, log_every=config.train.log_every,
         accumulate=config.train.accumulate, checkpoints=checkpoints, folder=folder, donate=donate,
         cache_frozen=config.train.cache_frozen,
-        compiled=compiled, profile=profile, learning_rate=rate,
+        compiled=compiled, profile=profile, learning_rate=rate, tracking=tracking,
         held_out=HeldOut(held_out, config.train.batch_size, every, config.train.patience) if held_out else None,
     )  # fmt: skip
 
 
+def _flat(made_by: dict[str, Any]) -> dict[str, Any]:
+    """Settings that are set, by dotted key."""
+    return {key: value for key, value in flatten_dict(made_by, sep=".").items() if value is not None}
+
+
 def export(
     config: ConfigDict, folder: Path, start: Start, result: Result, epsilon_mean: Any = None
-) -> None:
-    """Write what is deployed (w + ε unless told otherwise), and ε, into the stage's folder."""
+) -> str:
+    """Write what is deployed (w + ε unless told otherwise), and ε, into the stage's folder; returns whether ε is "applied" or "left out",
+    "" where there is none."""
     params, note = deployed(result, config.export.without_epsilon)
     if start.full_parameters:
         lineage.clear(folder / "model")
         save_model(result.model, params, folder / "model")
     else:
-        nested = result.model.config.nested
-        save_adapter(params, folder / "adapter", start.base, note, nested=nested)
+        write_adapter(result.model, params, folder / "adapter", start.base, note)
     for kind, epsilon in (("last", result.epsilon), ("mean", epsilon_mean)):
         if epsilon is not None:
             file = "epsilon.safetensors" if kind == "last" else "epsilon_mean.safetensors"
             save_epsilon(epsilon, folder / file, {"kind": kind, "defence": config.defence.name})
+    return note.get("epsilon", "")

@@ -24,6 +24,7 @@ from panacea_jax.train.held_out import HeldOut
 from panacea_jax.train.metrics import MetricsWriter
 from panacea_jax.train.signals import Preempted, sigterm
 from panacea_jax.train.step import CompiledSteps, TrainState, init_state
+from panacea_jax.train.trackers import Tracking
 from panacea_jax.train.watch import Profile, Watch
 
 
@@ -74,6 +75,7 @@ def finetune(
     held_out: HeldOut | None = None,
     donate: bool = False,
     cache_frozen: bool = True,
+    tracking: Tracking | None = None,
 ) -> Result:
     """Train ``params`` with a defence and return w, ε and what is deployed.
 
@@ -97,6 +99,7 @@ def finetune(
         held_out: records whose loss is logged, and may end the run early.
         donate: take over ``params``, which the caller cannot use any more: with all parameters another copy of them is dear.
         cache_frozen: compute what enters the lowest adapted layer once for each record, see ``train.entering``.
+        tracking: trackers that are told the metrics beside ``metrics.jsonl``; by default TensorBoard.
 
     Raises:
         KeyError: a stream that the defence needs is missing.
@@ -140,7 +143,7 @@ def finetune(
     key = jax.jit(lambda: jax.random.key(seed), out_shardings=shardings.step)()
 
     # ---- what watches it
-    writer = MetricsWriter(folder, start) if folder is not None and processes.first() else None
+    writer = MetricsWriter(folder, start, tracking) if folder is not None and processes.first() else None
     watch = Watch(
         model, steps=steps, log_every=log_every, origin=origin, full=full, writer=writer, learning_rate=learning_rate,
         passes=passes_as_received(defence),

@@ -1,44 +1,53 @@
-"""Where the numbers of a run go: ``metrics.jsonl`` and TensorBoard events beside it."""
+"""Where the numbers of a run go: ``metrics.jsonl``, and the trackers that the configuration names."""
 
+import functools
 import json
 import math
-import time
 from pathlib import Path
+from typing import Any
 
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from panacea_jax.train.trackers import TRACKERS, Background, Tracking
+
+METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """One JSON line and one TensorBoard event per logged step.
+    """One JSON line per logged step, which every tracker is told too.
 
     On resume, lines after the resumed step are dropped first, so that the file reads as if the run had never stopped.
     """
 
-    def __init__(self, folder: Path, start_step: int = 0) -> None:
+    def __init__(self, folder: Path, start_step: int = 0, tracking: Tracking | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
+        path = folder / METRICS_FILE
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= start_step]
         path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
-        self._events = EventFileWriter(str(folder))
+        tracking = tracking or Tracking()
+        self._trackers = [
+            Background(name, functools.partial(TRACKERS[name], folder, tracking, start_step > 0))
+            for name in tracking.to
+        ]
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Log one step; values that are not finite become ``null`` in JSON and are left out of TensorBoard."""
+        """Log one step; values that are not finite become ``null`` in JSON and are left out of what trackers are told."""
         finite = {k: v for k, v in scalars.items() if math.isfinite(v)}
         row = {"step": step, **{k: finite.get(k) for k in scalars}}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        values = [Summary.Value(tag=k, simple_value=v) for k, v in finite.items()]
-        self._events.add_event(
-            Event(step=step, wall_time=time.time(), summary=Summary(value=values))
-        )
+        for tracker in self._trackers:
+            tracker.log(step, finite)
 
     def close(self) -> None:
-        """Flush and close both files."""
+        """Flush and close the file and every tracker."""
         self._file.close()
-        self._events.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """What was logged in a stage's folder, a dictionary a step; none where nothing was."""
+    return [json.loads(line) for line in _lines(folder / METRICS_FILE)]
 
 
 def _lines(path: Path) -> list[str]:

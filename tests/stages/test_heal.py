@@ -119,7 +119,7 @@ def test_a_kill_before_the_table_costs_the_answers_alone(adapter, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(stage, "answer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert panacea("heal", *given, f"--workdir={tmp_path}") == 130
-    made = {f: f.stat().st_mtime_ns for f in (tmp_path / "heal").glob("*/heal/adapter/*")}
+    made = {f: f.stat().st_mtime_ns for f in (tmp_path / "heal").glob("*/heal/adapter/adapter_*")}
     assert len(made) == 6  # both, and the noise
     assert panacea("heal", *given, f"--workdir={tmp_path}") == 0
     assert made == {f: f.stat().st_mtime_ns for f in made}
