@@ -1,7 +1,7 @@
 """The command line: ``panacea <command> --config=FILE[:variant] --config.a.b=value --workdir=DIR``.
 
-Parses and dispatches, nothing else. Exit codes: 0 done, 1 failed, 2 bad input (one line says what), 75 preempted and saved: start the same
-command again.
+Parses and dispatches, nothing else. Exit codes: 0 done, 1 failed, 2 bad input (one line says what), 3 a gate is not met, 75 preempted and
+saved: start the same command again.
 """
 
 import contextlib
@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from absl import flags, logging
 
-from panacea_jax.errors import InputError, no_space
+from panacea_jax.errors import GateNotMet, InputError, no_space
+from panacea_jax.terminal import safe_text
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 # Nothing above imports JAX, and a command imports what it needs when it runs: --help and bad flags answer at once.
 
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_GATE, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 3, 75, 130
 
 
 class Command(NamedTuple):
@@ -109,6 +110,20 @@ def _score(values: flags.FlagValues, config: "ConfigDict") -> Path:
         against=_paths(values.against),
         undefended=_path(values.undefended), aligned=_path(values.aligned),
     )  # fmt: skip
+
+
+def _verify(values: flags.FlagValues, config: "ConfigDict") -> Path:
+    from panacea_jax.stages.verify import verify_stage
+
+    named = ("against", "aligned", "undefended")
+    others = {name: Path(str(values[name].value)) for name in named if values[name].value}
+    return verify_stage(config, _workdir(values), _path(values.gate), others)
+
+
+def _try(values: flags.FlagValues, config: "ConfigDict") -> None:
+    from panacea_jax.stages.ask import ask_stage
+
+    ask_stage(config, _path(values.workdir), values.adapter, values.against)
 
 
 def _perplexity(values: flags.FlagValues, config: "ConfigDict") -> Path:
@@ -198,6 +213,11 @@ COMMANDS = {
         "figures from the verdicts that are there: again, of answers made elsewhere, or side by side", _score,
         ("workdir", "generations", "template", "against", "undefended", "aligned"),
     ),
+    "verify": Command(
+        "whether a judged model keeps the bounds of a gate: exit code 0 or 3, and verdict.json", _verify,
+        ("workdir", "gate", "against", "aligned", "undefended"),
+    ),
+    "try": Command("answers to prompts that are typed or piped in, of two models side by side", _try, ("workdir", "adapter", "against")),
     "perplexity": Command("perplexity.json: the model's surprise at the answers of config.eval.tasks", _perplexity, several=True),
     "layers": Command(
         "layer safety coefficients of a run, of several beside each other, or by a probe: JSON, CSV, PNG", _layers,
@@ -234,9 +254,11 @@ FLAGS = {
     "prompts_only": Flag("write the prompts alone, for a server that answers in our place; loads no weights", False),
     "generations": Flag("answers made elsewhere: [TASK@]FILE, several with commas, or a folder"),
     "template": Flag("id of the template that --generations were made with, like alpaca-1"),
-    "against": Flag("work directories to compare with, commas between them; for a probe one, a PEFT or model folder, or none (the base)"),
+    "against": Flag("work directories to compare with, with commas; verify: one; probe, try: a PEFT or model folder, or none (the base)"),
     "undefended": Flag("work directory of the model attacked without a defence"),
     "aligned": Flag("work directory of the model before the attack"),
+    "gate": Flag("JSON file of bounds, in place of config.gate"),
+    "adapter": Flag("PEFT folder to try; without it what answers in --workdir"),
     "epsilon": Flag("exported ε (epsilon.safetensors); for layers several with commas"),
     "gguf": Flag("GGUF file: to convert in place of a base, or the model of --base=smollm2"),
     "checkpoint": Flag("checkpoint folder (…/checkpoints/<step>), several with commas"),
@@ -420,6 +442,8 @@ def _run_command(name: str, arguments: Sequence[str], together: contextlib.ExitS
         processes.leave()
     except InputError as error:
         return _fail(str(error), EXIT_BAD_INPUT)
+    except GateNotMet as error:
+        return _fail(str(error), EXIT_GATE)
     except KeyboardInterrupt:
         return _fail(
             "interrupted; the same command goes on from the last checkpoint", EXIT_INTERRUPTED
@@ -453,7 +477,7 @@ def _written(arguments: Sequence[str]) -> str:
 def _fail(message: str, code: int) -> int:
     from panacea_jax.parallel import processes
 
-    print(f"panacea: {message}", file=sys.stderr, flush=True)
+    print(f"panacea: {safe_text(message)}", file=sys.stderr, flush=True)
     if code == EXIT_PREEMPTED:
         processes.barrier()  # the first one's end would cut the others off from their coordinator
         message = ""

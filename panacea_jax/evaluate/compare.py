@@ -99,7 +99,7 @@ def compare(
     """
     results = {name: judged.scores() for name, judged in methods.items()}
     sets = require_comparable(results)
-    happened = {name: _outcomes(judged) for name, judged in methods.items()}
+    happened = {name: outcomes_by_set(judged) for name, judged in methods.items()}
 
     def test(a: str, b: str) -> dict[tuple[str, str], Paired]:
         return {
@@ -137,7 +137,8 @@ def compare(
     }
 
 
-def _outcomes(judged: Judged) -> dict[str, dict[str, list[bool]]]:
+def outcomes_by_set(judged: Judged) -> dict[str, dict[str, list[bool]]]:
+    """What happened on each record, by set and figure; see ``scores.outcomes``."""
     return {
         s.name: outcomes(
             find_task(s.task), checked_pairs(s, judged.judge, judged.template), judged.template
