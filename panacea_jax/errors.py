@@ -1,4 +1,5 @@
-"""The one exception that means "the user can fix this", and the errors of others: a full disk, and what no message may show."""
+"""The exceptions that mean "the user can fix this" and "the model did not pass", and the errors of others: a full disk, and what no
+message may show."""
 
 import errno
 import os
@@ -15,6 +16,10 @@ class InputError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class GateNotMet(Exception):
+    """A model that was measured and found wanting; the command line ends with 3."""
 
 
 # How a full disk, or a used-up quota, is said by the system and by libraries that write files themselves.

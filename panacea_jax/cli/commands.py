@@ -110,6 +110,20 @@ def _score(values: "FlagValues", config: "ConfigDict") -> Path:
     )  # fmt: skip
 
 
+def _verify(values: "FlagValues", config: "ConfigDict") -> Path:
+    from panacea_jax.stages.verify import verify_stage
+
+    named = ("against", "aligned", "undefended")
+    others = {name: Path(str(values[name].value)) for name in named if values[name].value}
+    return verify_stage(config, _workdir(values), _path(values.gate), others)
+
+
+def _try(values: "FlagValues", config: "ConfigDict") -> None:
+    from panacea_jax.stages.ask import ask_stage
+
+    ask_stage(config, _path(values.workdir), values.adapter, values.against)
+
+
 def _perplexity(values: "FlagValues", config: "ConfigDict") -> Path:
     from panacea_jax.stages.perplexity import perplexity_stage
 
@@ -228,6 +242,13 @@ COMMANDS = {
         "figures from the verdicts that are there: again, of answers made elsewhere, or side by side", _score,
         ("workdir", "generations", "template", "against", "undefended", "aligned"),
         reads=("judge", "eval.tasks", "generate.max_new_tokens", "data.format", "data.columns"),
+    ),
+    "verify": Command(
+        "whether a judged model keeps the bounds of a gate: exit code 0 or 3, and verdict.json", _verify,
+        ("workdir", "gate", "against", "aligned", "undefended"), reads=("gate", "judge"),
+    ),
+    "try": Command(
+        "answers to prompts that are typed or piped in, of two models side by side", _try, ("workdir", "adapter", "against"), reads=ANSWERS,
     ),
     "perplexity": Command(
         "perplexity.json: the model's surprise at the answers of config.eval.tasks", _perplexity, several=True,

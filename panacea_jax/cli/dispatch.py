@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 from panacea_jax.cli.commands import COMMANDS
 from panacea_jax.cli.help import HELP, HELPFULL, VERSION, command_help, usage, version
-from panacea_jax.errors import InputError, no_space
+from panacea_jax.errors import GateNotMet, InputError, no_space
+from panacea_jax.terminal import safe_text
 
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_GATE, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 3, 75, 130
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -76,6 +77,8 @@ def _run_command(name: str, arguments: Sequence[str], together: contextlib.ExitS
         processes.leave()
     except InputError as error:
         return _fail(str(error), EXIT_BAD_INPUT)
+    except GateNotMet as error:
+        return _fail(str(error), EXIT_GATE)
     except KeyboardInterrupt:
         return _fail(
             "interrupted; the same command goes on from the last checkpoint", EXIT_INTERRUPTED
@@ -122,7 +125,7 @@ def _written(arguments: Sequence[str]) -> str:
 def _fail(message: str, code: int) -> int:
     from panacea_jax.parallel import processes
 
-    print(f"panacea: {message}", file=sys.stderr, flush=True)
+    print(f"panacea: {safe_text(message)}", file=sys.stderr, flush=True)
     if code == EXIT_PREEMPTED:
         processes.barrier()  # the first one's end would cut the others off from their coordinator
         message = ""

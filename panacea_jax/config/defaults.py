@@ -139,6 +139,13 @@ def get_config(variant: str = "") -> ConfigDict:
             "template": "llama_guard",  # of guard; or wildguard
         },
         "eval": {"tasks": (), "num_examples": 1000, "perplexity": False},  # 0: all
+        # What `panacea verify` asks of a model that was judged.
+        "gate": {
+            "bounds": (),  # such as "hs <= 10", "fa >= undefended - 2", "credited"; see docs/verify.md
+            "judge": "",  # whose verdicts count; "": that of scores.json
+            "records": 1,  # prompts that a figure has to be of at least
+            "interval": False,  # True: the worse end of the 95 % interval has to keep the bound
+        },
         "export": {"without_epsilon": False},
         # Several methods side by side; without methods and grid a run is an ordinary one.
         "compare": {

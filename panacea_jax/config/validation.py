@@ -20,6 +20,7 @@ from panacea_jax.data.template import LOSS_ON, SPECIAL_TOKENS, TEMPLATES
 from panacea_jax.defences import DEFENCES, Defence
 from panacea_jax.defences.spec import Stack, candidates, parse_stack
 from panacea_jax.errors import InputError
+from panacea_jax.evaluate.gate import parse_bound
 from panacea_jax.evaluate.judges import JUDGES, needs_model
 from panacea_jax.models.adapter import layer_numbers, target_names
 from panacea_jax.models.decoder import REMAT
@@ -93,6 +94,9 @@ def validate(config: ConfigDict) -> None:
     require(bool(config.track.project), "track.project", config.track.project, "a name")
     _validate_generate(config.generate)
     _at_least(config.eval.num_examples, "eval.num_examples", 0)
+    for text in config.gate.bounds:
+        parse_bound(text, "config.gate.bounds")
+    _at_least(config.gate.records, "gate.records", 1)
     _validate_heal(config)
     _validate_compare(config.compare)
     _validate_after(config)

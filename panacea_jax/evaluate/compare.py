@@ -5,7 +5,7 @@ prompts, generation length, way of decoding. And no defence is credited on a set
 left undefended, did not raise HS: there is nothing it could have defended against.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -99,7 +99,7 @@ def compare(
     """
     results = {name: judged.scores() for name, judged in methods.items()}
     sets = require_comparable(results)
-    happened = {name: _outcomes(judged) for name, judged in methods.items()}
+    happened = {name: outcomes_by_set(judged) for name, judged in methods.items()}
 
     def test(a: str, b: str) -> dict[tuple[str, str], Paired]:
         return {
@@ -137,7 +137,8 @@ def compare(
     }
 
 
-def _outcomes(judged: Judged) -> dict[str, dict[str, list[bool]]]:
+def outcomes_by_set(judged: Judged) -> dict[str, dict[str, list[bool]]]:
+    """What happened on each record, by set and figure; see ``scores.outcomes``."""
     return {
         s.name: outcomes(
             find_task(s.task), checked_pairs(s, judged.judge, judged.template), judged.template
@@ -192,18 +193,20 @@ def verdict(comparison: Json) -> list[str]:
     return lines
 
 
-def figures_table(title: str, results: Mapping[str, Json]) -> Table:
-    """Every figure with its 95 % interval: a row a set and figure, a column a result."""
+def figures_table(
+    title: str, results: Mapping[str, Json], figures: Collection[str] = tuple(_TITLES)
+) -> Table:
+    """Figures with their 95 % intervals: a row a set and figure, a column a result."""
     table = Table(title=title, title_justify="left")
     table.add_column("set")
     table.add_column("figure")
     for name in results:
         table.add_column(escape(name), justify="right", overflow="fold")
     for s in dict.fromkeys(s for r in results.values() for s in r["sets"]):
-        for figure, words in _TITLES.items():
+        for figure in figures:
             cells = [_shown(r["sets"].get(s, {}), figure) for r in results.values()]
             if any(cells):
-                table.add_row(s, words, *cells)
+                table.add_row(s, _TITLES[figure], *cells)
     return table
 
 

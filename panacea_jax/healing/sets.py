@@ -10,6 +10,7 @@ from panacea_jax.data.mixing import held_out
 from panacea_jax.data.sources import Record
 from panacea_jax.data.template import Template
 from panacea_jax.errors import InputError
+from panacea_jax.evaluate.gate import kept
 from panacea_jax.evaluate.judges import Judge
 from panacea_jax.evaluate.lines import generation_line, judge_lines
 from panacea_jax.evaluate.scores import ScoredSet, checked_pairs, outcomes
@@ -194,14 +195,10 @@ def tally(
     for task, each in zip(tasks, lines, strict=True):
         judged = judge_lines(each, task, judge)
         pairs = checked_pairs(ScoredSet(task, task, each, judged), version, template)
-        happened = outcomes(find_task(task), pairs, template)
-        for name in ("hs", "hs_plus", "fa"):
+        happened = kept(outcomes(find_task(task), pairs, template))
+        for name in ("hs", "hs_plus", "fa", "benign", "coherence"):
             if name in happened:
                 add(name, happened[name])
-        if "over_refusal" in happened:
-            add("benign", [not refused for refused in happened["over_refusal"]])
-        sound = zip(happened["incoherent"], happened["empty"])
-        add("coherence", [not (stutters or empty) for stutters, empty in sound])
     return {name: Share(hits[name], n) for name, n in totals.items()}
 
 

@@ -146,14 +146,24 @@ def to_answer(config: ConfigDict, workdir: Path, start: Start | None = None) -> 
         if not Path(adapter).is_dir():
             raise InputError(f"config.generate.adapter = {adapter}: no such folder")
         return dataclasses.replace(start, adapter=adapter)
+    left = newest(workdir)
+    if left is None:
+        return bare
+    if left.name == "model":
+        return dataclasses.replace(bare, base=str(left))
+    base = start.base if left.parent.name == "align" else base_of_adapters(start.base, workdir)
+    return dataclasses.replace(start, base=base, adapter=str(left))
+
+
+def newest(workdir: Path) -> Path | None:
+    """What the newest of the stages heal, finetune and align left in a work directory: its ``model`` or its ``adapter``."""
     for stage in ("heal", "finetune", "align"):
         folder = workdir / stage
         if _has_model(folder):
-            return dataclasses.replace(bare, base=str(folder / "model"))
+            return folder / "model"
         if _has_adapter(folder):
-            base = start.base if stage == "align" else base_of_adapters(start.base, workdir)
-            return dataclasses.replace(start, base=base, adapter=str(folder / "adapter"))
-    return bare
+            return folder / "adapter"
+    return None
 
 
 def to_probe(config: ConfigDict, workdir: Path) -> Start:

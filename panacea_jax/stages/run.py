@@ -10,7 +10,6 @@ from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges import make_judge
 from panacea_jax.evaluate.tasks import set_names
 from panacea_jax.parallel import processes
-from panacea_jax.progress import say
 from panacea_jax.stages import lineage
 from panacea_jax.stages.generate import eval_records, generate_stage
 from panacea_jax.stages.heal import heal_stage
@@ -18,7 +17,9 @@ from panacea_jax.stages.held_out import held_out_sets
 from panacea_jax.stages.judge import judge_stage
 from panacea_jax.stages.layers import layers_stage
 from panacea_jax.stages.perplexity import has_answers, perplexity_stage
+from panacea_jax.stages.phases import Phases
 from panacea_jax.stages.streams import stage_records
+from panacea_jax.stages.summary import show_summary, write_summary
 from panacea_jax.stages.train import check_stage, train_stage
 from panacea_jax.train.watch import Profile
 
@@ -71,39 +72,43 @@ def run_stages(config: ConfigDict, workdir: Path, profile: Profile | None = None
     """align (if ``config.align.defence.name``) → finetune → heal (if a method is named, or several are) → generate and judge (if there are
     tasks) → perplexity (if ``config.eval.perplexity``) → layers (if the defence has an ε).
 
-    Fine-tuning goes on from what alignment left. Returns the work directory.
+    Fine-tuning goes on from what alignment left. Ends with what came out, printed and in ``WORKDIR/summary.json``. Returns the work
+    directory.
 
     Raises:
         InputError, Preempted, Diverged: as the stages do.
     """
     check_run(config)
+    phases = Phases(workdir)
     main = stage_config(config, "finetune")
     start = lineage.named(main)
     if config.align.defence.name:
-        say("== align")
-        aligned = train_stage(stage_config(config, "align"), workdir, "align")
+        with phases("align"):
+            aligned = train_stage(stage_config(config, "align"), workdir, "align")
         start = lineage.after_alignment(start, aligned, config.align.train.full_parameters)
-    say("== finetune")
-    train_stage(main, workdir, "finetune", start, profile=profile)
+    with phases("finetune"):
+        train_stage(main, workdir, "finetune", start, profile=profile)
     if config.heal.methods or config.heal.defence.name:
-        say("== heal")
         heal = stage_config(config, "heal")
         whole = heal.train.full_parameters
         left = lineage.to_heal(heal, workdir, lineage.Start(start.base, full_parameters=whole))
-        if heal.heal.methods:
-            heal_stage(heal, workdir, left)
-        else:
-            train_stage(heal, workdir, "heal", left)
+        with phases("heal"):
+            if heal.heal.methods:
+                heal_stage(heal, workdir, left)
+            else:
+                train_stage(heal, workdir, "heal", left)
     if config.eval.tasks:
         answering = lineage.to_answer(main, workdir, start)
-        say("== generate")
-        generate_stage(main, workdir, answering)
-        say("== judge")
-        processes.once(lambda: judge_stage(main, workdir))
+        with phases("generate"):
+            generate_stage(main, workdir, answering)
+        with phases("judge"):
+            processes.once(lambda: judge_stage(main, workdir))
         if config.eval.perplexity:
-            say("== perplexity")
-            perplexity_stage(main, workdir, answering)
+            with phases("perplexity"):
+                perplexity_stage(main, workdir, answering)
     if (workdir / "finetune" / "epsilon.safetensors").is_file():
-        say("== layers")
-        layers_stage([workdir])
+        with phases("layers"):
+            layers_stage([workdir])
+    if processes.first():
+        show_summary(write_summary(main, workdir, phases))
     return workdir

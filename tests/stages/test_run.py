@@ -72,6 +72,7 @@ def test_every_file_of_the_contract_is_there(workdir):
         "judgements",
         "scores.json",
         "scores.refusal.json",
+        "summary.json",
         "layers.json",
         "layers.csv",
         "layers.png",
@@ -187,7 +188,8 @@ def test_layers(workdir):
 
 def test_a_second_run_skips_what_is_done(place_and_run, capsys):
     place, workdir = place_and_run
-    derived = ("layers", "scores.")  # cheap, and made anew with the same content
+    derived = ("layers", "scores.", "summary.")  # cheap, and made anew with the same content
+    told = json.loads((workdir / "summary.json").read_text())["phases"]
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in workdir.rglob("*") if p.is_file()}
     assert runs.panacea("run", *flags(place), f"--workdir={workdir}") == 0
     after = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in workdir.rglob("*") if p.is_file()}
@@ -195,11 +197,16 @@ def test_a_second_run_skips_what_is_done(place_and_run, capsys):
     for path, (changed, content) in before.items():
         if not path.name.startswith(derived):
             assert after[path] == (changed, content), path
-        elif path.suffix != ".png":
+        elif path.suffix != ".png" and path.name != "summary.json":
             assert after[path][1] == content, path
     said = capsys.readouterr()
     assert said.err.count("done already, skipped") == 4  # align, finetune, heal, generations
     assert said.out.strip().endswith("run")
+    found = json.loads((workdir / "summary.json").read_text())["phases"]
+    assert list(found) == ["align", "finetune", "heal", "generate", "judge", "layers"]
+    for name in ("align", "finetune", "heal", "generate"):  # what they took is told still
+        assert found[name] == told[name] | {"before": True} and found[name]["seconds"] > 0
+    assert said.out.count("done before") == 4 and "in 2 calls" in said.out  # the judge looks again
 
 
 def test_a_stage_that_was_cut_short_goes_on(place_and_run, tmp_path, capsys):
@@ -233,6 +240,7 @@ def test_all_parameters(tmp_path_factory):
         "layers.json",
         "layers.csv",
         "layers.png",
+        "summary.json",
     }
     names = {p.name for p in (workdir / "finetune" / "model").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= names

@@ -1,0 +1,125 @@
+"""The command ``verify``: whether a model that was judged keeps its bounds, for people and for the pipelines that deploy it."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from panacea_jax.errors import GateNotMet, InputError
+from panacea_jax.evaluate.gate import MET, NOT_MEASURED, Finding, Gate, hold, parse_gate
+from panacea_jax.evaluate.scores import Judged
+from panacea_jax.records.judged import load_judged
+from panacea_jax.terminal import safe_text
+from panacea_jax.workdir import plain, write_json
+
+
+def verify_stage(
+    config: ConfigDict, workdir: Path, file: Path | None, others: Mapping[str, Path]
+) -> Path:
+    """Hold the figures of a work directory to a gate; writes ``WORKDIR/verdict.json``, prints a line a bound, and returns the file.
+
+    Figures come from the verdicts themselves, not from scores.json.
+
+    Args:
+        config: its ``gate``, unless ``file`` is given.
+        workdir: the work directory.
+        file: JSON with the keys of ``config.gate``.
+        others: work directories of the models that bounds name, by ``gate.REFERENCES``.
+
+    Raises:
+        InputError: no gate or two, one that cannot be read, no verdicts, or work directories that cannot be compared.
+        GateNotMet: a bound is not met; the file is written.
+    """
+    gate = _read_gate(config, file)
+    name = gate.judge or _judge_of_scores(workdir)
+    loaded = {flag: _judged(path, name) for flag, path in (("workdir", workdir), *others.items())}
+    for flag, path in others.items():
+        if path.resolve() == workdir.resolve():
+            raise InputError(f"--{flag}={path}: cannot be compared with itself")
+    ours = loaded.pop("workdir")
+    findings = hold(gate, ours, loaded)
+    missed = sum(finding.outcome != MET for finding in findings)
+    out = workdir / "verdict.json"
+    write_json(out, {
+        "met": not missed,
+        "findings": [dataclasses.asdict(finding) for finding in findings],
+        "gate": {**dataclasses.asdict(gate), "bounds": [bound.text for bound in gate.bounds]},
+        "judge": ours.judge,
+        "template": ours.template,
+        "models": plain({"workdir": workdir, **others}),
+    })  # fmt: skip
+    for line in _lines(findings):
+        print(safe_text(line))
+    if missed:
+        raise GateNotMet(f"gate not met: {missed} of {len(findings)} ({out})")
+    return out
+
+
+def _read_gate(config: ConfigDict, file: Path | None) -> Gate:
+    if file is None:
+        if not config.gate.bounds:
+            raise InputError("--gate is not set: name a JSON file with bounds, or set config.gate.bounds")
+        return parse_gate(config.gate.to_dict(), "config.gate")
+    if config.gate.bounds:
+        raise InputError(f"--gate={file}: config.gate.bounds is set too; give one of them")
+    try:
+        content = json.loads(file.read_text("utf-8"), object_pairs_hook=_once)
+    except OSError as error:
+        raise InputError(f"--gate={file}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise InputError(f"--gate={file}: not JSON ({error})") from error
+    return parse_gate(content, f"--gate={file}")
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object in which no key is there twice, of which JSON would take the last."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"key {twice[0]!r} is there twice")
+    return dict(pairs)
+
+
+def _judge_of_scores(workdir: Path) -> str:
+    path = workdir / "scores.json"
+    try:
+        return str(json.loads(path.read_text("utf-8"))["judge"]["name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: no scores of ours ({type(error).__name__}); run `panacea judge` or `panacea score`, or name a judge in the gate"
+        ) from error
+
+
+def _judged(workdir: Path, judge: str) -> Judged:
+    """What one judge found in a work directory, all sets of it.
+
+    Raises:
+        InputError: the judge has not seen it, or not all of it.
+    """
+    found = load_judged(workdir)
+    if judge not in found:
+        raise InputError(f"{workdir}: no verdicts of judge {judge}, but of {', '.join(found)}")
+    sets = {path.stem for path in (workdir / "generations").glob("*.jsonl")}
+    if unseen := sorted(sets - {s.name for s in found[judge].sets}):
+        raise InputError(f"{workdir}: judge {judge} has not seen {', '.join(unseen)}; run `panacea judge`")
+    return found[judge]
+
+
+def _lines(findings: Sequence[Finding]) -> list[str]:
+    """A line a finding: outcome, bound, set, figure."""
+    wide = max(len(finding.bound) for finding in findings)
+    return [
+        f"{f.outcome:<{len(NOT_MEASURED)}}  {f.bound:<{wide}}  {'  '.join(filter(None, (f.set, _figure(f), f.why)))}"
+        for f in findings
+    ]
+
+
+def _figure(f: Finding) -> str:
+    """Value, other model's value, difference and interval, as far as they are there."""
+    if f.value is None:
+        return ""
+    other = "" if f.reference is None else f" against {f.reference:.1f}: {f.difference:+.1f}"
+    interval = "" if f.ci95 is None else f" [{f.ci95[0]:.1f}, {f.ci95[1]:.1f}]"
+    return f"{f.value:.1f}{other}{interval}, n = {f.n}"
