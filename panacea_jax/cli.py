@@ -7,6 +7,7 @@ command again.
 import contextlib
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -128,6 +129,20 @@ def _run(values: flags.FlagValues, config: "ConfigDict") -> Path:
     return run_stages(config, _workdir(values), Profile.parse(values.profile))
 
 
+def _sweep(values: flags.FlagValues, config: "ConfigDict") -> Path | None:
+    from panacea_jax.sweep.run import list_runs, sweep
+
+    config.sweep.over = tuple(values.over) or config.sweep.over
+    config.sweep.sampler = values.sampler or config.sweep.sampler
+    config.sweep.trials = values.trials or config.sweep.trials
+    if not values.list:
+        return sweep(config, _workdir(values), values.index)
+    command = shlex.join(["panacea", *(a for a in sys.argv[1:] if a.lstrip("-") != "list")])
+    for number, changed in enumerate(list_runs(config), start=1):
+        print(f"{command} --index={number}  # {changed}")
+    return None
+
+
 def _layers(values: flags.FlagValues, config: "ConfigDict") -> Path:
     out = _path(values.out)
     if values.probe:
@@ -189,6 +204,10 @@ COMMANDS = {
     "run": Command(
         "every stage of a recipe: align, finetune, heal, generate, judge, layers (perplexity if asked for)", _run, TRAINING, True,
     ),
+    "sweep": Command(
+        "many runs that differ in some keys: a grid, random draws, or a search by Optuna; several processes share them", _sweep,
+        ("workdir", "over", "sampler", "trials", "list", "index"),
+    ),
     "align": Command("safety alignment of the base on config.data.alignment", _train("align"), TRAINING, True),
     "finetune": Command("fine-tuning on user data with config.defence", _train("finetune"), TRAINING, True),
     "heal": Command("a post-fine-tuning defence, or several side by side, on a finished adapter or model", _heal, TRAINING, True),
@@ -222,7 +241,7 @@ class Flag(NamedTuple):
     """A flag of some commands: what ``--help`` says, and the default, whose type is the flag's."""
 
     help: str
-    default: str | int | bool = ""
+    default: str | int | bool | list[str] = ""
 
 
 FLAGS = {
@@ -245,6 +264,11 @@ FLAGS = {
     "topology": Flag("machine to plan for: v5e:4x4, 2*v5p:2x2x1 (two slices), tpu7x:2x2x1, gpu:h100x8 …"),
     "search": Flag("try meshes, batch sizes and remat policies; the cheapest that fits comes first", False),
     "out": Flag("folder to write: of convert a Hugging Face folder, of layers one in place of --workdir"),
+    "over": Flag("what a sweep goes over, KEY=A,B,C or KEY=LOW..HIGH[:N, :logN or :log]; several times for several keys", []),
+    "sampler": Flag("grid, random, tpe or nsga2; in place of config.sweep.sampler"),
+    "trials": Flag("runs of a sampler that draws; in place of config.sweep.trials", 0),
+    "list": Flag("print one command for each run, for xargs or a scheduler's array", False),
+    "index": Flag("number of the only run that is wanted, from 1 on", 0),
     "profile": Flag("record steps with jax.profiler, STEP:COUNT, into WORKDIR/<stage>/profile"),
     "print": Flag("name of the script; without it all names are listed"),
 }
@@ -256,6 +280,8 @@ def _define(values: flags.FlagValues, name: str) -> None:
         flags.DEFINE_boolean(name, default, text, flag_values=values)
     elif isinstance(default, int):
         flags.DEFINE_integer(name, default, text, 0, flag_values=values)
+    elif isinstance(default, list):
+        flags.DEFINE_multi_string(name, default, text, flag_values=values)
     else:
         flags.DEFINE_string(name, default, text, flag_values=values)
 
@@ -288,7 +314,7 @@ def _command_help(name: str) -> str:
     ]
     for flag in command.flags:
         text, default = FLAGS[flag]
-        lines.append(f"  --{flag}={'…' if default == '' else str(default).lower()}  {text}")
+        lines.append(f"  --{flag}={'…' if default in ('', []) else str(default).lower()}  {text}")
     if command.several:
         lines += ["", "as one of several processes (docs/processes.md):"]
         lines += [f"  --{flag}=…  {text}" for flag, text in PROCESS_FLAGS.items()]
@@ -330,6 +356,9 @@ def parse_command(
         rest = values(argv)[1:]
     except (flags.Error, TypeError, ValueError) as error:
         raise InputError(str(error)) from error
+    if "over" in values and values.over:  # --over A B: several behind one flag
+        values["over"].value = [*values.over, *rest]
+        rest = []
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}; flags are --name=value")
     config_module.validate(values.config)

@@ -7,6 +7,7 @@ import sys
 
 from ml_collections import ConfigDict
 
+from panacea_jax.config.axes import validate_sweep
 from panacea_jax.config.methods import (
     defence_section,
     make_defence,
@@ -89,10 +90,12 @@ def validate(config: ConfigDict) -> None:
     _at_least(config.checkpoint.keep, "checkpoint.keep", 1)
     _validate_generate(config.generate)
     _at_least(config.eval.num_examples, "eval.num_examples", 0)
+    _at_least(config.eval.every, "eval.every", -1)
     _validate_heal(config)
     _validate_compare(config.compare)
     _validate_after(config)
     _validate_variations(config)
+    validate_sweep(config)
 
 
 def _validate_reading(data: ConfigDict) -> None:
