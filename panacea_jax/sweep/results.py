@@ -115,7 +115,7 @@ def _over_seeds(name: str, told: Mapping[str, _Json]) -> _Json:
     return {"mean": statistics.fmean(values.values()), "ci95": interval, "by_seed": values}
 
 
-def as_csv(rows: Sequence[_Json]) -> str:
+def rows_as_csv(rows: Sequence[_Json]) -> str:
     """A line a row, numbers unrounded; an empty cell is not known."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")

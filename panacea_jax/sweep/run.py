@@ -24,7 +24,7 @@ from panacea_jax.parallel import processes
 from panacea_jax.progress import say
 from panacea_jax.stages.run import check_run, run_stages
 from panacea_jax.sweep.plan import FINISHED, Planned, Run, make_run, plan_runs, status_of
-from panacea_jax.sweep.results import as_csv, collect, outcome_of, rule_of, show_table
+from panacea_jax.sweep.results import collect, outcome_of, rows_as_csv, rule_of, show_table
 from panacea_jax.sweep.search import Search
 from panacea_jax.train.signals import Diverged
 from panacea_jax.train.step import CompiledSteps
@@ -90,7 +90,7 @@ def sweep(config: ConfigDict, workdir: Path, index: int = 0, runner: Runner | No
         "rule": rule_of(objectives), "rows": plain(rows),
     }  # fmt: skip
     write_json(workdir / "sweep.json", result)
-    write_text(workdir / "sweep.csv", as_csv(rows))
+    write_text(workdir / "sweep.csv", rows_as_csv(rows))
     show_table(rows, objectives)
     if all(row["status"] == "failed" for row in rows):
         raise InputError(f"every run of the sweep failed, the first by: {rows[0]['error']}")

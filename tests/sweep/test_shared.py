@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ NEEDS_OPTUNA = pytest.mark.skipif(importlib.util.find_spec("optuna") is None, re
 
 def start(workdir, seconds, *keys):
     command = [sys.executable, "-m", "tests.sweep.worker", str(workdir), str(seconds), *keys]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"COLUMNS": "200"})  # fmt: skip
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def log(workdir):

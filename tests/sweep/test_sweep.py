@@ -164,7 +164,7 @@ def test_random_draws_are_in_the_space_different_and_begin_with_the_same():
     rhos, lams, epochs = zip(*([value for _, value in run.setting] for run in runs))
     assert len({run.name for run in runs}) == 20
     assert [run.setting for run in plan_runs(settings(over=SPACE, sampler="random", trials=3))] == [run.setting for run in runs[:3]]
-    assert 0.1 <= min(rhos) and max(rhos) <= 5 and set(lams) == {1e-4, 1e-3, 1e-2} and set(epochs) <= set(range(1, 10))
+    assert min(rhos) >= 0.1 and max(rhos) <= 5 and set(lams) == {1e-4, 1e-3, 1e-2} and set(epochs) <= set(range(1, 10))
     assert 5 <= sum(rho < 0.5**0.5 for rho in rhos) <= 15  # half of them, since they are drawn evenly in the logarithm
 
 
