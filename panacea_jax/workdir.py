@@ -153,11 +153,11 @@ class StageFolder:
                 )
         return bool(manifest["status"] == "done")
 
-    def finish(self, outcome: Mapping[str, Any]) -> None:
-        """Mark the stage as done, with what is worth keeping of its outcome."""
-        processes.once(lambda: self._write("done", outcome))
+    def finish(self, outcome: Mapping[str, Any], status: str = "done") -> None:
+        """Mark the stage as done, with what is worth keeping of its outcome; with another status it is noted, but not done."""
+        processes.once(lambda: self._write(status, outcome))
         self._release()
-        self.done = True
+        self.done = status == "done"
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -200,23 +200,24 @@ def lock(file: IO[Any], what: Path) -> None:
         InputError: another run holds it, and did not let go in ``LOCK_PATIENCE`` seconds.
     """
     end = time.monotonic() + LOCK_PATIENCE
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if time.monotonic() >= end:
-                file.close()
-                raise InputError(
-                    f"{what}: another run is at work there; wait for its end"
-                ) from error
-            time.sleep(min(1.0, LOCK_PATIENCE))
-        except OSError:
-            logging.warning(
-                "%s: its file system has no locks; let one run at a time write there", what
-            )
-            return
-        else:
-            return
+    while not try_lock(file, what):
+        if time.monotonic() >= end:
+            file.close()
+            raise InputError(f"{what}: another run is at work there; wait for its end")
+        time.sleep(min(1.0, LOCK_PATIENCE))
+
+
+def try_lock(file: IO[Any], what: Path) -> bool:
+    """Likewise, without waiting: whether no other run holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        logging.warning(
+            "%s: its file system has no locks; let one run at a time write there", what
+        )
+    return True
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,8 @@ A new command is a file in ``stages/``, a function here that starts it, and its 
 it runs, so that ``--help`` and bad flags answer at once.
 """
 
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -141,6 +143,20 @@ def _run(values: "FlagValues", config: "ConfigDict") -> Path:
     return run_stages(config, _workdir(values), Profile.parse(values.profile))
 
 
+def _sweep(values: "FlagValues", config: "ConfigDict") -> Path | None:
+    from panacea_jax.sweep.run import list_runs, sweep
+
+    config.sweep.over = tuple(values.over) or config.sweep.over
+    config.sweep.sampler = values.sampler or config.sweep.sampler
+    config.sweep.trials = values.trials or config.sweep.trials
+    if not values.list:
+        return sweep(config, _workdir(values), values.index)
+    command = shlex.join(["panacea", *(a for a in sys.argv[1:] if a.lstrip("-") != "list")])
+    for number, changed in enumerate(list_runs(config), start=1):
+        print(f"{command} --index={number}  # {changed}")
+    return None
+
+
 def _compare(values: "FlagValues", config: "ConfigDict") -> Path:
     from panacea_jax.comparison.own import compare_own
 
@@ -227,6 +243,11 @@ COMMANDS = {
     "compare": Command(
         "one's own model before, after SFT, with noise, and with the defence and its w alone; one table", _compare,
         reads=(*STEPS, "heal", "budget", "eval", "generate", "judge", "compare", "after"),
+    ),
+    "sweep": Command(
+        "many runs that differ in some keys: a grid, random draws, or a search by Optuna; several processes share them", _sweep,
+        ("workdir", "over", "sampler", "trials", "list", "index"),
+        reads=(*STEPS, "align", "heal", "budget", "eval", "generate", "judge", "sweep"),
     ),
     "align": Command("safety alignment of the base on config.data.alignment", _train("align"), TRAINING, several=True, reads=STEPS),
     "finetune": Command(

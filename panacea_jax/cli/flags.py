@@ -7,7 +7,7 @@ class Flag(NamedTuple):
     """A flag of some commands: what ``--help`` says, and the default, whose type is the flag's."""
 
     help: str
-    default: str | int | bool = ""
+    default: str | int | bool | list[str] = ""
 
 
 FLAGS = {
@@ -31,6 +31,11 @@ FLAGS = {
     "search": Flag("try meshes, batch sizes and remat policies; the cheapest that fits comes first", False),
     "out": Flag("folder to write: of convert a Hugging Face folder, of layers one in place of --workdir"),
     "gate": Flag("JSON file of bounds, in place of config.gate"),
+    "over": Flag("what a sweep goes over, KEY=A,B,C or KEY=LOW..HIGH[:N, :logN or :log]; several times for several keys", []),
+    "sampler": Flag("grid, random, tpe or nsga2; in place of config.sweep.sampler"),
+    "trials": Flag("runs of a sampler that draws; in place of config.sweep.trials", 0),
+    "list": Flag("print one command for each run, for xargs or a scheduler's array", False),
+    "index": Flag("number of the only run that is wanted, from 1 on", 0),
     "adapter": Flag("PEFT folder to push or to try; try answers without it as --workdir does"),
     "to": Flag("repository to push to, owner/name; the token is HF_TOKEN of the environment"),
     "public": Flag("for everyone to see; without it a new repository is private", False),

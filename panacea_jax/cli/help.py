@@ -47,7 +47,7 @@ def command_help(name: str, full: bool = False) -> str:
     ]
     for flag in command.flags:
         text, default = FLAGS[flag]
-        lines.append(f"  --{flag}={'…' if default == '' else str(default).lower()}  {text}")
+        lines.append(f"  --{flag}={'…' if default in ('', []) else str(default).lower()}  {text}")
     if command.several:
         lines += ["", "as one of several processes (docs/processes.md):"]
         lines += [f"  --{flag}=…  {text}" for flag, text in PROCESS_FLAGS.items()]

@@ -44,6 +44,9 @@ def parse_command(
         rest = values(argv)[1:]
     except (flags.Error, TypeError, ValueError) as error:
         raise InputError(str(error)) from error
+    if "over" in values and values.over:  # --over A B: several behind one flag
+        values["over"].value = [*values.over, *rest]
+        rest = []
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}; flags are --name=value")
     config_module.validate(values.config)
@@ -80,5 +83,7 @@ def _define(values: flags.FlagValues, name: str) -> None:
         flags.DEFINE_boolean(name, default, text, flag_values=values)
     elif isinstance(default, int):
         flags.DEFINE_integer(name, default, text, 0, flag_values=values)
+    elif isinstance(default, list):
+        flags.DEFINE_multi_string(name, default, text, flag_values=values)
     else:
         flags.DEFINE_string(name, default, text, flag_values=values)

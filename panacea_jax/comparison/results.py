@@ -68,25 +68,40 @@ def measure(root: Path, folder: Path, judge: str) -> Measured:
     Raises:
         InputError: a manifest does not say how many records a method looked at.
     """
-    note, judged = json.loads((folder / "cell.json").read_text()), load_judged(folder)[judge]
+    note = json.loads((folder / "cell.json").read_text())
+    return measure_stages({stage: root / where for stage, where in note["stages"].items()}, folder, judge)
+
+
+def measure_stages(stages: Mapping[str, Path], folder: Path, judge: str) -> Measured:
+    """Read the folders of finished stages, and the verdicts on what they left.
+
+    Args:
+        stages: by name.
+        folder: where answers and verdicts lie.
+        judge: whose verdicts.
+
+    Raises:
+        InputError: a manifest does not say how many records a method looked at.
+    """
+    judged = load_judged(folder)[judge]
     steps: dict[str, int] = {}
     passes: dict[str, float] = {}
     whole: dict[str, float] = {}
     seconds: list[float | None] = []
     step_bytes: dict[str, int] = {}
     extra: set[str] = set()
-    for stage, where in note["stages"].items():
-        manifest = read_manifest(root / where)
+    for stage, where in stages.items():
+        manifest = read_manifest(where)
         outcome = manifest["outcome"]
         steps[stage] = int(outcome.get("steps", 0))
         defence = defence_of(manifest["config"]["defence"])
-        whole[stage] = _whole_passes(defence, manifest, root / where)
+        whole[stage] = _whole_passes(defence, manifest, where)
         passes[stage] = steps[stage] * float(sum(passes_of(defence).values())) + whole[stage]
         if held := int(outcome.get("step_bytes", 0)):
             step_bytes[stage] = held
         extra |= set(extra_data(defence))
         if steps[stage]:
-            seconds.append(_seconds(root / where, steps[stage]))
+            seconds.append(_seconds(where, steps[stage]))
     known = [s for s in seconds if s is not None]
     total = sum(known) if len(known) == len(seconds) else None
     return Measured(

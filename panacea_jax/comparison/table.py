@@ -31,7 +31,7 @@ def _has_perplexity(result: _Json) -> bool:
 
 def cells_of(row: _Json, settings: bool = False) -> list[str]:
     """One line of the table as text; ``settings``: some were varied."""
-    figures = [_figure(row["figures"].get(name)) for name in _TITLES]
+    figures = [figure_text(row["figures"].get(name)) for name in _TITLES]
     passes = ", ".join(_passes(row, stage) for stage in STAGES)
     memory = ", ".join(f"{n / 2**20:.0f}" if (n := row["step_bytes"].get(s)) else "–" for s in STAGES)  # fmt: skip
     setting = [row.get("setting", "–")] if settings else []
@@ -42,7 +42,8 @@ def cells_of(row: _Json, settings: bool = False) -> list[str]:
     ]  # fmt: skip
 
 
-def _figure(found: _Json | None) -> str:
+def figure_text(found: _Json | None) -> str:
+    """A mean with its interval."""
     if found is None:
         return "–"
     low, high = found["ci95"]

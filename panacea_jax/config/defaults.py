@@ -138,7 +138,12 @@ def get_config(variant: str = "") -> ConfigDict:
             "batch_size": 16,
             "template": "llama_guard",  # of guard; or wildguard
         },
-        "eval": {"tasks": (), "num_examples": 1000, "perplexity": False},  # 0: all
+        "eval": {
+            "tasks": (),
+            "num_examples": 1000,  # 0: all
+            "perplexity": False,
+            "every": 0,  # steps between two checkpoints of fine-tuning that are kept and answer too; -1: an epoch, 0: none
+        },
         # What `panacea verify` asks of a model that was judged.
         "gate": {
             "bounds": (),  # such as "hs <= 10", "fa >= undefended - 2", "credited"; see docs/verify.md
@@ -158,6 +163,13 @@ def get_config(variant: str = "") -> ConfigDict:
             "development": (),  # seeds on which the grid is chosen
             "validation": (),  # evaluation sets that the grid is chosen by, on a base of one's own
             "guard": (),  # HS at most, benign answered at least (percent): what the model that is attacked has to hold
+        },
+        # Many runs that differ in some keys; `panacea sweep`.
+        "sweep": {
+            "over": (),  # KEY=A,B,C or KEY=LOW..HIGH; see docs/sweeps.md
+            "sampler": "grid",  # all combinations; or random, tpe, nsga2
+            "trials": 0,  # runs of a sampler that draws
+            "objectives": ("hs", "fa"),  # figures that tpe and nsga2 look at, and the best is chosen by
         },
     })  # fmt: skip
     config.align.optimizer.learning_rate = 5e-4

@@ -7,6 +7,7 @@ import sys
 
 from ml_collections import ConfigDict
 
+from panacea_jax.config.axes import validate_sweep
 from panacea_jax.config.methods import (
     defence_section,
     make_defence,
@@ -94,6 +95,7 @@ def validate(config: ConfigDict) -> None:
     require(bool(config.track.project), "track.project", config.track.project, "a name")
     _validate_generate(config.generate)
     _at_least(config.eval.num_examples, "eval.num_examples", 0)
+    _at_least(config.eval.every, "eval.every", -1)
     for text in config.gate.bounds:
         parse_bound(text, "config.gate.bounds")
     _at_least(config.gate.records, "gate.records", 1)
@@ -101,6 +103,7 @@ def validate(config: ConfigDict) -> None:
     _validate_compare(config.compare)
     _validate_after(config)
     _validate_variations(config)
+    validate_sweep(config)
 
 
 def _validate_reading(data: ConfigDict) -> None:

@@ -42,12 +42,22 @@ def variations(entries: Sequence[str], config: ConfigDict) -> list[Setting]:
             raise InputError(f"{_KEY}: {entry!r}: no key of {', '.join(SECTIONS)}")
         if key in alternatives:
             raise InputError(f"{_KEY}: {key} is there twice")
-        alternatives[key] = [_value(text.strip(), key, config) for text in written.split("|")]
+        alternatives[key] = [read_value(text.strip(), key, config, _KEY) for text in written.split("|")]
     return [tuple(zip(alternatives, values)) for values in itertools.product(*alternatives.values())]
 
 
-def _value(text: str, key: str, config: ConfigDict) -> Any:
-    """What a key holds once the text is assigned to it."""
+def read_value(text: str, key: str, config: ConfigDict, source: str) -> Any:
+    """What a key holds once the text is assigned to it.
+
+    Args:
+        text: as on the command line.
+        key: dotted.
+        config: whose key it is.
+        source: the key that the text stands in, for messages.
+
+    Raises:
+        InputError: a value of the wrong type.
+    """
     try:
         value = ast.literal_eval(text)
     except (SyntaxError, ValueError):
@@ -55,7 +65,7 @@ def _value(text: str, key: str, config: ConfigDict) -> Any:
     try:
         return config_path.get_value(key, varied(config, ((key, value),)))
     except (TypeError, ValueError) as error:
-        raise InputError(f"{_KEY}: {key}={text}: {error}") from error
+        raise InputError(f"{source}: {key}={text}: {error}") from error
 
 
 def varied(config: ConfigDict, setting: Setting) -> ConfigDict:

@@ -2,26 +2,30 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from panacea_jax.config import stage_config
+from panacea_jax.defences.ascent import AUTO
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges import make_judge
 from panacea_jax.evaluate.tasks import set_names
 from panacea_jax.parallel import processes
 from panacea_jax.stages import lineage
-from panacea_jax.stages.generate import eval_records, generate_stage
+from panacea_jax.stages.generate import decisive_for_answers, eval_records, generate_stage
 from panacea_jax.stages.heal import heal_stage
-from panacea_jax.stages.held_out import held_out_sets
+from panacea_jax.stages.held_out import decisive_for_exam, held_out_sets
 from panacea_jax.stages.judge import judge_stage
 from panacea_jax.stages.layers import layers_stage
 from panacea_jax.stages.perplexity import has_answers, perplexity_stage
 from panacea_jax.stages.phases import Phases
 from panacea_jax.stages.streams import stage_records
 from panacea_jax.stages.summary import show_summary, write_summary
-from panacea_jax.stages.train import check_stage, train_stage
+from panacea_jax.stages.train import check_stage, decisive, train_stage
+from panacea_jax.train.step import CompiledSteps
 from panacea_jax.train.watch import Profile
+from panacea_jax.workdir import plain
 
 
 def check_run(config: ConfigDict) -> None:
@@ -32,6 +36,8 @@ def check_run(config: ConfigDict) -> None:
     """
     main = stage_config(config, "finetune")
     start = lineage.named(main)
+    if config.sweep.over:
+        raise InputError("config.sweep.over: many runs; start `panacea sweep`")
     if config.align.defence.name:
         align = stage_config(config, "align")
         aligned = lineage.named(align)
@@ -68,12 +74,34 @@ def check_run(config: ConfigDict) -> None:
         raise InputError("config.eval.perplexity: no set of config.eval.tasks has answers")
 
 
-def run_stages(config: ConfigDict, workdir: Path, profile: Profile | None = None) -> Path:
+def decisive_for_run(config: ConfigDict) -> dict[str, Any]:
+    """What two runs of different outcome differ in: all that decides a file of any of the stages, as their manifests have it."""
+    main, found = stage_config(config, "finetune"), {}
+    several = bool(config.heal.methods)
+    for stage in ("align", "finetune", "heal"):
+        part = stage_config(config, stage)
+        if part.defence.name or (stage == "heal" and several):
+            found[stage] = decisive(part, lineage.named(part))
+    found["answers"] = decisive_for_answers(main, lineage.named(main))
+    found["judge"] = {"name": config.judge.name, "path": config.judge.path, "template": config.judge.template}
+    found["eval"] = {"perplexity": config.eval.perplexity, "every": config.eval.every}
+    if several or AUTO in (config.defence.rho, config.heal.defence.rho):  # then held-out records choose
+        held_out = {key: config.heal[key] for key in ("methods", "sets", "held_out", "num_held_out")}
+        found["choice"] = held_out | decisive_for_exam(config)
+    return dict(plain(found))
+
+
+def run_stages(
+    config: ConfigDict,
+    workdir: Path,
+    profile: Profile | None = None,
+    compiled: CompiledSteps | None = None,
+) -> Path:
     """align (if ``config.align.defence.name``) → finetune → heal (if a method is named, or several are) → generate and judge (if there are
     tasks) → perplexity (if ``config.eval.perplexity``) → layers (if the defence has an ε).
 
     Fine-tuning goes on from what alignment left. Ends with what came out, printed and in ``WORKDIR/summary.json``. Returns the work
-    directory.
+    directory. Runs that share ``compiled`` compile a step once.
 
     Raises:
         InputError, Preempted, Diverged: as the stages do.
@@ -84,10 +112,10 @@ def run_stages(config: ConfigDict, workdir: Path, profile: Profile | None = None
     start = lineage.named(main)
     if config.align.defence.name:
         with phases("align"):
-            aligned = train_stage(stage_config(config, "align"), workdir, "align")
+            aligned = train_stage(stage_config(config, "align"), workdir, "align", compiled=compiled)
         start = lineage.after_alignment(start, aligned, config.align.train.full_parameters)
     with phases("finetune"):
-        train_stage(main, workdir, "finetune", start, profile=profile)
+        train_stage(main, workdir, "finetune", start, compiled=compiled, profile=profile)
     if config.heal.methods or config.heal.defence.name:
         heal = stage_config(config, "heal")
         whole = heal.train.full_parameters
@@ -96,7 +124,7 @@ def run_stages(config: ConfigDict, workdir: Path, profile: Profile | None = None
             if heal.heal.methods:
                 heal_stage(heal, workdir, left)
             else:
-                train_stage(heal, workdir, "heal", left)
+                train_stage(heal, workdir, "heal", left, compiled=compiled)
     if config.eval.tasks:
         answering = lineage.to_answer(main, workdir, start)
         with phases("generate"):
