@@ -148,6 +148,12 @@ def _layers(values: flags.FlagValues, config: "ConfigDict") -> Path:
     return layers_stage(*sources, labels=_items(values.label), out=out)
 
 
+def _report(values: flags.FlagValues, config: "ConfigDict") -> Path:
+    from panacea_jax.reporting.report import write_report
+
+    return write_report(_workdir(values), _paths(values.against), _path(values.out))
+
+
 def _convert(values: flags.FlagValues, config: "ConfigDict") -> Path:
     from panacea_jax.stages.convert import convert
 
@@ -203,6 +209,10 @@ COMMANDS = {
         "layer safety coefficients of a run, of several beside each other, or by a probe: JSON, CSV, PNG", _layers,
         ("workdir", "epsilon", "checkpoint", "label", "probe", "against", "out"),
     ),
+    "report": Command(
+        "one page of what came out, of a comparison, a sweep or runs side by side: HTML, Markdown, CSV, Parquet", _report,
+        ("workdir", "against", "out"),
+    ),
     "convert": Command("base (+ adapter, + ε), or a GGUF file, to one Hugging Face folder", _convert, ("out", "epsilon", "gguf")),
     "defences": Command("every defence: stage, data, passes a step, memory, paper", _defences, ()),
     "doctor": Command("what this machine has, and what a configuration will use of it", _doctor, (), several=True),
@@ -244,7 +254,7 @@ FLAGS = {
     "probe": Flag("number of harmful batches to look at without training", 0),
     "topology": Flag("machine to plan for: v5e:4x4, 2*v5p:2x2x1 (two slices), tpu7x:2x2x1, gpu:h100x8 …"),
     "search": Flag("try meshes, batch sizes and remat policies; the cheapest that fits comes first", False),
-    "out": Flag("folder to write: of convert a Hugging Face folder, of layers one in place of --workdir"),
+    "out": Flag("folder to write: of convert a Hugging Face folder, of layers one in place of --workdir, of report of WORKDIR/report"),
     "profile": Flag("record steps with jax.profiler, STEP:COUNT, into WORKDIR/<stage>/profile"),
     "print": Flag("name of the script; without it all names are listed"),
 }

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 import time
 from pathlib import Path
 
@@ -47,3 +48,16 @@ def _lines(path: Path) -> list[str]:
         return []
     text = path.read_text(encoding="utf-8")
     return text[: text.rfind("\n") + 1].splitlines()
+
+
+def seconds_of_steps(folder: Path, steps: int) -> float | None:
+    """Steps times their median duration over the logged stretches; the first stretch, which compiles, does not count.
+
+    Args:
+        folder: of the stage.
+        steps: how many it took.
+    """
+    # Of steps only: losses on held-out records have lines of their own.
+    rows = map(json.loads, _lines(folder / "metrics.jsonl"))
+    found = [row["step_seconds"] for row in rows if "step_seconds" in row][1:]
+    return steps * statistics.median(found) if found else None
