@@ -12,8 +12,9 @@ from panacea_jax.analysis.layer_pictures import COLOURS
 Spec = dict[str, Any]
 Values = Sequence[Mapping[str, Any]]
 PERCENT = {"domain": [0, 100]}
-ROW = 22
-"""Height of a line of an interval chart and of a heat map's row, in pixels."""
+WIDE = 100
+ROW, LINE = 22, 12
+"""Height of a row of a picture, and of one of several lines in it, in pixels."""
 
 
 def _field(name: str, kind: str, title: str | None = None, **more: Any) -> Spec:
@@ -39,19 +40,19 @@ def _tip(**titles: str) -> list[Spec]:
 
 
 def interval_chart(values: Values, title: str) -> Spec:
-    """A line each, its mean and its interval.
+    """A line for every method and a colour for every case: its mean and its interval.
 
     Args:
-        values: ``{"label", "mean", "low", "high", "series", "shown"}``; bounds may be None.
+        values: ``{"method", "mean", "low", "high", "series", "shown"}``; bounds may be None.
         title: of the axis, in percent.
     """
-    labels = list(dict.fromkeys(value["label"] for value in values))
-    y = _field("label", "nominal", sort=labels, axis={"labelLimit": 170})
-    colour = _series(values)
+    methods, cases = list(dict.fromkeys(value["method"] for value in values)), _names(values)
+    y = _field("method", "nominal", sort=methods, axis={"labelLimit": 190})
+    place = {"y": y, "yOffset": {"field": "series", "scale": {"domain": cases}}, "color": _series(values)}
     return {
         "data": {"values": list(values)},
-        "height": ROW * len(labels),
-        "encoding": {"y": y, "color": colour, "tooltip": _tip(label="method", shown=title)},
+        "height": (ROW if len(cases) == 1 else 8 + LINE * len(cases)) * len(methods),
+        "encoding": {**place, "tooltip": _tip(method="method", series="case", shown=title)},
         "layer": [
             {"mark": {"type": "rule", "strokeWidth": 2}, "encoding": {
                 "x": _field("low", "quantitative", title, scale=PERCENT), "x2": {"field": "high"},
@@ -100,17 +101,20 @@ def tradeoff_chart(values: Values, x: str, y: str) -> Spec:
 
 
 def line_chart(values: Values, x: str, y: str, percent: bool = False, points: bool = False) -> Spec:
-    """A line a series, and of series with several runs one a run.
+    """A line a series, and of series with several runs one a run; the axis is logarithmic where x spans ``WIDE`` times itself.
 
     Args:
         values: ``{"series", "run", "x", "y"}``; with "low" and "high" a bar through the point.
         x: title of its axis.
         y: likewise.
         percent: the axis of y is 0 to 100.
-        points: every value is marked.
+        points: every value is marked, which also is for values that someone chose.
     """
     vertical = _field("y", "quantitative", y, scale=PERCENT if percent else {"zero": False})
-    encoding = {"x": _field("x", "quantitative", x, scale={"zero": False, "nice": False}), "color": _series(values)}
+    places = [value["x"] for value in values]
+    kind = "log" if points and min(places) > 0 and max(places) >= WIDE * min(places) else "linear"
+    across = _field("x", "quantitative", x, scale={"type": kind, "nice": False, **({"zero": False} if kind == "linear" else {})})
+    encoding = {"x": across, "color": _series(values)}
     line = {
         "mark": {"type": "line", "point": points, "strokeWidth": 1.6},
         "encoding": {"y": vertical, "detail": _field("run", "nominal"), "tooltip": _tip(run="run", x=x, y=y)},

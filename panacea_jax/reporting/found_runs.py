@@ -13,13 +13,19 @@ from panacea_jax.workdir import MANIFEST
 
 SCORES = "scores.json"
 READING = (
-    "Figures are percentages; lower is better for HS and HS+. Intervals: 95 %, Wilson, over the prompts of one model."
+    "Figures are percentages; lower is better for HS and HS+. Intervals: 95 %, Wilson, over the prompts of one model; of several seeds "
+    "the bootstrap's, over these."
 )
 
 
 def is_run(folder: Path) -> bool:
     """Whether there are scores, or what a stage of training left."""
     return (folder / SCORES).is_file() or any((folder / stage / MANIFEST).is_file() for stage in STAGES)
+
+
+def stages_of(workdir: Path) -> dict[str, Path]:
+    """The folders of a run's stages, by name."""
+    return {path.parent.name: path.parent for path in sorted(workdir.glob(f"*/{MANIFEST}"))}
 
 
 def read_runs(folder: Path, workdirs: Sequence[Path]) -> Found:
@@ -35,7 +41,7 @@ def read_runs(folder: Path, workdirs: Sequence[Path]) -> Found:
     runs, outcomes, judges = [], [], set()
     for workdir in workdirs:
         name, path = workdir.resolve().name, workdir / SCORES
-        stages = {path.parent.name: path.parent for path in sorted(workdir.glob(f"*/{MANIFEST}"))}
+        stages = stages_of(workdir)
         run = Trained(name, None, workdir, stages)
         manifests = run.manifests()
         seeds = [m["config"]["seed"] for m in manifests.values() if "seed" in m["config"]]

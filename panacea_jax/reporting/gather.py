@@ -8,6 +8,7 @@ from panacea_jax.errors import InputError
 from panacea_jax.evaluate.compare import require_comparable
 from panacea_jax.reporting.found_comparison import COMPARISON, read_comparison
 from panacea_jax.reporting.found_runs import SCORES, is_run, read_runs
+from panacea_jax.reporting.found_sweep import SWEEP, read_sweep
 from panacea_jax.reporting.outcomes import Found, Trained, read_json
 from panacea_jax.workdir import MANIFEST
 
@@ -44,9 +45,11 @@ def gather(folder: Path, against: Sequence[Path] = ()) -> Found:
 def _gather_one(folder: Path) -> Found:
     if (folder / COMPARISON).is_file():
         return read_comparison(folder)
+    if (folder / SWEEP).is_file():
+        return read_sweep(folder)
     if runs := [folder] if is_run(folder) else [path for path in sorted(folder.glob("*/")) if is_run(path)]:
         return read_runs(folder, runs)
-    raise InputError(f"{folder}: nothing to report: no {COMPARISON}, no {SCORES} and no stage's {MANIFEST}")
+    raise InputError(f"{folder}: nothing to report: no {COMPARISON}, {SWEEP} or {SCORES} and no stage's {MANIFEST}")
 
 
 def _named(name: str, found: Found) -> Found:

@@ -22,6 +22,12 @@ class Table(NamedTuple):
     foreign: bool = False
 
 
+def filled(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table without the columns that say nothing in any row."""
+    kept = [i for i in range(len(heads)) if any(row[i] not in ("", "–") for row in rows)]
+    return Table([heads[i] for i in kept], [[row[i] for i in kept] for row in rows])
+
+
 class Chart(NamedTuple):
     """A picture.
 
@@ -36,6 +42,13 @@ class Chart(NamedTuple):
     title: str
     spec: Mapping[str, Any]
     says: str
+
+
+def numbered(charts: Sequence[Chart]) -> list[Chart]:
+    """The charts, of those with one name the second and later ones with a number behind it."""
+    names = [chart.name for chart in charts]
+    counts = [names[:i].count(name) for i, name in enumerate(names)]
+    return [chart._replace(name=f"{chart.name}_{n + 1}") if n else chart for chart, n in zip(charts, counts)]
 
 
 class Section(NamedTuple):

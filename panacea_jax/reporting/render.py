@@ -118,7 +118,7 @@ def as_picture(chart: Chart) -> str:
     return str(_library().vegalite_to_svg({**spec, "width": WIDTH}, vl_version=VEGA_LITE))
 
 
-def as_markdown(title: str, subtitle: str, sections: Sequence[Section], picture: Callable[[Chart], str]) -> str:
+def report_markdown(title: str, subtitle: str, sections: Sequence[Section], picture: Callable[[Chart], str]) -> str:
     """The report for a repository or a ticket; what models and users wrote stays on the page.
 
     Args:

@@ -50,7 +50,7 @@ def write_report(workdir: Path, against: Sequence[Path] = (), out: Path | None =
         figures.mkdir(parents=True, exist_ok=True)
         for chart in (chart for section in sections for chart in section.charts):
             write_text(figures / f"{chart.name}.svg", render.as_picture(chart))
-        write_text(folder / "report.md", render.as_markdown(title, subtitle, sections, lambda chart: f"figures/{chart.name}.svg"))
+        write_text(folder / "report.md", render.report_markdown(title, subtitle, sections, lambda chart: f"figures/{chart.name}.svg"))
         write_text(folder / "report.csv", render.as_sheet(rows))
         write_bytes(folder / "report.parquet", render.as_parquet(rows))
         write_text(folder / PAGE, page)

@@ -1,15 +1,16 @@
 """Figures over what was varied: a heat map over two numbers such as ρ and λ, a line over one."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from panacea_jax.defences.spec import parse_stack
 from panacea_jax.errors import InputError
 from panacea_jax.reporting.charts import heat_map, line_chart
-from panacea_jax.reporting.outcomes import HEADLINES, TITLES, Found, Outcome
-from panacea_jax.reporting.parts import Chart, Section
+from panacea_jax.reporting.outcomes import TITLES, Found, Outcome
+from panacea_jax.reporting.parts import Chart, Section, numbered
 
+FIGURES = ("hs", "fa", "benign")
 POISON, SYMBOLS = "poison ratio", {"rho": "ρ", "lam": "λ"}
 _Place = tuple[str, dict[str, float]]
 
@@ -18,22 +19,22 @@ def variation_section(found: Found) -> Section | None:
     """The pictures, of outcomes and of a grid's candidates; None where nothing was varied in numbers."""
     charts: list[Chart] = []
     for outcomes, where in ((found.outcomes, ""), (found.tried, " (development)")):
-        places = [(placed(o), o) for o in outcomes if o.attacked]
-        charts += _charts(places, where, len(charts))
+        places = [(place_of(o), o) for o in outcomes if o.attacked]
+        charts += _charts(places, where)
     text = [
         "Means; a heat map where two numbers were varied together, a line where one was, with everything else equal. The colours run "
         "from 0 to 100 in every map, whichever end is the better one."
     ]
-    return Section("What was varied", text, charts) if charts else None
+    return Section("What was varied", text, numbered(charts)) if charts else None
 
 
-def placed(outcome: Outcome) -> _Place:
+def place_of(outcome: Outcome) -> _Place:
     """``(name, numbers)``: the numbers that an outcome is at, by key, and what else it is called."""
     name, numbers = _of_method(outcome.method)
     if outcome.ratio is not None:
         numbers[POISON] = outcome.ratio
     for key, value in outcome.setting.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if _is_number(value):
             numbers[_short(key)] = float(value)
         else:
             name += f", {key}={value}"
@@ -46,51 +47,60 @@ def _of_method(method: str) -> _Place:
         stack = parse_stack(method, "report")
     except InputError:
         return method, {}
+    parts = [part for part in (stack.align, stack.finetune, stack.heal) if part]
     numbers: dict[str, float] = {}
     names = []
-    for part in filter(None, (stack.align, stack.finetune, stack.heal)):
-        words = [(key, value) for key, value in part.settings if isinstance(value, bool) or not isinstance(value, int | float)]
-        numbers |= {f"{part.name} {SYMBOLS.get(key, key)}": float(value) for key, value in part.settings if (key, value) not in words}
-        names.append(str(part._replace(settings=tuple(words))))
+    for part in parts:
+        known = {key: value for key, value in part.settings if _is_number(value)}
+        prefix = f"{part.name} " if len(parts) > 1 else ""
+        numbers |= {f"{prefix}{SYMBOLS.get(key, key)}": float(value) for key, value in known.items()}
+        names.append(str(part._replace(settings=tuple(setting for setting in part.settings if setting[0] not in known))))
     return "+".join(names) or "sft", numbers
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _short(key: str) -> str:
     """A key as an axis is called: the last word, with the part before it where that is not the defence."""
     section, _, word = key.rpartition(".")
-    return f"{SYMBOLS.get(word, word)}" if section in ("", "defence") else f"{section}.{SYMBOLS.get(word, word)}"
+    symbol = SYMBOLS.get(word, word)
+    return symbol if section in ("", "defence") else f"{section}.{symbol}"
 
 
-def _charts(places: Sequence[tuple[_Place, Outcome]], where: str, number: int) -> list[Chart]:
-    """A chart for every figure and pair of axes, or axis, along which several outcomes differ in nothing else."""
+def _charts(places: Sequence[tuple[_Place, Outcome]], where: str) -> list[Chart]:
+    """A map over the two numbers of a method that were varied together, and a line over every other number, of each figure."""
     charts: list[Chart] = []
-    for figure in HEADLINES:
-        there = [(place, o) for place, o in places if figure in o.figures]
-        pairs = _pairs(place for place, _ in there)
-        for pair in pairs:
-            for rest, group in _alike(there, pair).items():
-                xs, ys = ({p[1][axis] for p, _ in group} for axis in pair)
-                if len(xs) > 1 and len(ys) > 1:
-                    charts.append(_map(group, pair, figure, rest + where, f"map{number + len(charts)}"))
-        covered = set(itertools.chain.from_iterable(pairs))
-        for axis in dict.fromkeys(axis for (_, numbers), _ in there for axis in numbers):
-            lines = {rest: group for rest, group in _alike(there, (axis,)).items() if len({p[1][axis] for p, _ in group}) > 1}
-            if lines and (axis not in covered or max(map(len, lines.values())) > 2):
-                charts.append(_lines(lines, axis, figure, where, f"over{number + len(charts)}"))
+    pairs = _pairs(place for place, _ in places)
+    for pair in pairs:
+        for rest, group in _alike(places, pair).items():
+            if all(len({numbers[axis] for (_, numbers), _ in group}) > 1 for axis in pair):
+                charts += [chart for figure in FIGURES if (chart := _map(group, pair, figure, rest + where))]
+    mapped = set(itertools.chain.from_iterable(pairs))
+    for axis in dict.fromkeys(axis for (_, numbers), _ in places for axis in numbers if axis not in mapped):
+        lines = {
+            rest: group
+            for rest, group in _alike(places, (axis,)).items()
+            if len({numbers[axis] for (_, numbers), _ in group}) > 1
+        }  # fmt: skip
+        charts += [chart for figure in FIGURES if (chart := _lines(lines, axis, figure, where))]
     return charts
 
 
 def _pairs(places: Iterable[_Place]) -> list[tuple[str, str]]:
-    """Pairs of axes that were varied together in one method: along each, outcomes that differ in it alone."""
-    together: dict[tuple[str, str], dict[str, set[tuple[float, float]]]] = {}
+    """The first two numbers of each method that were varied together."""
+    held: dict[str, list[dict[str, float]]] = {}
     for name, numbers in places:
-        for a, b in itertools.combinations(numbers, 2):
-            together.setdefault((a, b), {}).setdefault(name, set()).add((numbers[a], numbers[b]))
-    return [
-        pair
-        for pair, by_name in together.items()
-        if any(len({x for x, _ in held}) > 1 and len({y for _, y in held}) > 1 and len(held) > 3 for held in by_name.values())
-    ]  # fmt: skip
+        held.setdefault(name, []).append(numbers)
+    found = []
+    for several in held.values():
+        for a, b in itertools.combinations(several[0], 2):
+            points = {(numbers[a], numbers[b]) for numbers in several if {a, b} <= numbers.keys()}
+            if all(len(set(axis)) > 1 for axis in zip(*points)) and len(points) > 3:
+                found.append((a, b))
+                break
+    return list(dict.fromkeys(found))
 
 
 def _alike(places: Sequence[tuple[_Place, Outcome]], axes: Sequence[str]) -> dict[str, list[tuple[_Place, Outcome]]]:
@@ -103,20 +113,28 @@ def _alike(places: Sequence[tuple[_Place, Outcome]], axes: Sequence[str]) -> dic
     return groups
 
 
-def _map(group: Sequence[tuple[_Place, Outcome]], axes: tuple[str, str], figure: str, rest: str, name: str) -> Chart:
+def _map(group: Sequence[tuple[_Place, Outcome]], axes: tuple[str, str], figure: str, rest: str) -> Chart | None:
     x, y = axes
     values = [
-        {"x": n[x], "y": n[y], "value": o.figures[figure].mean, "shown": str(o.figures[figure])} for (_, n), o in group
+        {"x": numbers[x], "y": numbers[y], "value": held.mean, "shown": str(held)}
+        for (_, numbers), outcome in group
+        if (held := outcome.figures.get(figure))
     ]  # fmt: skip
+    if not values:
+        return None
     title = f"{TITLES[figure]} (%): {rest}"
-    return Chart(name, title, heat_map(values, x, y, TITLES[figure]), f"{TITLES[figure]} over {x} and {y}, {len(values)} cells")
+    return Chart(f"map_{figure}", title, heat_map(values, x, y, TITLES[figure]), f"{TITLES[figure]} over {x} and {y}, {len(values)} cells")
 
 
-def _lines(lines: dict[str, list[tuple[_Place, Outcome]]], axis: str, figure: str, where: str, name: str) -> Chart:
+def _lines(lines: Mapping[str, Sequence[tuple[_Place, Outcome]]], axis: str, figure: str, where: str) -> Chart | None:
     values: list[dict[str, Any]] = [
-        {"series": rest, "run": rest, "x": numbers[axis], "y": (held := o.figures[figure]).mean, "low": held.low, "high": held.high}
+        {"series": rest, "run": rest, "x": numbers[axis], "y": held.mean, "low": held.low, "high": held.high}
         for rest, group in lines.items()
-        for (_, numbers), o in group
+        for (_, numbers), outcome in group
+        if (held := outcome.figures.get(figure))
     ]  # fmt: skip
+    if not values:
+        return None
     title = f"{TITLES[figure]} (%) over {axis}{where}"
-    return Chart(name, title, line_chart(values, axis, f"{TITLES[figure]} (%)", percent=True, points=True), f"{title}, {len(lines)} lines")
+    spec = line_chart(values, axis, f"{TITLES[figure]} (%)", percent=True, points=True)
+    return Chart(f"over_{figure}", title, spec, f"{title}, {len(lines)} lines")

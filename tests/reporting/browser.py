@@ -96,9 +96,9 @@ class Page:
 
     def press(self, key: str) -> None:
         """A key, down and up."""
-        for kind in ("rawKeyDown", "keyUp"):
-            code = {"Tab": 9, "Enter": 13}[key]
-            self("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, text="\r" if key == "Enter" else "")
+        code, text = {"Tab": (9, {}), "Enter": (13, {"text": "\r"})}[key]
+        for kind, more in (("keyDown", text), ("keyUp", {})):
+            self("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **more)
 
     def screenshot(self, path: Path, whole: bool = False) -> None:
         """The window, or the whole page, as PNG."""
