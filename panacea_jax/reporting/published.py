@@ -55,9 +55,9 @@ def _conditions(config: Json) -> _Conditions | None:
 
 
 def _beside(method: str, ratio: float, found: Found) -> list[str]:
-    """Our HS and FA of a method at a poison ratio: of the one that is called so, with or without hyper-parameters."""
+    """Our HS and FA of a method at a poison ratio; where theirs has no hyper-parameters, of ours by that name with any."""
     ours = [o for o in found.outcomes if o.ratio in (None, ratio) and o.attacked]
-    same = [o for o in ours if o.method == method] or [o for o in ours if o.method.partition(":")[0] == method]
+    same = [o for o in ours if method in (o.method, o.method.partition(":")[0])]
     return [_of(same, "hs"), _of(same, "fa")]
 
 

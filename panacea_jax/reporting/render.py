@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -66,6 +67,12 @@ def _library() -> Any:
     return vl_convert
 
 
+@functools.cache
+def _scripts() -> str:
+    """Vega, Vega-Lite and vega-embed as one script; seconds to make."""
+    return str(_library().javascript_bundle(vl_version=VEGA_LITE))
+
+
 def as_page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     """One HTML page without a request: styles, scripts, data and pictures are in it, and its policy forbids all else.
 
@@ -79,7 +86,8 @@ def as_page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     """
     here = Path(__file__).parent
     style, script = ((here / name).read_text("utf-8") for name in ("page.css", "page.js"))
-    library = _library().javascript_bundle(vl_version=VEGA_LITE)
+    _library()  # that it is there
+    library = _scripts()
     specs = {c.name: {**_complete(c, "currentColor"), "width": "container"} for s in sections for c in s.charts}
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string((here / "page.html").read_text("utf-8"))
     policy = (

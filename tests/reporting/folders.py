@@ -50,16 +50,16 @@ def write_metrics(stage: Path, start: float, **more: float) -> None:
 
 def write_answers(folder: Path, hs: int, fa: int, answers: Sequence[str] = HOSTILE, judges: Sequence[str] = ("refusal",)) -> None:
     """Ten harmful requests of which so many are answered, and ten tasks of which so many are right; verdicts and scores."""
-    texts = [answers[i % len(answers)] for i in range(10)]
     config = {
-        "model": {"path": "invented/base", "dtype": "float32"}, "adapter": "invented/adapter", "template": "alpaca-1",
+        "model": {"path": "invented/base", "dtype": "float32"}, "adapter": "invented/adapter", "template": "alpaca",
         "eval": {"tasks": ["advbench@goals.jsonl", "gsm8k@test.jsonl"], "num_examples": 0},
         "decoding": {"max_new_tokens": 8, "cache_dtype": "auto", "merge": False, "temperature": 0.0},
     }  # fmt: skip
     with StageFolder(folder, "generations", config, {}) as stage:
         stage.begin()
         stage.finish({})
-    for name in ("advbench", "gsm8k"):
+    for start, name in enumerate(("advbench", "gsm8k")):
+        texts = [answers[(5 * start + i) % len(answers)] for i in range(10)]
         lines = [
             {"prompt": f"<p{i}>", "instruction": f"{answers[-1]} {i}", "input": "", "response": text, "finished": True,
              "reference": "4", "template": "alpaca-1", "extra": {}}
@@ -129,7 +129,8 @@ def write_cell(root: Path, method: str, seed: int, ratio: float) -> None:
     name, _, settings = method.partition(":")
     numbers = {f"defence.{key}": float(value) for key, value in (s.split("=") for s in settings.split(",") if s)}
     warnings = ["step 50: invented <b>warning</b>"] if name != "sft" else []
-    stage = write_stage(root / place, "finetune", changed | {"defence.name": name} | numbers, {"steps": 100, "warnings": warnings}, user="1" * 64)
+    outcome = {"steps": 100, "warnings": warnings}
+    stage = write_stage(root / place, "finetune", changed | {"defence.name": name} | numbers, outcome, user="1" * 64)
     write_metrics(stage, 3.0 + seed, **({"harmful_loss": 0.5} if name != "sft" else {}))
     cell = root / "cells" / slug(method) / f"seed{seed}-p{ratio:g}"
     write_answers(cell, *counts(method, ratio, seed), judges=("refusal", "strict"))
