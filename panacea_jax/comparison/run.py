@@ -23,7 +23,7 @@ from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
 from panacea_jax.train.step import CompiledSteps
-from panacea_jax.workdir import write_json, write_text
+from panacea_jax.workdir import plain, write_json, write_text
 from panacea_jax.worlds import miniature
 from panacea_jax.worlds.guard import AlignmentGuard
 
@@ -95,7 +95,7 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
         "methods": list(map(str, reported)), "seeds": list(compare.seeds), "ratios": list(map(float, compare.ratios)),
         "world": compare.world, "judge": judge, "memory": MEMORY,
         "development": list(compare.development) if grid else [], "rule": choice.RULE if grid else "", "grid": choices,
-        "guard": held, "bounds": str(guard or ""), "rows": rows,
+        "guard": held, "bounds": str(guard or ""), "config": plain(config), "rows": rows,
         **({"worst": worst_cases(rows)} if compare.vary else {}),
     }  # fmt: skip
     write_json(workdir / "compare.json", result)

@@ -47,11 +47,14 @@ def interval_chart(values: Values, title: str) -> Spec:
         title: of the axis, in percent.
     """
     methods, cases = list(dict.fromkeys(value["method"] for value in values)), _names(values)
-    y = _field("method", "nominal", sort=methods, axis={"labelLimit": 190})
-    place = {"y": y, "yOffset": {"field": "series", "scale": {"domain": cases}}, "color": _series(values)}
+    place = {"y": _field("method", "nominal", sort=methods, axis={"labelLimit": 190}), "color": _series(values)}
+    height = ROW
+    if len(values) > len(methods):  # several cases of a method: below each other
+        place["yOffset"] = {"field": "series", "scale": {"domain": cases}}
+        height = 8 + LINE * len(cases)
     return {
         "data": {"values": list(values)},
-        "height": (ROW if len(cases) == 1 else 8 + LINE * len(cases)) * len(methods),
+        "height": height * len(methods),
         "encoding": {**place, "tooltip": _tip(method="method", series="case", shown=title)},
         "layer": [
             {"mark": {"type": "rule", "strokeWidth": 2}, "encoding": {
@@ -111,8 +114,8 @@ def line_chart(values: Values, x: str, y: str, percent: bool = False, points: bo
         points: every value is marked, which also is for values that someone chose.
     """
     vertical = _field("y", "quantitative", y, scale=PERCENT if percent else {"zero": False})
-    places = [value["x"] for value in values]
-    kind = "log" if points and min(places) > 0 and max(places) >= WIDE * min(places) else "linear"
+    smallest, largest = (bound(value["x"] for value in values) for bound in (min, max))
+    kind = "log" if points and 0 < smallest <= largest / WIDE else "linear"
     across = _field("x", "quantitative", x, scale={"type": kind, "nice": False, **({"zero": False} if kind == "linear" else {})})
     encoding = {"x": across, "color": _series(values)}
     line = {

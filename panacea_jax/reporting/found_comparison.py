@@ -6,6 +6,7 @@ from pathlib import Path
 from panacea_jax.config.variation import written
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.scores import Json
+from panacea_jax.reporting.commands import command_of
 from panacea_jax.reporting.outcomes import HEADLINES, Estimate, Found, Outcome, Trained, read_json
 
 COMPARISON = "compare.json"
@@ -29,14 +30,16 @@ def read_comparison(folder: Path) -> Found:
             for choice in result["grid"] for c in choice["candidates"]
         ]  # fmt: skip
         failing = [(f"seed {seed}", f"fails the guard: {result['bounds']}") for seed, held in result["guard"].items() if not held]
+        commands = [command_of("run", result["config"], str(folder))] if "config" in result else []
+        before = next((outcome.method for outcome in outcomes if not outcome.attacked), "aligned")
         runs = [
-            Trained(_cell_label(cell), cell["seed"], where, {name: folder / path for name, path in cell["stages"].items()})
+            Trained(_cell_label(cell, before), cell["seed"], where, {name: folder / path for name, path in cell["stages"].items()})
             for cell, where in cells
         ]  # fmt: skip
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{path}: not a comparison of ours ({type(error).__name__}: {error})") from error
     notes = [line.removeprefix("* ") for line in _text(table).splitlines() if line.startswith("* ")]
-    return Found(folder, outcomes, runs, tried, notes, failing)
+    return Found(folder, outcomes, runs, tried, notes, failing, commands)
 
 
 def _text(path: Path) -> str:
@@ -69,7 +72,7 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def _cell_label(cell: Json) -> str:
-    """As the outcome that the cell is part of is called."""
-    method = cell["method"] if cell["ratio"] is not None else "aligned"
+def _cell_label(cell: Json, before: str) -> str:
+    """As the outcome that the cell is part of is called; ``before`` is that of the model before fine-tuning."""
+    method = cell["method"] if cell["ratio"] is not None else before
     return Outcome(method, {}, cell["ratio"], cell.get("setting", {})).label

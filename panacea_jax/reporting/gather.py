@@ -39,6 +39,7 @@ def gather(folder: Path, against: Sequence[Path] = ()) -> Found:
         tried=[outcome for each in found for outcome in each.tried],
         notes=[*dict.fromkeys(note for each in found for note in each.notes), *_unlike(runs)],
         failing=[failure for each in found for failure in each.failing],
+        commands=[command for each in found for command in each.commands],
     )
 
 

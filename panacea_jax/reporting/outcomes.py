@@ -105,6 +105,7 @@ class Found:
         tried: candidates of a grid on development seeds, which no table of results holds.
         notes: what has to be known to read the figures, a line each.
         failing: what went wrong, as (where, what).
+        commands: that made it all, before those of single stages.
     """
 
     folder: Path
@@ -113,6 +114,7 @@ class Found:
     tried: Sequence[Outcome] = ()
     notes: Sequence[str] = ()
     failing: Sequence[tuple[str, str]] = ()
+    commands: Sequence[str] = ()
 
 
 def figures_of(scores: Json, where: Path) -> dict[str, Estimate]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from panacea_jax.errors import InputError
 from panacea_jax.reporting import render
+from panacea_jax.reporting.epochs import epochs_section
 from panacea_jax.reporting.evidence import answers_section, failure_section, judges_section
 from panacea_jax.reporting.gather import gather
 from panacea_jax.reporting.layer_section import layers_section
@@ -17,7 +18,7 @@ from panacea_jax.reporting.variation import variation_section
 from panacea_jax.workdir import versions, write_bytes, write_text
 
 SECTIONS = (
-    scores_section, tradeoff_section, variation_section, failure_section, training_section, layers_section, judges_section,
+    scores_section, tradeoff_section, variation_section, failure_section, epochs_section, training_section, layers_section, judges_section,
     published_section, cost_section, answers_section, rerun_section,
 )  # fmt: skip
 """In the order of the page; one that has nothing to say returns None."""

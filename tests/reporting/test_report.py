@@ -14,17 +14,18 @@ import pytest
 from panacea_jax import cli
 from panacea_jax.cli import parse_command
 from panacea_jax.errors import InputError
+from panacea_jax.reporting.commands import command_of
+from panacea_jax.reporting.epochs import epochs_section
 from panacea_jax.reporting.evidence import failure_section, judges_section
 from panacea_jax.reporting.gather import gather
 from panacea_jax.reporting.outcomes import Estimate, Found, Outcome, figures_of
 from panacea_jax.reporting.published import published_section
 from panacea_jax.reporting.render import as_sheet, harmless, outcome_rows, report_markdown, shown
 from panacea_jax.reporting.report import write_report
-from panacea_jax.reporting.rerun import command_of
 from panacea_jax.reporting.scores import pareto_front, scores_section, tradeoff_section
 from panacea_jax.reporting.training import POINTS, training_section
 from panacea_jax.reporting.variation import place_of, variation_section
-from panacea_jax.workdir import read_manifest
+from panacea_jax.workdir import plain, read_manifest
 from tests.reporting.folders import METHODS, RATIOS, write_compared, write_run, write_swept
 
 
@@ -182,6 +183,22 @@ def test_curves_keep_their_last_and_leave_out_what_is_not_finite(runs):
     assert len(values) <= POINTS + 1 and (values[0]["x"], values[-1]["x"], values[-1]["y"]) == (1, 1000, 999.0)
 
 
+def test_checkpoints_that_answered_are_points_over_epochs(tmp_path):
+    write_run(tmp_path / "ours", 2, 5)
+    ends = {"hs": [10.0, 60.0], "hs_plus": [10.0, 60.0], "fa": {"gsm8k": [20.0, 80.0]}, "over_refusal": [0.0, 50.0]}
+    points = [
+        {"step": 50 * n, "epoch": n / 2, "hs": 10.0 * n, "hs_plus": 10.0 * n, "fa": {"gsm8k": 50.0}, "over_refusal": 25.0, "ci95": ends}
+        for n in (1, 2, 3)
+    ]  # fmt: skip
+    (tmp_path / "ours" / "curve.json").write_text(json.dumps({"judge": "refusal", "steps_per_epoch": 100, "points": points}))
+    charts = {chart.name: chart.spec["data"]["values"] for chart in epochs_section(gather(tmp_path)).charts}
+    assert [(v["x"], v["y"], v["low"], v["high"]) for v in charts["epochs_hs"]] == [(n / 2, 10.0 * n, 10.0, 60.0) for n in (1, 2, 3)]
+    assert {(v["y"], v["low"], v["high"]) for v in charts["epochs_benign"]} == {(75.0, 50.0, 100.0)}
+    (tmp_path / "ours" / "curve.json").write_text('{"points": [{}]}')
+    with pytest.raises(InputError, match=r"curve.json: not a curve of ours"):
+        epochs_section(gather(tmp_path))
+
+
 def test_signs_of_failure_are_found(compared, runs, tmp_path):
     rows = failure_section(gather(compared)).tables[0].rows
     assert ["seed 1", "fails the guard: HS at most 2", ""] in rows
@@ -261,14 +278,27 @@ def test_commands_ask_for_what_was_made(runs):
     """Read again as a command line, they give the configuration of the manifest."""
     stage = runs / "ours" / "finetune"
     manifest = read_manifest(stage)
-    command = shlex.split(command_of("finetune", manifest, "x y"))
+    command = shlex.split(command_of("finetune", manifest["config"], "x y"))
     assert command[:2] == ["panacea", "finetune"] and command[-1] == "--workdir=x y"
     config = parse_command("finetune", command[2:])[1]
     for section, held in manifest["config"].items():
         found = json.loads(json.dumps(config[section].to_dict() if section != "seed" else config.seed))
         assert found == held, section
     answers = read_manifest(runs / "ours" / "generations")
-    command = shlex.split(command_of("generations", answers, "x"))
+    command = shlex.split(command_of("generations", answers["config"], "x"))
     config = parse_command("generate", command[2:])[1]
     assert list(config.eval.tasks) == answers["config"]["eval"]["tasks"] and config.generate.adapter == "invented/adapter"
     assert (config.generate.max_new_tokens, config.model.dtype, config.eval.num_examples) == (8, "float32", 0)
+
+
+def test_the_command_of_a_comparison_is_the_one_that_made_it():
+    """Whatever recipe it came from: the keys that it changed are written out."""
+    flags = [
+        "--config.model.path=invented/base", "--config.compare.methods=('sft', 'vaccine:rho=2+panacea')", "--config.compare.seeds=(0, 1)",
+        "--config.align.defence.name=sft", "--config.align.optimizer.learning_rate=0.001", "--config.defence.rho=0.25",
+        "--config.eval.tasks=('pairs@a b.jsonl',)", "--config.heal.defence.name=ascent", "--config.heal.defence.rho=0.5",
+    ]  # fmt: skip
+    config = parse_command("run", flags)[1]
+    command = shlex.split(command_of("run", plain(config), "x"))
+    assert sorted(command[2:-1]) == sorted(flags)
+    assert plain(parse_command("run", command[2:-1])[1]) == plain(config)
