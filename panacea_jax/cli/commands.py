@@ -183,6 +183,12 @@ def _layers(values: "FlagValues", config: "ConfigDict") -> Path:
     return layers_stage(*sources, labels=_items(values.label), out=out)
 
 
+def _report(values: "FlagValues", config: "ConfigDict") -> Path:
+    from panacea_jax.reporting.report import write_report
+
+    return write_report(_workdir(values), _paths(values.against), _path(values.out))
+
+
 def _convert(values: "FlagValues", config: "ConfigDict") -> Path:
     from panacea_jax.stages.convert import convert
 
@@ -282,6 +288,10 @@ COMMANDS = {
         "layer safety coefficients of a run, of several beside each other, or by a probe: JSON, CSV, PNG", _layers,
         ("workdir", "epsilon", "checkpoint", "label", "probe", "against", "out"),
         reads=("seed", "model", "lora", "data", "train.harmful_batch_size", "train.full_parameters", "generate.adapter", "mesh"),
+    ),
+    "report": Command(
+        "one page of what came out, of a comparison, a sweep or runs side by side: HTML, Markdown, CSV, Parquet", _report,
+        ("workdir", "against", "out"),
     ),
     "convert": Command(
         "base (+ adapter, + ε), or a GGUF file, to one Hugging Face folder", _convert, ("out", "epsilon", "gguf"),

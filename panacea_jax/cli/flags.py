@@ -29,7 +29,7 @@ FLAGS = {
     "probe": Flag("number of harmful batches to look at without training", 0),
     "topology": Flag("machine to plan for: v5e:4x4, 2*v5p:2x2x1 (two slices), tpu7x:2x2x1, gpu:h100x8 …"),
     "search": Flag("try meshes, batch sizes and remat policies; the cheapest that fits comes first", False),
-    "out": Flag("folder to write: of convert a Hugging Face folder, of layers one in place of --workdir"),
+    "out": Flag("folder to write: of convert a Hugging Face folder, of layers and report one in place of their own"),
     "gate": Flag("JSON file of bounds, in place of config.gate"),
     "over": Flag("what a sweep goes over, KEY=A,B,C or KEY=LOW..HIGH[:N, :logN or :log]; several times for several keys", []),
     "sampler": Flag("grid, random, tpe or nsga2; in place of config.sweep.sampler"),

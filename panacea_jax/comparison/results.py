@@ -25,6 +25,7 @@ from panacea_jax.evaluate.pairing import paired
 from panacea_jax.evaluate.scores import Judged, checked_pairs, outcomes
 from panacea_jax.evaluate.tasks import find_task
 from panacea_jax.records.judged import load_judged
+from panacea_jax.train.metrics import seconds_of_steps
 from panacea_jax.workdir import read_manifest
 
 _Json = dict[str, Any]
@@ -101,7 +102,7 @@ def measure_stages(stages: Mapping[str, Path], folder: Path, judge: str) -> Meas
             step_bytes[stage] = held
         extra |= set(extra_data(defence))
         if steps[stage]:
-            seconds.append(_seconds(where, steps[stage]))
+            seconds.append(seconds_of_steps(where, steps[stage]))
     known = [s for s in seconds if s is not None]
     total = sum(known) if len(known) == len(seconds) else None
     return Measured(
@@ -150,14 +151,6 @@ def _perplexity(folder: Path, judged: Judged) -> float | None:
     measured = json.loads(path.read_text())["sets"]
     ordinary = [s.name for s in judged.sets if find_task(s.task).role == "generation"]
     return next((measured[name]["perplexity"] for name in ordinary if name in measured), None)
-
-
-def _seconds(stage: Path, steps: int) -> float | None:
-    """Steps times their median duration over the logged stretches; the first stretch, which compiles, does not count."""
-    rows = map(json.loads, (stage / "metrics.jsonl").read_text("utf-8").splitlines())
-    # Of steps only: losses on held-out records have lines of their own.
-    found = [row["step_seconds"] for row in rows if "step_seconds" in row][1:]
-    return steps * statistics.median(found) if found else None
 
 
 def events(judged: Judged) -> dict[str, list[bool]]:

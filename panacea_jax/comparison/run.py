@@ -23,7 +23,7 @@ from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
 from panacea_jax.train.step import CompiledSteps
-from panacea_jax.workdir import write_json, write_text
+from panacea_jax.workdir import plain, write_json, write_text
 from panacea_jax.worlds import miniature
 from panacea_jax.worlds.guard import AlignmentGuard
 
@@ -91,7 +91,7 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
         "methods": list(map(str, reported)), "seeds": list(compare.seeds), "ratios": list(map(float, compare.ratios)),
         "world": compare.world, "judge": judge, "memory": MEMORY,
         "development": list(compare.development) if grid else [], "rule": choice.RULE if grid else "", "grid": choices,
-        **guarded(compare, aligned), "rows": rows,
+        **guarded(compare, aligned), "config": plain(config), "rows": rows,
         **({"worst": worst_cases(rows)} if compare.vary else {}),
     }  # fmt: skip
     return write_result(result, workdir)

@@ -81,7 +81,7 @@ def disagreements(judges: Mapping[str, Judged]) -> str:
     sheet = csv.writer(out, quoting=csv.QUOTE_ALL, lineterminator="\n")
     sheet.writerow(["set", "record", "prompt", "answer", *judges])
     for row in _differing(judges):
-        sheet.writerow([_cell(value) for value in row])
+        sheet.writerow([sheet_cell(value) for value in row])
     return out.getvalue()
 
 
@@ -110,7 +110,8 @@ def _differing(judges: Mapping[str, Judged]) -> Iterator[list[Any]]:
                 yield [name, i + 1, asked, answer_text(line["response"], template), *shown]
 
 
-def _cell(value: Any) -> Any:
+def sheet_cell(value: Any) -> Any:
+    """A value as a sheet may hold it: an apostrophe stands before text that a spreadsheet would take for a formula."""
     if not isinstance(value, str):
         return value
     text = value.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\x00")

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +57,15 @@ def _lines(path: Path) -> list[str]:
         return []
     text = path.read_text(encoding="utf-8")
     return text[: text.rfind("\n") + 1].splitlines()
+
+
+def seconds_of_steps(folder: Path, steps: int) -> float | None:
+    """Steps times their median duration over the logged stretches; the first stretch, which compiles, does not count.
+
+    Args:
+        folder: of the stage.
+        steps: how many it took.
+    """
+    # Of steps only: losses on held-out records have lines of their own.
+    found = [row["step_seconds"] for row in read_metrics(folder) if "step_seconds" in row][1:]
+    return steps * statistics.median(found) if found else None

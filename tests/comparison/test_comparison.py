@@ -92,6 +92,7 @@ def test_the_table_is_what_the_cells_say(finished):
     root, _ = finished
     result = content(root)
     assert result["methods"] == METHODS and result["grid"] == []
+    assert list(result["config"]["compare"]["methods"]) == METHODS[1:]  # what it was asked for, to ask for it again
     rows = {(r["method"], r["ratio"]): r for r in result["rows"]}
     assert list(rows) == [("aligned", None), *((m, p) for p in (0.1, 0.3) for m in METHODS)]
     lines = {
