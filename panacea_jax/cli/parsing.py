@@ -80,5 +80,7 @@ def _define(values: flags.FlagValues, name: str) -> None:
         flags.DEFINE_boolean(name, default, text, flag_values=values)
     elif isinstance(default, int):
         flags.DEFINE_integer(name, default, text, 0, flag_values=values)
+    elif isinstance(default, float):
+        flags.DEFINE_float(name, default, text, 0, flag_values=values)
     else:
         flags.DEFINE_string(name, default, text, flag_values=values)
