@@ -114,7 +114,8 @@ def _steps(stage: str, config: ConfigDict, defence: Defence, counts: Counts) -> 
     if None in parts:
         return None
     records = sum(n for n in parts if n is not None)
-    records -= int(config.data.validation * records)
+    if share := config.data.validation:
+        records -= max(1, int(share * records))
     return config.train.epochs * -(-records // config.train.batch_size)
 
 

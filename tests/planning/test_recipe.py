@@ -69,12 +69,12 @@ def test_what_is_not_known_is_said(planned):
 
 
 def test_records_that_are_here_are_counted(planned, tmp_path):
-    """Seven of a thousand that are asked for, of which two are held out."""
+    """Seven of a thousand that are asked for, of which one is held out."""
     write_pairs(tmp_path / "user.jsonl", 7)
     spec = f"pairs@{tmp_path / 'user.jsonl'}"
-    flags = [f"--config.data.user={spec}", "--config.data.validation=0.3", "--config.train.batch_size=1", "--config.train.epochs=1"]
+    flags = [f"--config.data.user={spec}", "--config.data.validation=0.01", "--config.train.batch_size=1", "--config.train.epochs=1"]
     _, phases, _ = planned(TINY, *flags, f"--config.eval.tasks=('{spec}',)", "--config.generate.max_new_tokens=3")
-    assert phases["finetune panacea"]["work"].startswith("5 steps")
+    assert phases["finetune panacea"]["work"].startswith("6 steps")
     assert phases["generate pairs"]["work"] == "7 answers of 3 tokens, 32 together"
 
 
