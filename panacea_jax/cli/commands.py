@@ -220,7 +220,7 @@ def _doctor(values: "FlagValues", config: "ConfigDict") -> None:
 def _plan(values: "FlagValues", config: "ConfigDict") -> Path | None:
     from panacea_jax.stages.plan import plan_stage
 
-    return plan_stage(config, values.topology, values.search, _path(values.workdir))
+    return plan_stage(config, values.topology, values.search, _path(values.workdir), values.price)
 
 
 def _launch(values: "FlagValues", config: "ConfigDict") -> None:
@@ -304,8 +304,12 @@ COMMANDS = {
         reads=("seed", "model", "lora", "data", "defence", "optimizer", "train", "eval.tasks", "judge", "mesh"),
     ),
     "plan": Command(
-        "memory and least time of a step on a machine that is not there", _plan, ("workdir", "topology", "search"),
-        reads=("model", "lora", "data", "defence", "optimizer", "train", "mesh"),
+        "memory and least time of a step, hours and cost of the recipe, on a machine that is not there", _plan,
+        ("workdir", "topology", "search", "price"),
+        reads=(
+            "model", "lora", "data", "defence", "optimizer", "train", "align", "heal", "eval.tasks", "eval.num_examples",
+            "generate.batch_size", "generate.max_new_tokens", "mesh",
+        ),
     ),
     "launch": Command("the launch scripts for SLURM, TPU pods, GKE and others, for a machine without a clone", _launch, ("print",)),
 }  # fmt: skip

@@ -39,12 +39,10 @@ def usage(full: bool = False) -> str:
 def command_help(name: str, full: bool = False) -> str:
     """Of one command: its flags and the keys that it reads, each in a line; with ``full`` in all words, and the other keys too."""
     command = COMMANDS[name]
-    lines = [
-        f"panacea {name}: {command.summary}",
-        "",
-        "flags:",
-        "  --config=RECIPE[:variant]  a file, or the name of one that comes with the package; without it the defaults",
-    ]
+    lines = [f"panacea {name}: {command.summary}", ""]
+    lines += ["flags:"] if command.reads or command.flags else []
+    if command.reads:
+        lines.append("  --config=RECIPE[:variant]  a file, or the name of one that comes with the package; without it the defaults")
     for flag in command.flags:
         text, default = FLAGS[flag]
         lines.append(f"  --{flag}={'…' if default in ('', []) else str(default).lower()}  {text}")
@@ -56,20 +54,18 @@ def command_help(name: str, full: bool = False) -> str:
         lines += ["", f"config keys that {name} reads (--config.KEY=VALUE):", *_key_lines(read, full)]
     if full and (others := [key for key in keys if key not in read]):
         lines += ["", "config keys of other commands:", *_key_lines(others, full)]
-    if read:
-        lines += ["", "(P) as Panacea's published scripts have it, (A) as usual for AdamW."]
-    if not full:
-        lines += ["", f"panacea {name} --helpfull shows every key in all words."]
+    lines += ["", "(P) as Panacea's published scripts have it, (A) as usual for AdamW."] if read or full else []
+    lines += ["", f"panacea {name} --helpfull explains every key in full."] if read and not full else []
     return "\n".join(lines)
 
 
 def _key_lines(keys: list[Key], full: bool) -> list[str]:
-    width = max(shutil.get_terminal_size((_COLUMNS, 24)).columns - _KEY_WIDTH - 4, 40)
+    columns = max(shutil.get_terminal_size((_COLUMNS, 24)).columns, _KEY_WIDTH + 40)
     lines = []
     for key in keys:
-        head = f"{', '.join(key.names)} = {key.default}"
-        short = textwrap.shorten(key.meaning, width, placeholder=" …")
-        first, *more = textwrap.wrap(key.meaning, width) if full else [short]
-        lines.append(f"  {head:<{_KEY_WIDTH}}  {first}")
-        lines += [" " * (_KEY_WIDTH + 4) + line for line in more]
+        head = f"  {', '.join(key.names) + ' = ' + key.default:<{_KEY_WIDTH}}  "
+        text = key.meaning if full else textwrap.shorten(key.meaning, columns - len(head), placeholder=" …")
+        lines += textwrap.wrap(
+            text, columns, initial_indent=head, subsequent_indent=" " * (_KEY_WIDTH + 4), break_long_words=False, break_on_hyphens=False
+        )  # fmt: skip
     return lines

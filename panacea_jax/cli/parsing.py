@@ -85,5 +85,7 @@ def _define(values: flags.FlagValues, name: str) -> None:
         flags.DEFINE_integer(name, default, text, 0, flag_values=values)
     elif isinstance(default, list):
         flags.DEFINE_multi_string(name, default, text, flag_values=values)
+    elif isinstance(default, float):
+        flags.DEFINE_float(name, default, text, 0, flag_values=values)
     else:
         flags.DEFINE_string(name, default, text, flag_values=values)

@@ -1,4 +1,4 @@
-"""Every key with its default.
+"""Every key with its default. What each of them means: docs/configuration.md, which ``--help`` prints.
 
 Defaults are those of Panacea's published scripts where these say something (arXiv 2501.18100; its repository).
 """

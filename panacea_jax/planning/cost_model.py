@@ -9,6 +9,9 @@ import jax
 from panacea_jax.data.batches import Batch
 from panacea_jax.defences.cross_entropy import CHUNK, WHOLE
 from panacea_jax.defences.protocol import passes_as_received
+from panacea_jax.generate.schedule import ADMITTED
+from panacea_jax.generate.schedule import CHUNK as TOKENS
+from panacea_jax.parallel.chips import Chip
 from panacea_jax.parallel.mesh import slices_of
 from panacea_jax.parallel.sharding import batch_rows
 from panacea_jax.planning.abstract_step import AbstractStep, tree_bytes
@@ -87,6 +90,67 @@ def sent_between(step: AbstractStep) -> float:
     slices = slices_of(mesh.devices.flat)
     whole = sum(x.size for x in jax.tree.leaves(step.state.params)) * step.model.dtype.itemsize
     return _passes(step) * whole / (mesh.size / slices) * 2 * (slices - 1) / slices
+
+
+def seconds(step: AbstractStep, chip: Chip, sent_within: float | None = None) -> dict[str, float]:
+    """Least time of a step by what bounds it, by the data sheet.
+
+    Args:
+        step: on a mesh of such chips.
+        chip: its data sheet.
+        sent_within: bytes that one device sends within its slice, where a compiled program says that; else as modelled.
+    """
+    within, between = sent(step) if sent_within is None else sent_within, sent_between(step)
+    times = {
+        "compute": flops(step) / (chip.flops / chip.devices),
+        "memory": weights_read(step) / (chip.bandwidth / chip.devices),
+        "links": within / (chip.links / chip.devices),
+    }
+    return times | ({"network": between / (chip.network / chip.devices)} if between else {})
+
+
+def answer_seconds(step: AbstractStep, chip: Chip, rows: int, prompt: int, new: int) -> float:
+    """Least time of a batch of answers, by the base that a step is of.
+
+    Prompts are read a few at a time; then every token reads all weights and what the cache holds. Weights that ``fsdp`` cuts are gathered
+    for each group of prompts and each chunk of tokens; sums over ``tensor`` are not counted.
+
+    Args:
+        step: gives the model, how its weights are kept, and the mesh.
+        chip: its data sheet.
+        rows: answers together.
+        prompt: tokens of a prompt.
+        new: tokens of an answer.
+    """
+    c, mesh = step.model.config, step.model.mesh
+    tensor, parts = mesh.shape["tensor"], batch_rows(mesh)
+    own = -(-rows // parts)  # rows of one device
+    groups = -(-own * parts // max(ADMITTED, parts))
+    cached = 2 * c.num_layers * c.num_kv_heads * c.head_dim * step.model.dtype.itemsize / tensor
+    compute, memory, links = (x / chip.devices for x in (chip.flops, chip.bandwidth, chip.links))
+    weights, gather = _answering(step), sent_to_gather(step) / links
+    read = own * prompt * c.flops_per_token(prompt) / tensor / compute
+    # On average a token sees the prompt and half of the answer, as one in the middle of a text of twice that length does.
+    token = max(
+        own * c.flops_per_token(2 * prompt + new) / tensor / compute,
+        (weights + own * (prompt + new / 2) * cached) / memory,
+        gather / TOKENS,
+    )
+    return max(read, groups * weights / memory, groups * gather) + new * token
+
+
+def sent_to_gather(step: AbstractStep) -> float:
+    """Bytes that one device sends until each has all the weights that answer, but for what ``tensor`` splits."""
+    fsdp = step.model.mesh.shape["fsdp"]
+    return _answering(step) * (fsdp - 1) / fsdp
+
+
+def _answering(step: AbstractStep) -> float:
+    """Bytes of the weights that one device reads for a token: of all parameters' training they are exported in the compute dtype."""
+    whole = step.model.config.matmul_parameters() * step.model.dtype.itemsize
+    if step.weights is not None:
+        whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(step.weights))
+    return whole / step.model.mesh.shape["tensor"]
 
 
 def temporary(step: AbstractStep) -> dict[str, int]:

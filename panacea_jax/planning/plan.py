@@ -133,12 +133,8 @@ def _plan(config: ConfigDict, model: ModelConfig, machine: Topology, compiled: b
     chip = machine.chip
     step = abstract_step(config, model, mesh, None if machine.devices else chip)
     kept, modelled = resident(step), cost_model.temporary(step)
-    temporary, arguments, seconds, refused = sum(modelled.values()), None, None, ""
-    flops, sent, between = (
-        cost_model.flops(step),
-        cost_model.sent(step),
-        cost_model.sent_between(step),
-    )
+    temporary, arguments, refused = sum(modelled.values()), None, ""
+    sent, taken = cost_model.sent(step), None
     if compiled and machine.devices is not None:
         start = time.perf_counter()
         try:
@@ -160,17 +156,11 @@ def _plan(config: ConfigDict, model: ModelConfig, machine: Topology, compiled: b
                 sent = float(sum(c.sent for c in found))
             except jax.errors.JaxRuntimeError:  # libtpu compiles what this jaxlib cannot print
                 logging.warning("%s: the program cannot be read; sent is the model's", machine.name)
-        seconds = time.perf_counter() - start
-    times = {
-        "compute": flops / (chip.flops / chip.devices),
-        "memory": cost_model.weights_read(step) / (chip.bandwidth / chip.devices),
-        "links": sent / (chip.links / chip.devices),
-    }
-    if between:
-        times["network"] = between / (chip.network / chip.devices)
+        taken = time.perf_counter() - start
     return Plan(
         machine.name, dict(mesh.shape), config.train.batch_size, step.batches["user"].tokens.shape[0], step.remat,
-        kept, arguments, temporary, modelled, _usable(chip) / chip.devices, flops, sent, between, times, seconds, refused,
+        kept, arguments, temporary, modelled, _usable(chip) / chip.devices,
+        cost_model.flops(step), sent, cost_model.sent_between(step), cost_model.seconds(step, chip, sent), taken, refused,
     )  # fmt: skip
 
 

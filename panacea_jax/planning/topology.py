@@ -32,6 +32,11 @@ class Topology(NamedTuple):
     slices: int = 1
 
     @property
+    def kind(self) -> str:
+        """Name of the chip."""
+        return next(name for name, chip in CHIPS.items() if chip == self.chip)
+
+    @property
     def size(self) -> int:
         """Devices as JAX counts them."""
         return self.chips * self.chip.devices

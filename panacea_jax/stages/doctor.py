@@ -24,7 +24,7 @@ from rich.table import Table
 from panacea_jax.config import make_defence
 from panacea_jax.data import files
 from panacea_jax.data.encode import check_ids, encode, encode_prompt
-from panacea_jax.data.sources import Record, layout_of, load_records, parse_mixture, parse_source
+from panacea_jax.data.sources import Record, layout_of, load_records
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges import make_judge, needs_model
 from panacea_jax.models import lora
@@ -39,7 +39,7 @@ from panacea_jax.parallel import make_mesh, weight_sharding
 from panacea_jax.parallel.sharding import batch_rows
 from panacea_jax.planning.abstract_step import abstract_weights, fresh_adapter, placed, tree_bytes
 from panacea_jax.stages.rendering import make_template
-from panacea_jax.stages.streams import defender_records, training_records, user_records
+from panacea_jax.stages.streams import defender_records, is_local, training_records, user_records
 from panacea_jax.train.optimizer import optimizer_of
 from panacea_jax.train.step import state_shardings
 from panacea_jax.workdir import versions
@@ -400,16 +400,10 @@ def _sources(report: _Report, config: ConfigDict, vocabulary: Vocabulary | None)
     _enough(report, config)
 
 
-def _is_local(spec: str) -> bool:
-    """Whether every part of a source is here."""
-    parts = [parse_source(part) for part, _ in parse_mixture(spec)] if spec else []
-    return bool(parts) and all(files.local(part.where) is not None for part in parts)
-
-
 def _records(spec: str, key: str, trained: bool, data: ConfigDict) -> list[Record] | None:
     """The records of a local source; None of one on the hub."""
     try:
-        if not _is_local(spec):
+        if not is_local(spec):
             return None
     except InputError as error:
         raise InputError(f"{key}: {error}") from error
@@ -435,10 +429,10 @@ def _enough(report: _Report, config: ConfigDict) -> None:
     if report.problems:
         return  # a source that cannot be read has said so already
     with report.noting():
-        if _is_local(data.user) and (not data.attack or _is_local(data.attack)):
+        if is_local(data.user) and (not data.attack or is_local(data.attack)):
             user_records(config)
         for name in ("alignment", "harmful"):
-            if _is_local(data[name]):
+            if is_local(data[name]):
                 defender_records(config, name)
 
 

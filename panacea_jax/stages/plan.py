@@ -1,28 +1,38 @@
-"""The command ``plan``: memory and least time of a step on a machine that is not there."""
+"""The command ``plan``: memory and least time of a step, and the cost of a recipe, on a machine that is not there."""
 
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
 
 from ml_collections import ConfigDict
 from rich.table import Table
 
+from panacea_jax.data.slices import find_slice
+from panacea_jax.data.sources import parse_source
 from panacea_jax.errors import InputError
 from panacea_jax.planning.plan import Plan, plans_for
-from panacea_jax.planning.topology import topology
+from panacea_jax.planning.prices import PRICES, READ
+from panacea_jax.planning.recipe import Counts, Phase, recipe_phases
+from panacea_jax.planning.topology import Topology, topology
 from panacea_jax.progress import table_console
+from panacea_jax.stages.generate import eval_records
+from panacea_jax.stages.streams import defender_records, is_local, user_records
 from panacea_jax.workdir import write_json
 
 
 def plan_stage(
-    config: ConfigDict, name: str, search: bool = False, workdir: Path | None = None
+    config: ConfigDict, name: str, search: bool = False, workdir: Path | None = None, price: float = 0.0
 ) -> Path | None:
-    """Plan the fine-tuning step of a configuration for a topology and print the outcome; returns ``plan.json``, if that is written.
+    """Plan the fine-tuning step of a configuration for a topology, add up its recipe, and print both; returns ``plan.json``, if that is
+    written, beside ``plan_recipe.json``.
 
     Args:
         config: validated configuration.
         name: see :func:`panacea_jax.planning.topology.topology`.
         search: try alternatives, see :func:`panacea_jax.planning.plan.plans_for`.
-        workdir: where ``plan.json`` goes; None writes none.
+        workdir: where the files go; None writes none.
+        price: dollars a chip-hour; 0: that of ``planning/prices.py``.
 
     Raises:
         InputError: the topology, the model or a mesh that does not divide the devices; nothing that fits, after the table.
@@ -33,8 +43,12 @@ def plan_stage(
         raise InputError(
             "config.model.path is not set: give a folder with config.json, or a hub id"
         )
-    plans = plans_for(config, topology(name), search)
+    machine = topology(name)
+    plans = plans_for(config, machine, search)
     print_plans(plans)
+    phases = recipe_phases(config, machine, _counts(config), plans[0])
+    cost = _cost(phases, machine, price)
+    print_recipe(phases, cost, machine)
     if workdir is not None:
         workdir.mkdir(parents=True, exist_ok=True)
         records = [
@@ -43,6 +57,7 @@ def plan_stage(
             for p in plans
         ]
         write_json(workdir / "plan.json", records)
+        write_json(workdir / "plan_recipe.json", {"phases": [dataclasses.asdict(p) for p in phases], **cost})
     best = plans[0]
     if not best.fits:
         needed = best.refused or f"{_gib(best.total)} of {_gib(best.limit)} a device needed"
@@ -90,6 +105,65 @@ def print_plans(plans: list[Plan]) -> None:
         + " Times: the least that the data sheets allow, if all overlaps; nothing was run.",
         highlight=False,
     )
+
+
+# ---- the recipe
+
+
+def _counts(config: ConfigDict) -> Counts:
+    """Records of the main streams and of the evaluation sets."""
+    data = config.data
+    counts = {
+        "user": _count([data.user, *filter(None, [data.attack])], lambda: user_records(config), data.num_examples),
+        "alignment": _count([data.alignment], lambda: defender_records(config, "alignment"), data.num_alignment),
+    }
+    for spec in config.eval.tasks:
+        source = parse_source(spec)
+        named = find_slice(source.task, source.slice)
+        asked = named.count if named else config.eval.num_examples
+        counts[spec] = _count([spec], functools.partial(eval_records, config, spec), asked)
+    return counts
+
+
+def _count(specs: Sequence[str], read: Callable[[], Sized], asked: int) -> int | None:
+    """How many records there are, where the sources are on this machine; else as many as are asked for, if that is a number."""
+    try:
+        if all(map(is_local, specs)):
+            return len(read())
+    except InputError:  # as the machine may not be there, so may the data
+        pass
+    return asked or None
+
+
+def _cost(phases: Sequence[Phase], machine: Topology, price: float) -> dict[str, float | str | None]:
+    """Hours, chip-hours and dollars of what is counted; None for dollars where no price is known."""
+    hours = sum(p.seconds for p in phases if p.seconds is not None) / 3600
+    kind = machine.kind
+    known = PRICES.get(kind)
+    dollars = price or (known.dollars if known else None)
+    source = "--price" if price else f"{known.source}, {READ}" if known else f"no price of {kind} is known; say one with --price"
+    return {
+        "hours": hours, "chip_hours": hours * machine.chips, "price": dollars, "price_of": source,
+        "dollars": None if dollars is None else hours * machine.chips * dollars,
+    }  # fmt: skip
+
+
+def print_recipe(phases: Sequence[Phase], cost: dict[str, float | str | None], machine: Topology) -> None:
+    """Print what the stages and answers of a run take."""
+    console = table_console(140)
+    table = Table(title=f"{machine.name}: the whole recipe, at the data sheet's speed", title_justify="left", show_footer=True)
+    table.add_column("", "together", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("hours", f"{cost['hours']:.3g}", justify="right")
+    for p in phases:
+        table.add_row(p.name, p.work, "" if p.seconds is None else f"{p.seconds / 3600:.3g}")
+    console.print(table)
+    dollars = "" if cost["dollars"] is None else f" · ${cost['price']:.2f} = ${cost['dollars']:,.2f}"
+    console.print(
+        f"{cost['chip_hours']:.3g} chip-hours{dollars} ({cost['price_of']}). All batches and answers are taken to be at their longest, "
+        "and chips at a speed that no program reaches. Not counted: starting, compiling, looks at whole sets, judging.",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def _gib(n: float | int) -> str:

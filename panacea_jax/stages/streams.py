@@ -7,6 +7,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from panacea_jax.config import batch_sizes
+from panacea_jax.data import files
 from panacea_jax.data.batches import Stream, length_buckets
 from panacea_jax.data.encode import Example, check_ids, encode_all
 from panacea_jax.data.mixing import first_records, held_out, mixture, poison, realignment
@@ -70,6 +71,16 @@ def _of_source(spec: str, key: str, layout: Layout) -> list[Record]:
         if not records:
             raise InputError(f"{key}: {spec} holds no record with is_safe {safe}")
     return records
+
+
+def is_local(spec: str) -> bool:
+    """Whether every part of a source is on this machine.
+
+    Raises:
+        InputError: not of the form of a source, or a path where nothing is.
+    """
+    parts = [parse_source(part) for part, _ in parse_mixture(spec)] if spec else []
+    return bool(parts) and all(files.local(part.where) is not None for part in parts)
 
 
 def user_records(config: ConfigDict) -> list[Record]:
