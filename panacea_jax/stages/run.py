@@ -14,6 +14,7 @@ from panacea_jax.evaluate.tasks import set_names
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
 from panacea_jax.stages import lineage
+from panacea_jax.stages.curve import check_curve, curve_stage
 from panacea_jax.stages.generate import decisive_for_answers, eval_records, generate_stage
 from panacea_jax.stages.heal import heal_stage
 from panacea_jax.stages.held_out import decisive_for_exam, held_out_sets
@@ -69,6 +70,7 @@ def check_run(config: ConfigDict) -> None:
         raise InputError(
             "config.generate.adapters: for `panacea generate` alone; `run` answers with what its stages leave"
         )
+    check_curve(config)
     if config.eval.perplexity and not any(map(has_answers, config.eval.tasks)):
         raise InputError("config.eval.perplexity: no set of config.eval.tasks has answers")
 
@@ -128,6 +130,9 @@ def run_stages(
         generate_stage(main, workdir, answering)
         say("== judge")
         processes.once(lambda: judge_stage(main, workdir))
+        if config.eval.every:
+            say("== checkpoints")
+            curve_stage(main, workdir, start)
         if config.eval.perplexity:
             say("== perplexity")
             perplexity_stage(main, workdir, answering)
