@@ -65,9 +65,9 @@ def collect(runs: Sequence[Run], folder: Path, objectives: Sequence[str]) -> lis
         objectives: figures that the best is chosen by.
 
     Returns:
-        A row has "setting" (without the seed), "folders" by seed, "status" (that of the run that is furthest from done) and, when all its
-        runs are done, "figures" (``{"hs": {"mean", "ci95", "by_seed"}, …}``), "passes", "step_seconds" and "step_bytes" (of all its seeds
-        together, the last the largest), with ``eval.every`` "curves" by seed, and whether it is the "best" and on the "front"; if one failed, "error".
+        A row has "setting" (without the seed), "folders" by seed and "status" (that of the run that is furthest from done). When all its
+        runs are done also "figures" (``{"hs": {"mean", "ci95", "by_seed"}, …}``), "passes", "step_seconds" and "step_bytes" (of all its
+        seeds together, the last the largest), "best", "front" and, with ``eval.every``, "curves" by seed. If one failed, "error".
     """
     groups: dict[tuple[tuple[str, Any], ...], list[Run]] = {}
     for run in runs:

@@ -10,9 +10,9 @@ from safetensors.numpy import load_file
 
 from tests.runs import make_place, panacea
 
-FLAGS = ("--config.train.steps=6", "--config.checkpoint.every=0", "--config.eval.every=2")
-# One record more than an epoch's steps take, ε of the whole harmful set after the last step: what a checkpoint alone does not hold.
-WHOLE = "--config.defence.every=4"
+# ε of the whole harmful set after the last step: what no checkpoint holds.
+WHOLE = "--config.defence.final_epsilon=mean"
+FLAGS = (WHOLE, "--config.checkpoint.every=0", "--config.train.steps=6", "--config.eval.every=2")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def ran(tmp_path_factory):
 
 def test_each_point_is_what_a_run_of_so_many_steps_leaves(ran, tmp_path):
     place, out = ran
-    assert panacea("run", *place.flags(*FLAGS[1:2], "--config.train.steps=4"), f"--workdir={tmp_path}") == 0
+    assert panacea("run", *place.flags(*FLAGS[:2], "--config.train.steps=4"), f"--workdir={tmp_path}") == 0
     for name in ("adapter/adapter_model.safetensors", "epsilon.safetensors"):
         ours, theirs = (load_file(folder / "finetune" / name) for folder in (out / "steps" / "4", tmp_path))
         assert ours.keys() == theirs.keys() and all(np.array_equal(ours[k], theirs[k]) for k in ours), name
@@ -43,6 +43,9 @@ def test_the_curve_has_steps_and_epochs_and_ends_with_the_run(ran):
     assert curve["steps_per_epoch"] == 3 and curve["judge"] == "refusal"
     scores = json.loads((out / "scores.json").read_text())
     assert curve["points"][-1]["hs"] == scores["hs"] and curve["points"][-1]["fa"] == scores["fa"]
+    weights = "finetune/adapter/adapter_model.safetensors"
+    ours, theirs = load_file(out / "steps" / "6" / weights), load_file(out / weights)
+    assert all(np.array_equal(ours[k], theirs[k]) for k in theirs)
     with (out / "curve.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert [int(line["step"]) for line in lines] == [2, 4, 6]
@@ -58,15 +61,15 @@ def test_a_finished_curve_is_not_made_again(ran, monkeypatch):
     assert (out / "curve.json").read_bytes() == before
 
 
-def test_an_epoch_apart_once_kept_needs_no_training(ran, tmp_path, monkeypatch):
-    """A finished run that kept what is asked for: every third step is an epoch, here the last is left."""
+def test_a_finished_run_can_be_asked_later_for_what_it_kept(ran, tmp_path, monkeypatch, capsys):
     place, out = ran
     shutil.copytree(out / "finetune", tmp_path / "finetune")
-    shutil.copytree(out / "finetune" / "checkpoints" / "4", tmp_path / "finetune" / "checkpoints" / "3")
     monkeypatch.setattr("panacea_jax.stages.train._train", None)
-    flags = place.flags(*FLAGS[:2], "--config.eval.every=-1")
-    shutil.rmtree(tmp_path / "finetune" / "checkpoints" / "3")
-    assert panacea("run", *flags, f"--workdir={tmp_path}") == 2
+    assert panacea("run", *place.flags(*FLAGS[:3], "--config.eval.every=4"), f"--workdir={tmp_path}") == 0
+    points = json.loads((tmp_path / "curve.json").read_text())["points"]
+    assert points == json.loads((out / "curve.json").read_text())["points"][1:]
+    assert panacea("run", *place.flags(*FLAGS[:3], "--config.eval.every=-1"), f"--workdir={tmp_path}") == 2
+    assert "checkpoints/3 was not kept" in capsys.readouterr().err  # an epoch is three steps
 
 
 @pytest.mark.parametrize(
