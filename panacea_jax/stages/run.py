@@ -83,7 +83,7 @@ def decisive_for_run(config: ConfigDict) -> dict[str, Any]:
         part = stage_config(config, stage)
         if part.defence.name or (stage == "heal" and several):
             found[stage] = decisive(part, lineage.named(part))
-    found["answers"] = decisive_for_answers(main, lineage.named(main))
+    found["answers"] = decisive_for_answers(main, lineage.named(main)) | {"generate.adapter": config.generate.adapter}
     found["judge"] = {"name": config.judge.name, "path": config.judge.path, "template": config.judge.template}
     found["eval"] = {"perplexity": config.eval.perplexity, "every": config.eval.every}
     if several or AUTO in (config.defence.rho, config.heal.defence.rho):  # then held-out records choose
