@@ -281,6 +281,17 @@ def test_sweep_sbatch_runs_its_line_as_a_job(stage):
     assert "[requeue] [9_1]" in stage.calls("scontrol")  # [9] would be all of them
 
 
+def test_sweep_sbatch_runs_its_number_of_a_sweep(stage):
+    shutil.copytree(LAUNCH, stage.root / "launch")
+    stage.stand_in("srun", "0")
+    env = {"SLURM_SUBMIT_DIR": str(stage.root), "SLURM_JOB_ID": "9"}
+    env |= {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3"}
+    flags = ("--config=a.py", "--over", "defence.rho=1,2", "lora.targets=('q','v'),('q',)", "--workdir=all")
+    assert stage.run("bash", LAUNCH / "sweep.sbatch", *flags, **env)[0] == 0
+    want = "[panacea] [sweep] [--config=a.py] [--over] [defence.rho=1,2] [lora.targets=('q','v'),('q',)] [--workdir=all] [--index=3]"
+    assert stage.calls("srun")[0].endswith(want)
+
+
 @pytest.mark.parametrize("hosts", [1, 4])
 def test_tpu_hosts_start_together(stage, hosts):
     """One host looks after itself; several are started again from here."""

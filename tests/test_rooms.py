@@ -135,4 +135,4 @@ def test_the_command_line_answers_without_jax():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)  # fmt: skip
     new = done.stdout.splitlines()[-1].split()
     assert {name.partition(".")[0] for name in new} - sys.stdlib_module_names == {"panacea_jax"}
-    assert {room(name) for name in new if name.startswith("panacea_jax.")} == {"cli", "errors", "shipped"}
+    assert {room(name) for name in new if name.startswith("panacea_jax.")} == {"cli", "errors", "shipped", "terminal"}

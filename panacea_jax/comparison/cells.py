@@ -26,6 +26,7 @@ from panacea_jax.defences.spec import Part, Stack, parse_stack, slug
 from panacea_jax.errors import InputError
 from panacea_jax.stages import lineage
 from panacea_jax.stages.bare import write_bare
+from panacea_jax.stages.curve import curve_stage
 from panacea_jax.stages.generate import generate_stage
 from panacea_jax.stages.held_out import decisive_for_exam
 from panacea_jax.stages.judge import judge_stage
@@ -188,6 +189,8 @@ class Cells:
             left = _left(start, tuned)
         generate_stage(main, folder, left)
         judge_stage(main, folder)
+        if config.eval.every and list(stages)[-1:] == ["finetune"] and not attack:  # else its checkpoints are not the cell's
+            curve_stage(main, folder, start, stages["finetune"])
         if config.eval.perplexity:
             perplexity_stage(main, folder, left)
         found = {stage: str(path.relative_to(self.root)) for stage, path in stages.items()}
@@ -289,6 +292,8 @@ def _decisive(config: ConfigDict) -> dict[str, Any]:
     }
     sections = ("eval", "generate", "judge", *(["after"] if _attack_after(config) else []))
     rest = {key: config[key].to_dict() for key in sections}
+    if not config.eval.every:  # a key that came later: comparisons from before go on
+        rest["eval"].pop("every")
     if AUTO in (config.defence.rho, config.heal.defence.rho):  # then held-out records choose
         held_out = {key: config.heal[key] for key in ("sets", "held_out", "num_held_out")}
         rest["choice"] = held_out | decisive_for_exam(config)

@@ -22,7 +22,7 @@ Counts = Mapping[str, int | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Phase:
+class RecipePhase:
     """A part of a recipe.
 
     Attributes:
@@ -36,7 +36,7 @@ class Phase:
     seconds: float | None
 
 
-def recipe_phases(config: ConfigDict, machine: Topology, counts: Counts, planned: Plan) -> list[Phase]:
+def recipe_phases(config: ConfigDict, machine: Topology, counts: Counts, planned: Plan) -> list[RecipePhase]:
     """The stages and answers of a ``run``, in its order.
 
     Args:
@@ -62,7 +62,7 @@ def _as_planned(config: ConfigDict, planned: Plan) -> ConfigDict:
     return config
 
 
-def _phases(config: ConfigDict, machine: Topology, counts: Counts, planned: Plan) -> Iterator[Phase]:
+def _phases(config: ConfigDict, machine: Topology, counts: Counts, planned: Plan) -> Iterator[RecipePhase]:
     if config.align.defence.name:
         yield _stage("align", stage_config(config, "align"), machine, counts)
     yield _stage("finetune", config, machine, counts, planned.step_seconds)
@@ -90,16 +90,16 @@ def _step(config: ConfigDict, machine: Topology) -> AbstractStep:
 
 def _stage(
     stage: str, config: ConfigDict, machine: Topology, counts: Counts, step_seconds: float | None = None
-) -> Phase:
+) -> RecipePhase:
     """A stage that trains, from its configuration as it sees it (``stage_config``)."""
     name, defence = f"{stage} {config.defence.name}", make_defence(config.defence)
     if not isinstance(defence, Defence):
-        return Phase(name, "in one shot: not counted", None)
+        return RecipePhase(name, "in one shot: not counted", None)
     steps = _steps(stage, config, defence, counts)
     if steps is None:
-        return Phase(name, f"how many records is not known: set config.{_counted(stage)}, or the number of steps", None)
+        return RecipePhase(name, f"how many records is not known: set config.{_counted(stage)}, or the number of steps", None)
     each = step_seconds or max(cost_model.seconds(_step(config, machine), machine.chip).values())
-    return Phase(name, f"{steps} steps of {each * 1e3:.1f} ms", steps * each)
+    return RecipePhase(name, f"{steps} steps of {each * 1e3:.1f} ms", steps * each)
 
 
 def _counted(stage: str) -> str:
@@ -121,10 +121,10 @@ def _steps(stage: str, config: ConfigDict, defence: Defence, counts: Counts) -> 
 
 def _answers(
     name: str, spec: str, config: ConfigDict, step: AbstractStep, machine: Topology, count: int | None
-) -> Phase:
+) -> RecipePhase:
     """One evaluation set: prompts of ``data.max_length`` tokens, answers as long as they may be."""
     if count is None:
-        return Phase(name, "how many prompts is not known: set config.eval.num_examples", None)
+        return RecipePhase(name, "how many prompts is not known: set config.eval.num_examples", None)
     new, size = config.generate.max_new_tokens or answer_length(spec), config.generate.batch_size
     each = cost_model.answer_seconds(step, machine.chip, size, config.data.max_length, new)
-    return Phase(name, f"{count} answers of {new} tokens, {size} together", -(-count // size) * each)
+    return RecipePhase(name, f"{count} answers of {new} tokens, {size} together", -(-count // size) * each)

@@ -87,7 +87,8 @@ def generate_stage(config: ConfigDict, workdir: Path, start: Start | None = None
     Args:
         config: as fine-tuning sees it.
         workdir: the work directory.
-        start: which weights answer; by default what ``lineage.to_answer`` finds.
+        start: which weights answer, of several adapters what their base is; by default what ``lineage.to_answer`` and ``lineage.named``
+            find.
 
     Raises:
         InputError: no tasks, or anything about model, adapter, sources or work directory.
@@ -102,7 +103,7 @@ def generate_stage(config: ConfigDict, workdir: Path, start: Start | None = None
         if not Path(folder).is_dir():
             raise InputError(f"config.generate.adapters: {name}={folder}: no such folder")
     if several:
-        base = lineage.named(config)
+        base = start or lineage.named(config)
         starts = [(workdir / n, dataclasses.replace(base, adapter=folder)) for n, folder in several]
     else:
         starts = [(workdir, start or lineage.to_answer(config, workdir))]

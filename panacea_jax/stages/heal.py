@@ -40,12 +40,11 @@ from panacea_jax.stages.held_out import (
     make_exam,
 )
 from panacea_jax.stages.lineage import Start
-from panacea_jax.stages.rendering import make_template
+from panacea_jax.stages.rendering import make_template, of_one_day
 from panacea_jax.stages.train import check_stage, decisive, train_stage
 from panacea_jax.train.step import CompiledSteps
 from panacea_jax.workdir import (
     StageFolder,
-    first_day,
     read_manifest,
     write_bytes,
     write_json,
@@ -85,7 +84,7 @@ def heal_stage(config: ConfigDict, workdir: Path, start: Start | None = None) ->
             say(f"{stage.folder}: done already, skipped")
             return out
         stage.begin()
-        config = _of_one_day(config, workdir)
+        config = of_one_day(config, workdir)
 
         # ---- methods
         tried = _Tried(config, stage.folder, start, sets, there)
@@ -119,14 +118,6 @@ def _part(text: Any) -> Part:
     part = parse_stack(str(text), "config.heal.methods").heal
     assert part is not None  # validated
     return part
-
-
-def _of_one_day(config: ConfigDict, workdir: Path) -> ConfigDict:
-    """The work directory's date, for the methods' own folders too."""
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.data.date = config.data.date or first_day(workdir)
-    return config
 
 
 class _Tried:

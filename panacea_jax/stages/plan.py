@@ -13,7 +13,7 @@ from panacea_jax.data.sources import parse_source
 from panacea_jax.errors import InputError
 from panacea_jax.planning.plan import Plan, plans_for
 from panacea_jax.planning.prices import PRICES, READ
-from panacea_jax.planning.recipe import Counts, Phase, recipe_phases
+from panacea_jax.planning.recipe import Counts, RecipePhase, recipe_phases
 from panacea_jax.planning.topology import Topology, topology
 from panacea_jax.progress import table_console
 from panacea_jax.stages.generate import eval_records
@@ -135,7 +135,7 @@ def _count(specs: Sequence[str], read: Callable[[], Sized], asked: int) -> int |
     return asked or None
 
 
-def _cost(phases: Sequence[Phase], machine: Topology, price: float) -> dict[str, float | str | None]:
+def _cost(phases: Sequence[RecipePhase], machine: Topology, price: float) -> dict[str, float | str | None]:
     """Hours, chip-hours and dollars of what is counted; None for dollars where no price is known."""
     hours = sum(p.seconds for p in phases if p.seconds is not None) / 3600
     kind = machine.kind
@@ -148,7 +148,7 @@ def _cost(phases: Sequence[Phase], machine: Topology, price: float) -> dict[str,
     }  # fmt: skip
 
 
-def print_recipe(phases: Sequence[Phase], cost: dict[str, float | str | None], machine: Topology) -> None:
+def print_recipe(phases: Sequence[RecipePhase], cost: dict[str, float | str | None], machine: Topology) -> None:
     """Print what the stages and answers of a run take."""
     console = table_console(140)
     table = Table(title=f"{machine.name}: the whole recipe, at the data sheet's speed", title_justify="left", show_footer=True)

@@ -32,6 +32,14 @@ def make_template(config: ConfigDict, tokenizer: Any, workdir: Path | None = Non
     return Template(data.template, tokenizer, special_tokens=data.special_tokens, thinking=data.thinking, date=date)
 
 
+def of_one_day(config: ConfigDict, workdir: Path) -> ConfigDict:
+    """With the work directory's date, for folders of their own in it."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.data.date = config.data.date or first_day(workdir)
+    return config
+
+
 def decisive_for_prompts(config: ConfigDict) -> dict[str, Any]:
     """What a manifest of answers is compared by, as far as prompts go; keys at their default are left out."""
     before = get_config().data

@@ -13,6 +13,7 @@ from panacea_jax.evaluate.judges import make_judge
 from panacea_jax.evaluate.tasks import set_names
 from panacea_jax.parallel import processes
 from panacea_jax.stages import lineage
+from panacea_jax.stages.curve import check_curve, curve_stage
 from panacea_jax.stages.generate import decisive_for_answers, eval_records, generate_stage
 from panacea_jax.stages.heal import heal_stage
 from panacea_jax.stages.held_out import decisive_for_exam, held_out_sets
@@ -70,6 +71,7 @@ def check_run(config: ConfigDict) -> None:
         raise InputError(
             "config.generate.adapters: for `panacea generate` alone; `run` answers with what its stages leave"
         )
+    check_curve(config)
     if config.eval.perplexity and not any(map(has_answers, config.eval.tasks)):
         raise InputError("config.eval.perplexity: no set of config.eval.tasks has answers")
 
@@ -82,7 +84,7 @@ def decisive_for_run(config: ConfigDict) -> dict[str, Any]:
         part = stage_config(config, stage)
         if part.defence.name or (stage == "heal" and several):
             found[stage] = decisive(part, lineage.named(part))
-    found["answers"] = decisive_for_answers(main, lineage.named(main))
+    found["answers"] = decisive_for_answers(main, lineage.named(main)) | {"generate.adapter": config.generate.adapter}
     found["judge"] = {"name": config.judge.name, "path": config.judge.path, "template": config.judge.template}
     found["eval"] = {"perplexity": config.eval.perplexity, "every": config.eval.every}
     if several or AUTO in (config.defence.rho, config.heal.defence.rho):  # then held-out records choose
@@ -131,6 +133,9 @@ def run_stages(
             generate_stage(main, workdir, answering)
         with phases("judge"):
             processes.once(lambda: judge_stage(main, workdir))
+        if config.eval.every:
+            with phases("checkpoints"):
+                curve_stage(main, workdir, start)
         if config.eval.perplexity:
             with phases("perplexity"):
                 perplexity_stage(main, workdir, answering)

@@ -6,16 +6,19 @@ that is done is skipped, one that has a checkpoint goes on from it, any other st
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax.traverse_util import flatten_dict
+import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from panacea_jax.config import make_defence
 from panacea_jax.config.methods import in_one_form
 from panacea_jax.data.batches import Stream
 from panacea_jax.data.encode import Example
+from panacea_jax.data.template import Template
 from panacea_jax.defences import Ascent, Defence, Method
 from panacea_jax.defences.ascent import AUTO
 from panacea_jax.defences.protocol import check_packing
@@ -180,21 +183,14 @@ def train_stage(
             return out
 
         # ---- data, model
-        mesh = make_mesh(**config.mesh)
-        _, tokenizer, vocab_size = open_vocabulary(start.base)
-        template = make_template(config, tokenizer, workdir)
-        rows = batch_rows(mesh) * config.train.accumulate
-        streams, held_out = make_streams(
-            config, name, defence, template, vocab_size, rows, asked_in(apart)
-        )
-        if name == "finetune":
-            start = lineage.merged_first(config, start, workdir)
-        model, params = start.params(config, start.open_model(config, mesh))
+        opened = open_stage(config, workdir, name, start, defence, apart)
+        start, template, streams, model, params = opened.start, opened.template, opened.streams, opened.model, opened.params
         if isinstance(defence, Defence):
             jax.eval_shape(defence.init, params)  # settings that do not fit the weights are found before anything is written
             stage.begin()
             result = _train(
-                config, stage.folder, defence, model, params, streams, held_out,
+                config, stage.folder, defence, opened,
+                stay=checkpoint_spacing(config, streams["user"].steps_per_epoch) if name == "finetune" else 0,
                 donate=start.full_parameters, compiled=compiled, profile=profile, tracking=tracking,
             )  # fmt: skip
             if processes.first():
@@ -215,9 +211,10 @@ def train_stage(
         # ---- export
         epsilon = export(config, stage.folder, start, result, defence.epsilon_mean(result.state))
         report = defence.report(params, result.state)
-        attention = choose_backend(config.model.attention, model.config, model.dtype, mesh.devices.flat[0])  # fmt: skip
+        attention = choose_backend(config.model.attention, model.config, model.dtype, opened.mesh.devices.flat[0])  # fmt: skip
         outcome = {
             "base": start.base, "steps": result.steps, "compilations": result.compilations,
+            "steps_per_epoch": streams["user"].steps_per_epoch,
             "step_bytes": result.step_bytes, "warnings": list(result.warnings),
             "attention": f"{attention.name}: {attention.why}", "template": template.id,
             "records": {k: len(s.examples) for k, s in streams.items()},
@@ -229,31 +226,80 @@ def train_stage(
     return out
 
 
+class Opened(NamedTuple):
+    """What a stage computes with; ``start`` is on the merged base where the adapter was merged first."""
+
+    start: Start
+    mesh: Mesh
+    template: Template
+    streams: dict[str, Stream]
+    held_out: Sequence[Example]
+    model: Model
+    params: Any
+
+
+def open_stage(
+    config: ConfigDict, workdir: Path, name: str, start: Start, defence: Method, apart: Sequence[HeldOutSet] = ()
+) -> Opened:  # fmt: skip
+    """The data of a stage, and the model with the tree that it trains, as they are at step 0.
+
+    Args:
+        config: as the stage sees it (``stage_config``).
+        workdir: the work directory.
+        name: of the stage.
+        start: what it starts from.
+        defence: of the stage.
+        apart: held-out sets of which it is given no record.
+
+    Raises:
+        InputError: a source, the base or the adapter cannot be used.
+    """
+    mesh = make_mesh(**config.mesh)
+    _, tokenizer, vocab_size = open_vocabulary(start.base)
+    template = make_template(config, tokenizer, workdir)
+    rows = batch_rows(mesh) * config.train.accumulate
+    streams, held_out = make_streams(config, name, defence, template, vocab_size, rows, asked_in(apart))
+    if name == "finetune":
+        start = lineage.merged_first(config, start, workdir)
+    model, params = start.params(config, start.open_model(config, mesh))
+    return Opened(start, mesh, template, streams, held_out, model, params)
+
+
+def checkpoint_spacing(config: ConfigDict, steps_per_epoch: int) -> int:
+    """Steps between two checkpoints of fine-tuning that answer too (``config.eval.every``); 0: none do."""
+    return steps_per_epoch if config.eval.every < 0 else int(config.eval.every)
+
+
+def steps_and_rate(config: ConfigDict, defence: Defence, streams: dict[str, Stream]) -> tuple[int, optax.Schedule]:
+    """Steps of a stage, and the learning rate of each."""
+    asked = defence.own_steps or config.train.steps
+    steps = asked or config.train.epochs * streams["user"].steps_per_epoch
+    o = config.optimizer
+    return steps, learning_rate(o.learning_rate, steps, o.schedule, o.warmup_ratio)
+
+
 def _train(
     config: ConfigDict,
     folder: Path,
     defence: Defence,
-    model: Model,
-    params: Any,
-    streams: dict[str, Stream],
-    held_out: Sequence[Example],
+    opened: Opened,
     *,
+    stay: int,
     donate: bool,
     compiled: CompiledSteps | None,
     profile: Profile | None,
     tracking: Tracking,
 ) -> Result:
     """All steps of a stage, from its newest checkpoint on."""
-    asked = defence.own_steps or config.train.steps
-    steps = asked or config.train.epochs * streams["user"].steps_per_epoch
-    o, every = config.optimizer, config.train.validate_every or streams["user"].steps_per_epoch
-    rate = learning_rate(o.learning_rate, steps, o.schedule, o.warmup_ratio)
+    streams, held_out = opened.streams, opened.held_out
+    every = config.train.validate_every or streams["user"].steps_per_epoch
+    steps, rate = steps_and_rate(config, defence, streams)
     checkpoints = Checkpoints(
-        folder / "checkpoints", config.checkpoint.every, config.checkpoint.keep
+        folder / "checkpoints", config.checkpoint.every, config.checkpoint.keep, stay
     )
     return finetune(
-        model, params, defence, streams,
-        optimizer=optimizer_of(o, rate, defence), steps=steps, seed=config.seed, log_every=config.train.log_every,
+        opened.model, opened.params, defence, streams,
+        optimizer=optimizer_of(config.optimizer, rate, defence), steps=steps, seed=config.seed, log_every=config.train.log_every,
         accumulate=config.train.accumulate, checkpoints=checkpoints, folder=folder, donate=donate,
         cache_frozen=config.train.cache_frozen,
         compiled=compiled, profile=profile, learning_rate=rate, tracking=tracking,

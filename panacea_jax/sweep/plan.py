@@ -75,6 +75,16 @@ def status_of(run: Run, folder: Path) -> str:
     return str(manifest["status"])
 
 
+def make_folder(folder: Path) -> None:
+    """Raises:
+    InputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--workdir: {folder}: cannot be written ({error.strerror})") from error
+
+
 def plan_runs(config: ConfigDict) -> list[Run]:
     """Every run of a grid, the last axis fastest; or of random draws, of which more begin with the same.
 

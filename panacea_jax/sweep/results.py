@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from panacea_jax.config.axes import OBJECTIVES
 from panacea_jax.defences.protocol import STAGES
 from panacea_jax.evaluate.intervals import bootstrap_mean
 from panacea_jax.progress import table_console
+from panacea_jax.stages.curve import CURVE
 from panacea_jax.sweep.plan import FINISHED, Run, status_of
 from panacea_jax.workdir import MANIFEST, read_manifest
 
@@ -30,14 +32,17 @@ def outcome_of(config: ConfigDict, folder: Path) -> _Json:
 
     Returns:
         "figures": ``{"hs": {"value", "ci95"}, …}`` in percent; "passes": forward + backward, in batches; "step_seconds": of all steps,
-        compilation left out, None where that is not known; "step_bytes": of one device, the largest stage's.
+        compilation left out, None where that is not known; "step_bytes": of one device, the largest stage's; with ``eval.every`` also
+        "curve", the points of curve.json.
     """
     stages: dict[str, Path] = {s: folder / s for s in STAGES if (folder / s / MANIFEST).is_file()}
     if config.heal.methods:  # tried side by side, none of which is this run's cost
         stages.pop("heal", None)
     found = measure_stages(stages, folder, config.judge.name)
     figures = over_seeds({config.seed: found})
+    curve = folder / CURVE
     return {
+        **({"curve": json.loads(curve.read_text("utf-8"))["points"]} if curve.is_file() else {}),
         "figures": {name: {"value": f["mean"], "ci95": f["ci95"]} for name, f in figures.items()},
         "passes": sum(found.passes.values()),
         "step_seconds": found.seconds,
@@ -60,9 +65,9 @@ def collect(runs: Sequence[Run], folder: Path, objectives: Sequence[str]) -> lis
         objectives: figures that the best is chosen by.
 
     Returns:
-        A row has "setting" (without the seed), "folders" by seed, "status" (that of the run that is furthest from done) and, when all its
-        runs are done, "figures" (``{"hs": {"mean", "ci95", "by_seed"}, …}``), "passes", "step_seconds" and "step_bytes" (of all its seeds
-        together, the last the largest), and whether it is the "best" and on the "front"; if one failed, "error".
+        A row has "setting" (without the seed), "folders" by seed and "status" (that of the run that is furthest from done). When all its
+        runs are done also "figures" (``{"hs": {"mean", "ci95", "by_seed"}, …}``), "passes", "step_seconds" and "step_bytes" (of all its
+        seeds together, the last the largest), "best", "front" and, with ``eval.every``, "curves" by seed. If one failed, "error".
     """
     groups: dict[tuple[tuple[str, Any], ...], list[Run]] = {}
     for run in runs:
@@ -104,6 +109,8 @@ def _row(setting: _Json, runs: Sequence[Run], folder: Path) -> _Json:
             values = [outcome.get(name) for outcome in told.values()]
             total = max if name == "step_bytes" else sum
             row[name] = None if None in values else total(values)
+        if curves := {seed: outcome["curve"] for seed, outcome in told.items() if "curve" in outcome}:
+            row["curves"] = curves
     return row
 
 

@@ -6,6 +6,7 @@ looks takes the run up where its checkpoints end. No scheduler of ours: what sta
 
 import contextlib
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,7 +24,15 @@ from panacea_jax.evaluate.tasks import find_task
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
 from panacea_jax.stages.run import check_run, run_stages
-from panacea_jax.sweep.plan import FINISHED, Planned, Run, make_run, plan_runs, status_of
+from panacea_jax.sweep.plan import (
+    FINISHED,
+    Planned,
+    Run,
+    make_folder,
+    make_run,
+    plan_runs,
+    status_of,
+)
 from panacea_jax.sweep.results import collect, outcome_of, rows_as_csv, rule_of, show_table
 from panacea_jax.sweep.search import Search
 from panacea_jax.train.signals import Diverged
@@ -136,16 +145,18 @@ def _run(config: ConfigDict, folder: Path, compiled: CompiledSteps) -> Mapping[s
 def _claim(folder: Path, held: contextlib.ExitStack, run: Run) -> bool:
     """Whether a run is ours until ``held`` closes: neither finished nor under way in another process."""
 
-    def left() -> bool:
-        return status_of(run, folder) not in FINISHED
-
-    return left() and held.enter_context(_locked(folder / f"{run.name}.lock")) and left()
+    if status_of(run, folder) in FINISHED or not held.enter_context(_locked(folder / f"{run.name}.lock")):
+        return False
+    for place in (folder, folder / run.name):  # clients of NFS remember for a while that a file was not there, unless they look again
+        with contextlib.suppress(OSError):
+            os.listdir(place)
+    return status_of(run, folder) not in FINISHED
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[bool]:
     """Whether the file is locked by us; it stays, so that all lock the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with path.open("ab") as file:
         yield try_lock(file, path)
 

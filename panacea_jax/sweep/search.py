@@ -15,7 +15,7 @@ from panacea_jax.config.axes import OBJECTIVES, Axis, parse_axes
 from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
 from panacea_jax.stages.run import decisive_for_run
-from panacea_jax.sweep.plan import FINISHED, Run, make_run, status_of
+from panacea_jax.sweep.plan import FINISHED, Run, make_folder, make_run, status_of
 from panacea_jax.workdir import lock, plain, read_manifest, sha256_json
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Search:
         made_by = plain({
             "over": config.sweep.over, "objectives": config.sweep.objectives, "config_sha256": sha256_json(decisive_for_run(config)),
         })  # fmt: skip
-        workdir.mkdir(parents=True, exist_ok=True)
+        make_folder(workdir)
         with self._alone():
             self._study = optuna.create_study(
                 storage=optuna.storages.JournalStorage(JournalFileBackend(str(path))),

@@ -28,16 +28,17 @@ def flatten(tree: Any) -> dict[str, Any]:
 class Checkpoints:
     """The checkpoints of one stage, ``<folder>/<step>/``."""
 
-    def __init__(self, folder: Path, every: int = 0, keep: int = 2) -> None:
+    def __init__(self, folder: Path, every: int = 0, keep: int = 2, stay: int = 0) -> None:
         """Open or create the folder.
 
         Args:
             folder: ``WORKDIR/<stage>/checkpoints``.
             every: save each so many steps; 0 saves only when asked (at the end, on SIGTERM).
             keep: number of newest checkpoints kept.
+            stay: save each so many steps too, and keep these all; 0: none.
         """
-        self.folder, self.every = folder, every
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self.folder, self.every, self._stay = folder, every, stay
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=stay or None, create=True)
         self._silence = contextlib.ExitStack()
         self._silence.enter_context(_one_voice())
         self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
@@ -49,7 +50,7 @@ class Checkpoints:
 
     def due(self, step: int) -> bool:
         """Whether the state after ``step`` steps is to be saved."""
-        return self.every > 0 and step % self.every == 0
+        return any(every > 0 and step % every == 0 for every in (self.every, self._stay))
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Start saving; the arrays are copied off the device before this returns, so the state may be donated afterwards."""
@@ -91,6 +92,26 @@ class Checkpoints:
         self._manager.wait_until_finished()
         self._manager.close()
         self._silence.close()
+
+
+class PastCheckpoint(Checkpoints):
+    """One of the checkpoints that a stage kept, in the place of all: training to that step resumes from it, and saves nothing."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """
+        Args:
+            folder: ``WORKDIR/<stage>/checkpoints``.
+            step: which.
+        """
+        super().__init__(folder)
+        self._step = step
+
+    def latest(self) -> int | None:
+        """The step."""
+        return self._step
+
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """Nothing."""
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -40,6 +40,17 @@ def test_sft_is_not_run_for_each_harmful_set(swept):
         assert f"learning_rate={config['optimizer']['learning_rate']}" in path.parts[-4]
 
 
+def test_cells_that_fine_tuning_left_have_curves(tmp_path):
+    place = make_place(tmp_path / "place")
+    flags = ("--config.compare.methods=('antidote',)", "--config.eval.every=1")
+    assert command(place, tmp_path / "out", *flags) == 0
+    [curve] = (tmp_path / "out").rglob("curve.json")
+    assert curve.parts[-3:-1] == ("sft", "seed0-p0.25")  # Antidote's cell is what it made of the same fine-tuning
+    points = json.loads(curve.read_text())["points"]
+    scores = json.loads((curve.parent / "scores.json").read_text())
+    assert [p["step"] for p in points] == [1, 2] and points[1]["hs"] == scores["hs"]
+
+
 def test_the_table_has_every_setting_and_the_worst(swept):
     _, out, _ = swept
     result = json.loads((out / "compare.json").read_text())

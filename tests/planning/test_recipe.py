@@ -7,7 +7,7 @@ import pytest
 from panacea_jax import cli
 from panacea_jax.parallel.chips import CHIPS
 from panacea_jax.planning.prices import PRICES
-from panacea_jax.planning.recipe import Phase
+from panacea_jax.planning.recipe import RecipePhase
 from panacea_jax.planning.topology import Topology
 from panacea_jax.stages import plan as plan_command
 from tests.on_devices import on_devices
@@ -93,7 +93,7 @@ def test_a_price_of_ones_own(planned):
 def test_chips_without_a_price():
     assert set(PRICES) == set(CHIPS) - {"tpu7x"}
     machine = Topology("tpu7x:2x2x1", CHIPS["tpu7x"], 4, None)
-    cost = plan_command._cost([Phase("finetune sft", "", 3600.0)], machine, 0.0)
+    cost = plan_command._cost([RecipePhase("finetune sft", "", 3600.0)], machine, 0.0)
     assert (cost["chip_hours"], cost["dollars"]) == (4.0, None) and "no price of tpu7x" in cost["price_of"]
 
 

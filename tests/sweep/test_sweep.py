@@ -191,6 +191,13 @@ def test_what_is_no_sweep_is_refused(changed, said, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("keys", [{"over": ("seed=0,1",)}, {"over": SPACE, "sampler": "tpe", "trials": 2}])
+def test_a_folder_that_cannot_be_made_is_named(keys, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file/out.*: cannot be written \(Not a directory\)"):
+        sweep(settings(**keys), tmp_path / "file" / "out", runner=recorded(tmp_path / "log"))
+
+
 def test_without_optuna_that_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(InputError, match=r"needs Optuna; pip install 'panacea_jax\[sweep\]'"):
