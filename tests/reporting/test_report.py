@@ -18,6 +18,7 @@ from panacea_jax.reporting.commands import command_of
 from panacea_jax.reporting.epochs import epochs_section
 from panacea_jax.reporting.evidence import failure_section, judges_section
 from panacea_jax.reporting.gather import gather
+from panacea_jax.reporting.layer_section import layers_section
 from panacea_jax.reporting.outcomes import Estimate, Found, Outcome, figures_of
 from panacea_jax.reporting.published import published_section
 from panacea_jax.reporting.render import as_sheet, harmless, outcome_rows, report_markdown, shown
@@ -26,7 +27,16 @@ from panacea_jax.reporting.scores import pareto_front, scores_section, tradeoff_
 from panacea_jax.reporting.training import POINTS, training_section
 from panacea_jax.reporting.variation import place_of, variation_section
 from panacea_jax.workdir import plain, read_manifest
-from tests.reporting.folders import METHODS, RATIOS, write_compared, write_run, write_swept
+from tests.reporting.folders import (
+    METHODS,
+    RATIOS,
+    write_compared,
+    write_layers,
+    write_metrics,
+    write_run,
+    write_stage,
+    write_swept,
+)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +124,7 @@ def test_scores_that_were_not_measured_alike_are_set_apart_by_a_line(runs, tmp_p
         ({"sweep.json": "[]"}, "sweep.json: must hold an object"),
         ({"sweep.json": '{"rows": 3}'}, "sweep.json: not a sweep of ours"),
         ({"scores.json": '{"hs": 1}'}, "scores.json: not a scores.json of ours"),
+        ({"scores.json": '{"hs": NaN}'}, "scores.json: cannot be read"),
     ],
 )
 def test_a_folder_that_cannot_be_reported_is_named(tmp_path, files, words):
@@ -136,6 +147,14 @@ def test_without_the_library_one_line_says_what_to_install(runs, tmp_path, monke
     with pytest.raises(InputError, match=r"pip install 'panacea_jax\[report\]'"):
         write_report(runs, out=tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_is_not_scored_yet_has_its_training(tmp_path):
+    stage = write_stage(tmp_path, "finetune", {"defence.name": "sft"}, {"steps": 100})
+    write_metrics(stage, 2.0)
+    page = write_report(tmp_path).read_text("utf-8")
+    assert "Training, step by step" in page and "<h2" in page and "Answers</h2>" not in page
+    assert pyarrow.parquet.read_table(tmp_path / "report" / "report.parquet").num_rows == 0
 
 
 # ---- what is said
@@ -197,6 +216,22 @@ def test_checkpoints_that_answered_are_points_over_epochs(tmp_path):
     (tmp_path / "ours" / "curve.json").write_text('{"points": [{}]}')
     with pytest.raises(InputError, match=r"curve.json: not a curve of ours"):
         epochs_section(gather(tmp_path))
+
+
+def test_layers_of_one_run_are_stacked_and_of_several_set_side_by_side(tmp_path):
+    write_run(tmp_path / "deep", 2, 5)
+    write_layers(tmp_path / "deep", 4)
+    (chart,) = layers_section(gather(tmp_path)).charts
+    bars = chart.spec["data"]["values"]
+    assert sum(v["y"] for v in bars) == pytest.approx(100) and [v["y"] for v in bars[:2]] == pytest.approx([20, 20])
+    assert {v["series"] for v in bars} == {"q", "v"}
+    write_run(tmp_path / "flat", 2, 5)
+    write_layers(tmp_path / "flat", 2)
+    (chart,) = layers_section(gather(tmp_path)).charts
+    lines = {name: [(v["x"], v["y"]) for v in chart.spec["data"]["values"] if v["series"] == name] for name in ("deep", "flat")}
+    # In units of their means: 4, 3, 2, 1 over 2.5, and 2, 1 over 1.5.
+    assert lines["deep"] == [(pytest.approx(l / 3), pytest.approx((4 - l) / 2.5)) for l in range(4)]
+    assert lines["flat"] == [(0, pytest.approx(4 / 3)), (1, pytest.approx(2 / 3))]
 
 
 def test_signs_of_failure_are_found(compared, runs, tmp_path):
