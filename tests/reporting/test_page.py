@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium on t
 
 DRAWN = "[...document.querySelectorAll('.chart')].map(c => [c.dataset.chart, c.querySelectorAll('svg [role=graphics-symbol]').length])"
 OUTSIDE = """[...document.querySelectorAll('body *')].filter(
-  e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.scroll, pre, svg')).map(e => e.outerHTML.slice(0, 80))"""
+  e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.scroll, svg')).map(e => e.outerHTML.slice(0, 80))"""
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,14 @@ from panacea_jax.reporting.commands import command_of
 from panacea_jax.reporting.epochs import epochs_section
 from panacea_jax.reporting.evidence import failure_section, judges_section
 from panacea_jax.reporting.gather import gather
+from panacea_jax.reporting.harmless import harmless, shown
 from panacea_jax.reporting.layer_section import layers_section
+from panacea_jax.reporting.markdown import report_markdown
 from panacea_jax.reporting.outcomes import Estimate, Found, Outcome, figures_of
 from panacea_jax.reporting.published import published_section
-from panacea_jax.reporting.render import as_sheet, harmless, outcome_rows, report_markdown, shown
 from panacea_jax.reporting.report import write_report
 from panacea_jax.reporting.scores import pareto_front, scores_section, tradeoff_section
+from panacea_jax.reporting.sheets import as_sheet, outcome_rows
 from panacea_jax.reporting.training import POINTS, training_section
 from panacea_jax.reporting.variation import place_of, variation_section
 from panacea_jax.workdir import plain, read_manifest
@@ -68,7 +70,9 @@ def test_a_comparison_is_read_as_it_is(compared):
         }
     assert not found.outcomes[0].attacked and all(o.attacked for o in found.outcomes[1:])
     # Three methods at two seeds have their cells; they are called as their outcomes are.
-    assert len(found.runs) == 6 and {r.label for r in found.runs} <= {o.label for o in found.outcomes}
+    labels = [f"{method} (p=0.1)" for method in METHODS[:3]]
+    assert [(r.label, r.seed) for r in found.runs] == [(label, seed) for label in labels for seed in (0, 1)]
+    assert all(set(run.manifests()) == {"finetune", "generations"} for run in found.runs)
     assert found.notes == ["Judge refusal. Of two seeds."]
 
 
@@ -184,6 +188,7 @@ def test_the_front_is_drawn_within_a_case_and_without_the_model_before(tmp_path)
 def test_numbers_of_methods_and_settings_are_axes():
     assert place_of(outcome("panacea:rho=0.5,lam=0.01", 0, 0, ratio=0.1)) == ("panacea", {"ρ": 0.5, "λ": 0.01, "poison ratio": 0.1})
     assert place_of(outcome("vaccine:rho=2+panacea:rho=auto", 0, 0)) == ("vaccine+panacea:rho=auto", {"vaccine ρ": 2.0})
+    assert place_of(outcome("before: panacea:rho=0.5", 0, 0)) == ("before: panacea", {"ρ": 0.5})
     setting = {"train.epochs": 5, "lora.policy": "merged", "data.shuffle": True}
     assert place_of(outcome("my run", 0, 0, setting=setting)) == ("my run, lora.policy=merged, data.shuffle=True", {"train.epochs": 5.0})
 
