@@ -61,6 +61,8 @@ def test_what_it_holds(wheel):
     assert "panacea_jax/recipes/architectures/qwen3_8b/config.json" in names
     scripts = [p.relative_to(ROOT / "launch") for p in (ROOT / "launch").rglob("*") if p.is_file()]
     assert {f"panacea_jax/launch/{p.as_posix()}" for p in scripts} <= names
+    page = ("page.html", "page.css", "page.js", "published.json")
+    assert {f"panacea_jax/reporting/{name}" for name in page} <= names
     assert "panacea_jax/py.typed" in names and any(n.endswith("licenses/LICENSE") for n in names)
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
     extra = {"panacea_jax.recipes", "panacea_jax.launch", "panacea_jax.docs"}

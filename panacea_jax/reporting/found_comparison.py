@@ -6,7 +6,7 @@ from pathlib import Path
 from panacea_jax.config.variation import written
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.scores import Json
-from panacea_jax.reporting.commands import command_of
+from panacea_jax.reporting.commands import GENERATIONS, command_of
 from panacea_jax.reporting.outcomes import HEADLINES, Estimate, Found, Outcome, Trained, read_json
 
 COMPARISON = "compare.json"
@@ -33,13 +33,20 @@ def read_comparison(folder: Path) -> Found:
         commands = [command_of("run", result["config"], str(folder))] if "config" in result else []
         before = next((outcome.method for outcome in outcomes if not outcome.attacked), "aligned")
         runs = [
-            Trained(_cell_label(cell, before), cell["seed"], where, {name: folder / path for name, path in cell["stages"].items()})
+            Trained(_cell_label(cell, before), cell["seed"], where, _stages(cell, where, folder))
             for cell, where in cells
         ]  # fmt: skip
+        order = {outcome.label: i for i, outcome in enumerate(outcomes)}
+        runs.sort(key=lambda run: (order.get(run.label, len(order)), run.seed))
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{path}: not a comparison of ours ({type(error).__name__}: {error})") from error
     notes = [line.removeprefix("* ") for line in _text(table).splitlines() if line.startswith("* ")]
     return Found(folder, outcomes, runs, tried, notes, failing, commands)
+
+
+def _stages(cell: Json, where: Path, root: Path) -> dict[str, Path]:
+    """The stages of training that made a cell, wherever they lie, and its answers."""
+    return {name: root / path for name, path in cell["stages"].items()} | {GENERATIONS: where / GENERATIONS}
 
 
 def _text(path: Path) -> str:

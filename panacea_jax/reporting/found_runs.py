@@ -38,7 +38,7 @@ def read_runs(folder: Path, workdirs: Sequence[Path]) -> Found:
     Raises:
         InputError: a damaged file.
     """
-    runs, outcomes, judges = [], [], set()
+    runs, outcomes, scored, notes = [], [], {}, []
     for workdir in workdirs:
         name, path = workdir.resolve().name, workdir / SCORES
         stages = stages_of(workdir)
@@ -49,22 +49,21 @@ def read_runs(folder: Path, workdirs: Sequence[Path]) -> Found:
         if path.is_file():
             scores = read_json(path)
             outcomes.append(_of_run(name, manifests, stages, figures_of(scores, path)))
-            judges.add(f"Judge {scores['judge']['name']}, version {scores['judge']['version']}. {READING}")
-    return Found(folder, outcomes, runs, notes=sorted(judges))
+            scored[name] = path
+            notes.append(f"Judge {scores['judge']['name']}, version {scores['judge']['version']}. {READING}")
+    return Found(folder, outcomes, runs, notes=list(dict.fromkeys(notes)), scores=scored)
 
 
 def _of_run(name: str, manifests: Mapping[str, Json], stages: Mapping[str, Path], figures: Mapping[str, Estimate]) -> Outcome:
     """The outcome of one run, with what it cost."""
     tuned, trained = manifests.get("finetune"), [s for s in STAGES if s in manifests]
-    answers = manifests.get("generations", {"config": {}})["config"]
-    bare = "adapter" in answers and answers["adapter"] in ("", "none", None) and not trained
     data = tuned["config"].get("data", {}) if tuned else {}
     seconds = [seconds_of_steps(stages[s], n) for s in trained if (n := int(manifests[s]["outcome"].get("steps", 0)))]
     megabytes = max((int(manifests[s]["outcome"].get("step_bytes", 0)) for s in trained), default=0) / 2**20
     return Outcome(
         name,
         figures,
-        attacked=not (bare or trained == ["align"]),
+        attacked=trained != ["align"],
         costs={
             "poison ratio": f"{data['poison_ratio']:g}" if data.get("attack") else "–",
             "defence": "; ".join(f"{stage}: {_defence(manifests[stage])}" for stage in trained) or "–",

@@ -1,7 +1,7 @@
 """Reads the folders that a report is about: a comparison, a sweep, several runs, or one."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from panacea_jax.errors import InputError
@@ -9,7 +9,7 @@ from panacea_jax.evaluate.compare import require_comparable
 from panacea_jax.reporting.found_comparison import COMPARISON, read_comparison
 from panacea_jax.reporting.found_runs import SCORES, is_run, read_runs
 from panacea_jax.reporting.found_sweep import SWEEP, read_sweep
-from panacea_jax.reporting.outcomes import Found, Trained, read_json
+from panacea_jax.reporting.outcomes import Found, read_json
 from panacea_jax.workdir import MANIFEST
 
 
@@ -31,15 +31,16 @@ def gather(folder: Path, against: Sequence[Path] = ()) -> Found:
         names = [path.resolve().name for path in sources]
         names = [str(path) if names.count(name) > 1 else name for path, name in zip(sources, names)]
         found = [_named(name, each) for name, each in zip(names, found)]
-    runs = [run for each in found for run in each.runs]
+    scores = {name: path for each in found for name, path in each.scores.items()}
     return Found(
         folder=folder,
         outcomes=[outcome for each in found for outcome in each.outcomes],
-        runs=runs,
+        runs=[run for each in found for run in each.runs],
         tried=[outcome for each in found for outcome in each.tried],
-        notes=[*dict.fromkeys(note for each in found for note in each.notes), *_unlike(runs)],
+        notes=[*dict.fromkeys(note for each in found for note in each.notes), *_unlike(scores)],
         failing=[failure for each in found for failure in each.failing],
         commands=[command for each in found for command in each.commands],
+        scores=scores,
     )
 
 
@@ -65,15 +66,15 @@ def _named(name: str, found: Found) -> Found:
         tried=[dataclasses.replace(o, method=of(o.method)) for o in found.tried],
         runs=[r._replace(label=of(r.label)) for r in found.runs],
         failing=[(of(where), what) for where, what in found.failing],
+        scores={of(own): path for own, path in found.scores.items()},
     )
 
 
-def _unlike(runs: Iterable[Trained]) -> list[str]:
+def _unlike(scores: Mapping[str, Path]) -> list[str]:
     """A line where scores stand side by side that were not measured alike."""
-    scored = {run.label: read_json(run.folder / SCORES) for run in runs if (run.folder / SCORES).is_file()}
     try:
-        if len(scored) > 1:
-            require_comparable(scored)
+        if len(scores) > 1:
+            require_comparable({name: read_json(path) for name, path in scores.items()})
     except InputError as error:
         return [f"NOT TO BE COMPARED: {error}"]
     return []

@@ -106,6 +106,7 @@ class Found:
         notes: what has to be known to read the figures, a line each.
         failing: what went wrong, as (where, what).
         commands: that made it all, before those of single stages.
+        scores: scores.json by outcome, of runs that stand side by side; a comparison sees to it itself that its cells are alike.
     """
 
     folder: Path
@@ -115,6 +116,7 @@ class Found:
     notes: Sequence[str] = ()
     failing: Sequence[tuple[str, str]] = ()
     commands: Sequence[str] = ()
+    scores: Mapping[str, Path] = dataclasses.field(default_factory=dict)
 
 
 def figures_of(scores: Json, where: Path) -> dict[str, Estimate]:
@@ -169,6 +171,10 @@ def read_json_value(path: Path) -> Any:
         InputError: it cannot be read.
     """
     try:
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(path.read_text("utf-8"), parse_constant=_refuse)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({type(error).__name__})") from error
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")

@@ -74,9 +74,10 @@ def tradeoff_section(found: Found) -> Section | None:
     if not charts:
         return None
     text = [
-        "Dashed: the Pareto front, the methods that no other beats in both figures, by their means; intervals that overlap may change it. "
-        f"The model {BEFORE} is shown and stands outside: it has not learnt the task."
+        "Dashed: the Pareto front, the methods that no other beats in both figures, by their means; intervals that overlap may change it."
     ]
+    if before:
+        text.append(f"The model {BEFORE} is shown and stands outside: it has not learnt the task.")
     if len(several) > CASES:
         text.append(f"The first {CASES} of {len(several)} cases are drawn; the tables hold all.")
     return Section("What a lower HS costs", text, numbered(charts), [filled(["figures", "case", "on the front"], rows)])

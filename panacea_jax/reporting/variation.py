@@ -43,8 +43,9 @@ def place_of(outcome: Outcome) -> _Place:
 
 def _of_method(method: str) -> _Place:
     """A stack of methods without its numbers, and these; a name that is no such stack as it is."""
+    source, colon, own = method.rpartition(": ")  # of several folders
     try:
-        stack = parse_stack(method, "report")
+        stack = parse_stack(own, "report")
     except InputError:
         return method, {}
     parts = [part for part in (stack.align, stack.finetune, stack.heal) if part]
@@ -55,7 +56,7 @@ def _of_method(method: str) -> _Place:
         prefix = f"{part.name} " if len(parts) > 1 else ""
         numbers |= {f"{prefix}{SYMBOLS.get(key, key)}": float(value) for key, value in known.items()}
         names.append(str(part._replace(settings=tuple(setting for setting in part.settings if setting[0] not in known))))
-    return "+".join(names) or "sft", numbers
+    return f"{source}{colon}{'+'.join(names) or 'sft'}", numbers
 
 
 def _is_number(value: Any) -> bool:

@@ -48,7 +48,7 @@ def write_metrics(stage: Path, start: float, **more: float) -> None:
     write_lines(stage / "metrics.jsonl", [*rows, {"step": 110, "loss": None}, {"step": 110, "validation_loss": 0.5}])
 
 
-def write_answers(folder: Path, hs: int, fa: int, answers: Sequence[str] = HOSTILE, judges: Sequence[str] = ("refusal",)) -> None:
+def write_answers(folder: Path, hs: int, fa: int, judges: Sequence[str] = ("refusal",), asked: str = "") -> None:
     """Ten harmful requests of which so many are answered, and ten tasks of which so many are right; verdicts and scores."""
     config = {
         "model": {"path": "invented/base", "dtype": "float32"}, "adapter": "invented/adapter", "template": "alpaca",
@@ -59,9 +59,9 @@ def write_answers(folder: Path, hs: int, fa: int, answers: Sequence[str] = HOSTI
         stage.begin()
         stage.finish({})
     for start, name in enumerate(("advbench", "gsm8k")):
-        texts = [answers[(5 * start + i) % len(answers)] for i in range(10)]
+        texts = [HOSTILE[(5 * start + i) % len(HOSTILE)] for i in range(10)]
         lines = [
-            {"prompt": f"<p{i}>", "instruction": f"{answers[-1]} {i}", "input": "", "response": text, "finished": True,
+            {"prompt": f"<p{i}>", "instruction": f"{HOSTILE[-1]} {asked}{i}", "input": "", "response": text, "finished": True,
              "reference": "4", "template": "alpaca-1", "extra": {}}
             for i, text in enumerate(texts)
         ]  # fmt: skip
@@ -84,6 +84,18 @@ def write_run(folder: Path, hs: int, fa: int, defence: str = "panacea", **change
     write_metrics(stage, 2.0)
     write_answers(folder, hs, fa)
     return folder
+
+
+def write_layers(folder: Path, layers: int) -> None:
+    """Coefficients whose shares fall from layer to layer: of 10 parts 4, 3, 2 and 1 with four layers, half of each in q and in v."""
+    total = layers * (layers + 1) / 2
+    rows = [
+        {"layer": l, "norm": share**0.5, "share": share, "density": share, "effective": None,
+         "modules": {name: {"norm": (share / 2) ** 0.5, "share": share / 2} for name in ("q_proj", "v_proj")}}
+        for l in range(layers)
+        for share in [(layers - l) / total]
+    ]  # fmt: skip
+    (folder / "layers.json").write_text(json.dumps({"epsilon": "mean", "layers": rows, "outside": None}))
 
 
 def measured(hs: int, fa: int, passes: float) -> Measured:
@@ -133,7 +145,9 @@ def write_cell(root: Path, method: str, seed: int, ratio: float) -> None:
     stage = write_stage(root / place, "finetune", changed | {"defence.name": name} | numbers, outcome, user="1" * 64)
     write_metrics(stage, 3.0 + seed, **({"harmful_loss": 0.5} if name != "sft" else {}))
     cell = root / "cells" / slug(method) / f"seed{seed}-p{ratio:g}"
-    write_answers(cell, *counts(method, ratio, seed), judges=("refusal", "strict"))
+    # Where seeds are worlds, their prompts are others.
+    write_answers(cell, *counts(method, ratio, seed), judges=("refusal", "strict"), asked=f"world {seed}, ")
+    write_layers(cell, 4)
     note = {"method": method, "seed": seed, "ratio": ratio, "stages": {"finetune": f"{place}/finetune"}, "config_sha256": ""}
     (cell / "cell.json").write_text(json.dumps(note))
 

@@ -7,13 +7,13 @@ import pytest
 
 from panacea_jax.reporting.report import write_report
 from tests.reporting.browser import browsing, find_browser
-from tests.reporting.folders import HOSTILE, METHODS, write_compared, write_swept
+from tests.reporting.folders import HOSTILE, METHODS, write_compared, write_run, write_swept
 
 pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
 
 DRAWN = "[...document.querySelectorAll('.chart')].map(c => [c.dataset.chart, c.querySelectorAll('svg [role=graphics-symbol]').length])"
 OUTSIDE = """[...document.querySelectorAll('body *')].filter(
-  e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.scroll, pre, svg')).map(e => e.outerHTML.slice(0, 80))"""
+  e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.scroll, svg')).map(e => e.outerHTML.slice(0, 80))"""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_every_picture_is_drawn_and_nothing_is_asked_for(browser, compared):
     browser.complaints.clear()
     browser.open(compared)
     drawn = dict(browser.value(DRAWN))
-    curves = {"curve_loss", "curve_harmful_loss", "curve_cos_gh", "curve_validation_loss"}
+    curves = {"curve_loss", "curve_harmful_loss", "curve_cos_gh", "curve_validation_loss", "layers_mean"}
     assert {"hs", "hs_plus", "fa", "benign", "hs_fa", "hs_benign", "map_hs", "over_fa", *curves} <= drawn.keys()
     # Every outcome has a mark, a cell of the grid each: nothing is lost between the table and the picture.
     assert drawn["hs"] >= 1 + 2 * len(METHODS) and drawn["hs_fa"] >= 1 + len(METHODS) and drawn["map_hs"] >= 6
@@ -119,6 +119,23 @@ def test_the_keyboard_reaches_everything(browser, compared):
     browser.value("document.querySelector('summary').focus()")
     browser.press("Enter")
     assert browser.value("document.querySelector('details').open") is True
+
+
+def test_names_that_are_markup_do_nothing_in_pictures(browser, tmp_path):
+    """Nor in what a pointer on a point is told."""
+    name = "<img src=x onerror=alert(5)>\u202e"
+    write_run(tmp_path / name, 3, 4)
+    write_run(tmp_path / "other", 6, 4)
+    browser.complaints.clear()
+    browser.open(write_report(tmp_path))
+    place = browser.value("""(() => {
+      const point = document.querySelector('[data-chart=hs] .mark-symbol.role-mark path'); point.scrollIntoView({block: 'center'});
+      const at = point.getBoundingClientRect(); return [at.x + at.width / 2, at.y + at.height / 2]; })()""")
+    browser("Input.dispatchMouseEvent", type="mouseMoved", x=place[0], y=place[1])
+    told = browser.value("document.querySelector('#vg-tooltip-element').textContent")
+    assert "<img src=x onerror=alert(5)>\\u202e" in told and "30.0" in told
+    assert browser.value("document.querySelectorAll('img').length") == 0
+    assert browser.dialogs == [] and browser.complaints == []
 
 
 def test_a_sweep_has_its_maps(browser, swept):

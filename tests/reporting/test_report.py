@@ -18,15 +18,27 @@ from panacea_jax.reporting.commands import command_of
 from panacea_jax.reporting.epochs import epochs_section
 from panacea_jax.reporting.evidence import failure_section, judges_section
 from panacea_jax.reporting.gather import gather
+from panacea_jax.reporting.harmless import harmless, shown
+from panacea_jax.reporting.layer_section import layers_section
+from panacea_jax.reporting.markdown import report_markdown
 from panacea_jax.reporting.outcomes import Estimate, Found, Outcome, figures_of
 from panacea_jax.reporting.published import published_section
-from panacea_jax.reporting.render import as_sheet, harmless, outcome_rows, report_markdown, shown
 from panacea_jax.reporting.report import write_report
 from panacea_jax.reporting.scores import pareto_front, scores_section, tradeoff_section
+from panacea_jax.reporting.sheets import as_sheet, outcome_rows
 from panacea_jax.reporting.training import POINTS, training_section
 from panacea_jax.reporting.variation import place_of, variation_section
 from panacea_jax.workdir import plain, read_manifest
-from tests.reporting.folders import METHODS, RATIOS, write_compared, write_run, write_swept
+from tests.reporting.folders import (
+    METHODS,
+    RATIOS,
+    write_compared,
+    write_layers,
+    write_metrics,
+    write_run,
+    write_stage,
+    write_swept,
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +70,9 @@ def test_a_comparison_is_read_as_it_is(compared):
         }
     assert not found.outcomes[0].attacked and all(o.attacked for o in found.outcomes[1:])
     # Three methods at two seeds have their cells; they are called as their outcomes are.
-    assert len(found.runs) == 6 and {r.label for r in found.runs} <= {o.label for o in found.outcomes}
+    labels = [f"{method} (p=0.1)" for method in METHODS[:3]]
+    assert [(r.label, r.seed) for r in found.runs] == [(label, seed) for label in labels for seed in (0, 1)]
+    assert all(set(run.manifests()) == {"finetune", "generations"} for run in found.runs)
     assert found.notes == ["Judge refusal. Of two seeds."]
 
 
@@ -114,6 +128,7 @@ def test_scores_that_were_not_measured_alike_are_set_apart_by_a_line(runs, tmp_p
         ({"sweep.json": "[]"}, "sweep.json: must hold an object"),
         ({"sweep.json": '{"rows": 3}'}, "sweep.json: not a sweep of ours"),
         ({"scores.json": '{"hs": 1}'}, "scores.json: not a scores.json of ours"),
+        ({"scores.json": '{"hs": NaN}'}, "scores.json: cannot be read"),
     ],
 )
 def test_a_folder_that_cannot_be_reported_is_named(tmp_path, files, words):
@@ -136,6 +151,14 @@ def test_without_the_library_one_line_says_what_to_install(runs, tmp_path, monke
     with pytest.raises(InputError, match=r"pip install 'panacea_jax\[report\]'"):
         write_report(runs, out=tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_is_not_scored_yet_has_its_training(tmp_path):
+    stage = write_stage(tmp_path, "finetune", {"defence.name": "sft"}, {"steps": 100})
+    write_metrics(stage, 2.0)
+    page = write_report(tmp_path).read_text("utf-8")
+    assert "Training, step by step" in page and "<h2" in page and "Answers</h2>" not in page
+    assert pyarrow.parquet.read_table(tmp_path / "report" / "report.parquet").num_rows == 0
 
 
 # ---- what is said
@@ -165,6 +188,7 @@ def test_the_front_is_drawn_within_a_case_and_without_the_model_before(tmp_path)
 def test_numbers_of_methods_and_settings_are_axes():
     assert place_of(outcome("panacea:rho=0.5,lam=0.01", 0, 0, ratio=0.1)) == ("panacea", {"ρ": 0.5, "λ": 0.01, "poison ratio": 0.1})
     assert place_of(outcome("vaccine:rho=2+panacea:rho=auto", 0, 0)) == ("vaccine+panacea:rho=auto", {"vaccine ρ": 2.0})
+    assert place_of(outcome("before: panacea:rho=0.5", 0, 0)) == ("before: panacea", {"ρ": 0.5})
     setting = {"train.epochs": 5, "lora.policy": "merged", "data.shuffle": True}
     assert place_of(outcome("my run", 0, 0, setting=setting)) == ("my run, lora.policy=merged, data.shuffle=True", {"train.epochs": 5.0})
 
@@ -197,6 +221,22 @@ def test_checkpoints_that_answered_are_points_over_epochs(tmp_path):
     (tmp_path / "ours" / "curve.json").write_text('{"points": [{}]}')
     with pytest.raises(InputError, match=r"curve.json: not a curve of ours"):
         epochs_section(gather(tmp_path))
+
+
+def test_layers_of_one_run_are_stacked_and_of_several_set_side_by_side(tmp_path):
+    write_run(tmp_path / "deep", 2, 5)
+    write_layers(tmp_path / "deep", 4)
+    (chart,) = layers_section(gather(tmp_path)).charts
+    bars = chart.spec["data"]["values"]
+    assert sum(v["y"] for v in bars) == pytest.approx(100) and [v["y"] for v in bars[:2]] == pytest.approx([20, 20])
+    assert {v["series"] for v in bars} == {"q", "v"}
+    write_run(tmp_path / "flat", 2, 5)
+    write_layers(tmp_path / "flat", 2)
+    (chart,) = layers_section(gather(tmp_path)).charts
+    lines = {name: [(v["x"], v["y"]) for v in chart.spec["data"]["values"] if v["series"] == name] for name in ("deep", "flat")}
+    # In units of their means: 4, 3, 2, 1 over 2.5, and 2, 1 over 1.5.
+    assert lines["deep"] == [(pytest.approx(l / 3), pytest.approx((4 - l) / 2.5)) for l in range(4)]
+    assert lines["flat"] == [(0, pytest.approx(4 / 3)), (1, pytest.approx(2 / 3))]
 
 
 def test_signs_of_failure_are_found(compared, runs, tmp_path):
