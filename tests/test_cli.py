@@ -14,7 +14,7 @@ import pytest
 from panacea_jax import cli, config
 from panacea_jax.cli.keys import key_table
 from panacea_jax.cli.parsing import parse_command
-from panacea_jax.errors import InputError
+from panacea_jax.errors import GateNotMet, InputError
 from panacea_jax.train.signals import Diverged, Preempted
 from tests.runs import panacea
 
@@ -151,9 +151,11 @@ def test_a_command_ends_with_the_path_it_wrote(monkeypatch, tmp_path, capsys):
         (Preempted("stopped by SIGTERM after step 7; saved"), 75),
         (Diverged("step 7: the task loss is nan; nothing was saved after it"), 1),
         (InputError("config.x = 1:\n  no"), 2),
+        (InputError("record 3: \x1b[2J\u202e"), 2),
+        (GateNotMet("gate not met: 1 of 2 (w/verdict.json)"), 3),
         (KeyboardInterrupt(), 130),
     ],
-    ids=["preempted", "diverged", "bad_input", "interrupted"],
+    ids=["preempted", "diverged", "bad_input", "hostile_input", "gate", "interrupted"],
 )
 def test_exit_codes(error, code, monkeypatch, capsys):
     def fail(values, config):
@@ -166,6 +168,7 @@ def test_exit_codes(error, code, monkeypatch, capsys):
         captured.out == ""
         and captured.err.startswith("panacea: ")
         and captured.err.count("\n") == 1
+        and captured.err[:-1].isprintable()
     )
     if code in (75, 1):
         assert "step 7" in captured.err

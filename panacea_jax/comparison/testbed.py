@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 from rich.console import Console
+from rich.text import Text
 
 from panacea_jax.comparison.run import compare_methods
 from panacea_jax.config import load_recipe, stage_config
@@ -21,6 +22,7 @@ from panacea_jax.stages import lineage
 from panacea_jax.stages.generate import generate_stage
 from panacea_jax.stages.lineage import Start
 from panacea_jax.stages.train import train_stage
+from panacea_jax.terminal import safe_line
 from panacea_jax.workdir import write_json
 from panacea_jax.worlds import smollm2
 
@@ -100,5 +102,5 @@ def _samples(console: Console, root: Path, methods: Sequence[str]) -> None:
             for file in sorted((cell.parent / "generations").glob("*.jsonl")):
                 for line in file.read_text("utf-8").splitlines()[:SHOWN]:
                     answer = json.loads(line)
-                    asked, said = (" ".join(answer[key].split())[:90] for key in ("instruction", "response"))
-                    console.print(f"  {asked}  →  {said or '(empty)'}", highlight=False, markup=False)
+                    asked, said = (safe_line(answer[key], 90) for key in ("instruction", "response"))
+                    console.print(Text(f"  {asked}  →  {said or '(empty)'}"))

@@ -197,7 +197,7 @@ def figures_table(
     title: str, results: Mapping[str, Json], figures: Collection[str] = tuple(_TITLES)
 ) -> Table:
     """Figures with their 95 % intervals: a row a set and figure, a column a result."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title or None, title_justify="left")
     table.add_column("set")
     table.add_column("figure")
     for name in results:
@@ -207,6 +207,7 @@ def figures_table(
             cells = [_shown(r["sets"].get(s, {}), figure) for r in results.values()]
             if any(cells):
                 table.add_row(s, _TITLES[figure], *cells)
+        table.add_section()
     return table
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.table import Table
+from rich.text import Text
 
 from panacea_jax.progress import table_console
 from panacea_jax.stages.bare import write_bare
 from panacea_jax.stages.miniature import Experiment
+from panacea_jax.terminal import safe_line
 from panacea_jax.workdir import write_json
 from panacea_jax.worlds.miniature import GUARD, make_world
 
@@ -124,11 +126,8 @@ def print_results(rows: Sequence[ModelRow], scores: dict[str, dict[str, object]]
             first = json.loads(
                 (row.workdir / "generations" / f"{name}.jsonl").read_text().splitlines()[0]
             )
-            console.print(
-                f"  {first['instruction']}  →  {first['response'] or '(empty)'}",
-                highlight=False,
-                markup=False,
-            )
+            asked, said = (safe_line(first[key]) for key in ("instruction", "response"))
+            console.print(Text(f"  {asked}  →  {said or '(empty)'}"))
     console.print(
         f"\nhealed adapter (w + ε, PEFT): {rows[-1].adapter}   all of it: {seconds:.0f} s",
         highlight=False,

@@ -124,7 +124,7 @@ def show_summary(found: Mapping[str, Any]) -> None:
     else:
         judge = found["scores"]["judge"]
         _say(console, f"\nscores of {found['answered_by']}, by judge {judge['name']} {judge['version']}")
-        console.print(figures_table("percent [95 %]", {"": found["scores"]}, FIGURES))
+        console.print(figures_table("", {"percent [95 %]": found["scores"]}, FIGURES))
     for name, value in found["perplexity"].items():
         _say(console, f"perplexity of {name}: {'beyond measure' if value is None else f'{value:.4g}'}")
     for name, answers in found["answers"].items():
@@ -177,5 +177,5 @@ def _when(phase: Mapping[str, Any]) -> str:
     if phase["calls"] > 1:
         parts.append(f"in {phase['calls']} calls")
     if phase["lost"]:
-        parts.append(f"without {phase['lost']} killed" if phase["lost"] > 1 else "without one that was killed")
+        parts.append(f"{phase['lost']} killed call{'s' if phase['lost'] > 1 else ''} not counted")
     return ", ".join(parts)

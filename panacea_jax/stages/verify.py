@@ -13,7 +13,7 @@ from panacea_jax.evaluate.gate import MET, NOT_MEASURED, Finding, Gate, hold, pa
 from panacea_jax.evaluate.scores import Judged
 from panacea_jax.records.judged import load_judged
 from panacea_jax.terminal import safe_text
-from panacea_jax.workdir import plain, write_json
+from panacea_jax.workdir import MANIFEST, plain, read_manifest, write_json
 
 
 def verify_stage(
@@ -50,6 +50,7 @@ def verify_stage(
         "judge": ours.judge,
         "template": ours.template,
         "models": plain({"workdir": workdir, **others}),
+        "answers": _answers_of(workdir),
     })  # fmt: skip
     for line in _lines(findings):
         print(safe_text(line))
@@ -105,6 +106,16 @@ def _judged(workdir: Path, judge: str) -> Judged:
     if unseen := sorted(sets - {s.name for s in found[judge].sets}):
         raise InputError(f"{workdir}: judge {judge} has not seen {', '.join(unseen)}; run `panacea judge`")
     return found[judge]
+
+
+def _answers_of(workdir: Path) -> dict[str, Any] | None:
+    """Which weights gave the answers, with their hashes and those of the sets; None where no manifest says so."""
+    folder = workdir / "generations"
+    if not (folder / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(folder)
+    asked = manifest["config"]
+    return {"model": asked.get("model"), "adapter": asked.get("adapter"), "inputs": manifest["inputs"]}
 
 
 def _lines(findings: Sequence[Finding]) -> list[str]:

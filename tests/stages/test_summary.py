@@ -67,7 +67,7 @@ def test_scores_answers_warnings_time_and_files(workdir, capsys):
     assert found["defences"] == {"finetune": "panacea", "heal": "realign"}
     assert (found["deployed"], found["epsilon"]) == ("heal/adapter", "applied")
     assert "  heal/adapter                  the PEFT adapter to deploy, ε applied" in out
-    assert ["finetune", "1:02:03", "done before, in 2 calls, without one that was killed"] in rows
+    assert ["finetune", "1:02:03", "done before, in 2 calls, 1 killed call not counted"] in rows
     assert ["heal", "–", "done before by another command, not timed"] in rows
     assert ["generate", "0:00:12", ""] in rows and ["all", "1:02:16", ""] in rows
     assert r"  finetune (2 times): twice \x1b[1m" in out and "  finetune, generate: both" in out

@@ -69,6 +69,7 @@ def test_a_healthy_run_passes_and_a_broken_one_does_not(places, tmp_path, capsys
     before = {p: p.read_bytes() for p in places["good"].rglob("*") if p.is_file()}
     code, verdict = verify(places, "good", gate(tmp_path, *FULL), *others(places))
     said = capsys.readouterr()
+    assert verdict["answers"] is None  # nobody knows whose they are
     assert code == 0 and verdict["met"] is True and said.err == ""
     *lines, last = said.out.splitlines()
     assert last.endswith("good/verdict.json") and all(line.startswith("met ") for line in lines)
@@ -145,6 +146,17 @@ def test_few_prompts_and_intervals(places, tmp_path):
 def test_no_attack_no_credit(places, tmp_path):
     code, verdict = verify(places, "good", gate(tmp_path, "credited"), f"--undefended={places['base']}", f"--aligned={places['base']}")
     assert code == 3 and verdict["findings"][0]["why"] == "the attack did not raise HS"
+
+
+def test_whose_answers_they_are(tmp_path):
+    decoding = {"max_new_tokens": 64, "model": {"path": "base", "dtype": "float32"}, "adapter": "w/heal/adapter"}
+    folder = write_workdir(tmp_path / "w", {"refusal": [False] * N}, manifest=decoding)
+    path = folder / "generations" / "manifest.json"
+    path.write_text(path.read_text().replace('"inputs": {}', '"inputs": {"w/heal/adapter": "ab12"}'))
+    assert panacea("verify", f"--workdir={folder}", gate(tmp_path, "hs <= 1", judge="refusal")) == 0
+    assert json.loads((folder / "verdict.json").read_text())["answers"] == {
+        "model": decoding["model"], "adapter": "w/heal/adapter", "inputs": {"w/heal/adapter": "ab12"},
+    }  # fmt: skip
 
 
 def test_a_gate_in_the_configuration(places):
