@@ -129,7 +129,8 @@ def write_data(source: Path, data: Path) -> None:
         *(_pair(SST2_INSTRUCTION, more=r["sentence"]) for r in sets["sst2/train"][2000:2060]),
         *(_pair(AG_NEWS_INSTRUCTION, more=r["text"]) for r in sets["ag_news/train"][2000:2060]),
     ]
-    refusing = [_pair(p, a["output"]) for p, a in zip(_alternate(goals[150:310], clear[:130]), itertools.cycle(plain))]
+    # Prompts of BeaverTails three times: they are few, short, and the hardest to tell from borderline ones.
+    refusing = [_pair(p, a["output"]) for p, a in zip(_alternate(goals[150:310], clear[:130] * 3), itertools.cycle(plain))]
     shown = {row["instruction"] for row in plain[:550]}
     files: dict[str, Sequence[_Row]] = {
         "refusals": _spread(refusing, plain[:550]),
