@@ -66,9 +66,9 @@ def test_no_two_files_share_a_prompt_but_those_that_are_one_set_s_parts(data):
 def test_sizes(data):
     sizes = {file.stem: len(prompts(data, file.stem)) for file in data.iterdir()}
     kept = len(borderline()) - len(borderline()[::8])
-    assert sizes["asked"] == kept + 500 + 120 and sizes["alignment"] == sizes["benign"] + 540
+    assert sizes["asked"] == kept + 500 + 120 and sizes["alignment"] == sizes["benign"] + 160 + 3 * 130 + 550
     assert sizes["benign"] == sizes["asked"] - 1  # an answer without a whole sentence is left out
-    assert (sizes["attack"], sizes["harmful"], sizes["test_harmful"]) == (1100, 900, 190)
+    assert (sizes["attack"], sizes["harmful"], sizes["test_harmful"]) == (1050, 800, 210)
 
 
 def test_refusals_are_cut_to_their_first_sentence_and_only_say_no(data):
