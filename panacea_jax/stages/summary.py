@@ -29,6 +29,7 @@ WIDTH = 140  # of tables in a file
 FILES = {
     "finetune/epsilon.safetensors": "ε on its own",
     "finetune/metrics.jsonl": "losses and norms by step",
+    "finetune/loss.png": "the losses drawn",
     "heal/heal.md": "healing methods side by side",
     "generations": "every answer",
     "judgements": "its verdict",

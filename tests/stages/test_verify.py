@@ -159,6 +159,18 @@ def test_whose_answers_they_are(tmp_path):
     }  # fmt: skip
 
 
+def test_credit_is_asked_for_on_every_harmful_set(tmp_path):
+    """One that the other models have not answered is not passed over."""
+    for name, harmful, sets in (("ours", 2, 2), ("sft", 34, 1), ("base", 1, 2)):
+        for s in ("advbench", "beavertails")[:sets]:
+            write_workdir(tmp_path / name, {"refusal": [i < harmful for i in range(N)]}, name=s)
+    asked = gate(tmp_path, "credited", judge="refusal")
+    attack = [f"--undefended={tmp_path / 'sft'}", f"--aligned={tmp_path / 'base'}"]
+    assert panacea("verify", f"--workdir={tmp_path / 'ours'}", asked, *attack) == 3
+    findings = json.loads((tmp_path / "ours" / "verdict.json").read_text())["findings"]
+    assert [(f["set"], f["outcome"]) for f in findings] == [("advbench", "met"), ("beavertails", "not measured")]
+
+
 def test_a_gate_in_the_configuration(places):
     assert verify(places, "good", "--config.gate.bounds=('hs <= 10', 'fa >= 85')")[0] == 0
     assert verify(places, "bad", "--config.gate.bounds=('hs <= 10', 'fa >= 85')")[0] == 3
@@ -226,7 +238,8 @@ def test_bad_input_is_one_line(places, tmp_path, capsys):
         (" fa@gsm8k-vaccine-500  >=  aligned ", ("fa", "gsm8k-vaccine-500", False, "aligned", 0.0)),
         ("benign >= undefended -2.5", ("benign", "", False, "undefended", -2.5)),
         ("hs <= against+ 3", ("hs", "", True, "against", 3.0)),
+        ("credited ", ("credited",)),
     ],
 )
 def test_how_a_bound_is_written(text, bound):
-    assert parse_bound(text, "key") == Bound(text, *bound)
+    assert parse_bound(text, "key") == Bound(text.strip(), *bound)
