@@ -214,10 +214,10 @@ def train_stage(
         attention = choose_backend(config.model.attention, model.config, model.dtype, opened.mesh.devices.flat[0])  # fmt: skip
         outcome = {
             "base": start.base, "steps": result.steps, "compilations": result.compilations,
-            "steps_per_epoch": streams["user"].steps_per_epoch,
             "step_bytes": result.step_bytes, "warnings": list(result.warnings),
             "attention": f"{attention.name}: {attention.why}", "template": template.id,
             "records": {k: len(s.examples) for k, s in streams.items()},
+            **({"steps_per_epoch": streams["user"].steps_per_epoch} if result.steps else {}),
             **({} if report is None else {"report": report}),
         }  # fmt: skip
         if processes.first():
