@@ -53,6 +53,8 @@ def write_report(workdir: Path, against: Sequence[Path] = (), out: Path | None =
     try:
         figures.mkdir(parents=True, exist_ok=True)
         write_text(folder / PAGE, page)  # first: it tells the folder of a report that was cut short
+        for earlier in figures.glob("*.svg"):
+            earlier.unlink()
         for chart in (chart for section in sections for chart in section.charts):
             write_text(figures / f"{chart.name}.svg", as_picture(chart))
         write_text(folder / "report.md", report_markdown(title, subtitle, sections, lambda chart: f"figures/{chart.name}.svg"))

@@ -311,6 +311,8 @@ def test_files_agree(runs, tmp_path, capsys):
     assert "<script" not in text and "taken" not in text  # what models wrote stays on the page
     # Again: an earlier report of ours is replaced.
     assert cli.run(["report", f"--workdir={runs / 'sft'}", f"--out={out}"]) == 0
+    left = {path.name for path in (out / "figures").iterdir()}
+    assert left < set(pictures) and all(f"(figures/{name})" in (out / "report.md").read_text("utf-8") for name in left)
     assert len(outcome_rows(gather(runs / "sft"))) == 1
 
 
