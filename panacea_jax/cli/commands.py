@@ -235,8 +235,9 @@ PROMPTS = (
     "data.format", "data.columns", "data.template", "data.thinking", "data.date", "data.special_tokens", "eval.tasks", "eval.num_examples",
 )  # fmt: skip
 ANSWERS = ("seed", "model", "lora.init_from", "train.full_parameters", "generate", "mesh", *PROMPTS)
-STEPS = ("seed", "model", "lora", "data", "defence", "optimizer", "train", "checkpoint", "mesh", "export")
+STEPS = ("seed", "model", "lora", "data", "defence", "optimizer", "train", "checkpoint", "mesh", "export", "track", "eval.every")
 CHOOSING = ("heal.sets", "heal.held_out", "heal.num_held_out", "heal.new_tokens", "budget", "generate.batch_size", "judge")
+WHOLE = (*STEPS, "align", "heal", "budget", "eval", "generate", "judge", "compare", "after")
 COMMANDS = {
     "quickstart": Command(
         "the whole experiment in a miniature world, no download, minutes on a laptop; or with a real small model on real rows", _quickstart,
@@ -244,16 +245,16 @@ COMMANDS = {
     ),
     "run": Command(
         "every stage of a recipe: align, finetune, heal, generate, judge, layers (perplexity if asked for)", _run, TRAINING, several=True,
-        reads=(*STEPS, "align", "heal", "budget", "eval", "generate", "judge", "compare", "after"),
+        reads=WHOLE,
     ),
     "compare": Command(
         "one's own model before, after SFT, with noise, and with the defence and its w alone; one table", _compare,
-        reads=(*STEPS, "heal", "budget", "eval", "generate", "judge", "compare", "after"),
+        reads=WHOLE,
     ),
     "sweep": Command(
         "many runs that differ in some keys: a grid, random draws, or a search by Optuna; several processes share them", _sweep,
         ("workdir", "over", "sampler", "trials", "list", "index"),
-        reads=(*STEPS, "align", "heal", "budget", "eval", "generate", "judge", "sweep"),
+        reads=(*WHOLE, "sweep"),
     ),
     "align": Command("safety alignment of the base on config.data.alignment", _train("align"), TRAINING, several=True, reads=STEPS),
     "finetune": Command(
@@ -272,10 +273,11 @@ COMMANDS = {
     ),
     "verify": Command(
         "whether a judged model keeps the bounds of a gate: exit code 0 or 3, and verdict.json", _verify,
-        ("workdir", "gate", "against", "aligned", "undefended"), reads=("gate", "judge"),
+        ("workdir", "gate", "against", "aligned", "undefended"), reads=("gate",),
     ),
     "try": Command(
-        "answers to prompts that are typed or piped in, of two models side by side", _try, ("workdir", "adapter", "against"), reads=ANSWERS,
+        "answers to prompts that are typed or piped in, of two models side by side", _try, ("workdir", "adapter", "against"),
+        reads=(*ANSWERS, "data.max_length"),
     ),
     "perplexity": Command(
         "perplexity.json: the model's surprise at the answers of config.eval.tasks", _perplexity, several=True,
