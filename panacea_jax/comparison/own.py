@@ -6,8 +6,6 @@ The defence is that of the sections ``align.defence``, ``defence`` and ``heal.de
 """
 
 import dataclasses
-import importlib
-import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +29,9 @@ from panacea_jax.defences.spec import Part, Stack
 from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
+from panacea_jax.reporting.report import write_report
 from panacea_jax.train.step import CompiledSteps
+from panacea_jax.workdir import plain
 
 NOISE = "sft + noise as long as ε"
 
@@ -72,7 +72,7 @@ def compare_own(config: ConfigDict, workdir: Path) -> Path:
     result = {
         "methods": names, "seeds": list(seeds), "ratios": list(ratios), "world": config.compare.world, "judge": judge, "memory": MEMORY,
         "development": [], "rule": "", "grid": [], **guarded(config.compare, aligned),
-        "rows": [row_before(aligned, cells.aligns), *lines], "notes": _notes(config, method, norms),
+        "rows": [row_before(aligned, cells.aligns), *lines], "notes": _notes(config, method, norms), "config": plain(config),
     }  # fmt: skip
     written = write_result(result, workdir)
     return _page(workdir) or written
@@ -164,12 +164,9 @@ def _notes(config: ConfigDict, method: Stack, norms: Sequence[float]) -> list[st
 
 
 def _page(workdir: Path) -> Path | None:
-    """The page of the report; None where reports are not there or cannot be made, which is said."""
-    if importlib.util.find_spec("panacea_jax.reporting") is None:
-        return None
+    """The page of the report; None where it cannot be made, which is said."""
     try:
-        page: Path = importlib.import_module("panacea_jax.reporting.report").write_report(workdir)
-        return page
+        return write_report(workdir)
     except InputError as error:
         say(f"no report: {error}")
         return None
