@@ -133,6 +133,8 @@ def _perplexity(values: "FlagValues", config: "ConfigDict") -> Path:
 
 
 def _run(values: "FlagValues", config: "ConfigDict") -> Path:
+    if config.sweep.over:
+        raise InputError("config.sweep.over: many runs; start `panacea sweep`")
     if config.compare.methods or config.compare.grid:
         from panacea_jax.comparison.run import compare_methods
 
@@ -245,7 +247,7 @@ COMMANDS = {
     ),
     "run": Command(
         "every stage of a recipe: align, finetune, heal, generate, judge, layers (perplexity if asked for)", _run, TRAINING, several=True,
-        reads=WHOLE,
+        reads=(*WHOLE, "sweep.over"),
     ),
     "compare": Command(
         "one's own model before, after SFT, with noise, and with the defence and its w alone; one table", _compare,

@@ -37,8 +37,6 @@ def check_run(config: ConfigDict) -> None:
     """
     main = stage_config(config, "finetune")
     start = lineage.named(main)
-    if config.sweep.over:
-        raise InputError("config.sweep.over: many runs; start `panacea sweep`")
     if config.align.defence.name:
         align = stage_config(config, "align")
         aligned = lineage.named(align)
