@@ -52,4 +52,7 @@ if __name__ == "__main__":
     if "trials" in keys:
         keys["trials"], keys["over"] = int(keys["trials"]), ("defence.rho=0.1..5:log", "defence.lam=1e-4,1e-3,1e-2")
     place.mkdir(exist_ok=True)
+    (place / f"ready.{os.getpid()}").touch()
+    while (place / "hold").exists():  # until all are here, however long their imports take
+        time.sleep(0.01)
     sweep(settings(**keys), place, runner=recorded(place / "log", wait))
