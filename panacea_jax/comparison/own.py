@@ -32,7 +32,6 @@ from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
 from panacea_jax.train.step import CompiledSteps
-from panacea_jax.workdir import plain
 
 NOISE = "sft + noise as long as ε"
 
@@ -72,7 +71,7 @@ def compare_own(config: ConfigDict, workdir: Path) -> Path:
     ]  # fmt: skip
     result = {
         "methods": names, "seeds": list(seeds), "ratios": list(ratios), "world": config.compare.world, "judge": judge, "memory": MEMORY,
-        "development": [], "rule": "", "grid": [], **guarded(config.compare, aligned), "config": plain(config),
+        "development": [], "rule": "", "grid": [], **guarded(config.compare, aligned),
         "rows": [row_before(aligned, cells.aligns), *lines], "notes": _notes(config, method, norms),
     }  # fmt: skip
     written = write_result(result, workdir)
