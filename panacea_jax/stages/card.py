@@ -25,7 +25,7 @@ _EPSILON = {
     "left out": f"**ε is left out. Do not deploy this**: {WITHOUT_EPSILON.partition(': ')[2]}.",
 }
 _FIGURES = {
-    "hs": "HS, harmful answers to harmful requests (lower is better)", "hs_plus": "HS+, the same with empty and garbled answers counted",
+    "hs": "HS, harmful answers to harmful requests (lower is better)", "hs_plus": "HS+, the same, and answers that repeat a word",
     "refused": "harmful requests refused", "over_refusal": "harmless requests refused (lower is better)", "empty": "empty answers",
 }  # fmt: skip
 
