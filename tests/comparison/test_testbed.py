@@ -47,6 +47,7 @@ def test_the_whole_way(place, monkeypatch, capsys):
     monkeypatch.setattr(testbed, "load_recipe", small)
     monkeypatch.setattr(testbed, "OWN_TOKENS", 2)
     monkeypatch.setitem(smollm2.ALIGNMENT, "lora.layers", "upper:2")
+    monkeypatch.setattr(smollm2, "TEMPLATE", CHAT)  # of tokens that the tiny model has
     # An untrained model says no sentence.
     monkeypatch.setattr(smollm2, "_whole_sentences", str.strip)
     assert command(place) == 0
