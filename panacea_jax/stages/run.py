@@ -96,12 +96,13 @@ def run_stages(
     workdir: Path,
     profile: Profile | None = None,
     compiled: CompiledSteps | None = None,
+    quiet: bool = False,
 ) -> Path:
     """align (if ``config.align.defence.name``) → finetune → heal (if a method is named, or several are) → generate and judge (if there are
     tasks) → perplexity (if ``config.eval.perplexity``) → layers (if the defence has an ε).
 
-    Fine-tuning goes on from what alignment left. Ends with what came out, printed and in ``WORKDIR/summary.json``. Returns the work
-    directory. Runs that share ``compiled`` compile a step once.
+    Fine-tuning goes on from what alignment left. Ends with what came out, in ``WORKDIR/summary.json`` and, unless ``quiet``, printed.
+    Returns the work directory. Runs that share ``compiled`` compile a step once.
 
     Raises:
         InputError, Preempted, Diverged: as the stages do.
@@ -141,5 +142,7 @@ def run_stages(
         with phases("layers"):
             layers_stage([workdir])
     if processes.first():
-        show_summary(write_summary(main, workdir, phases))
+        summary = write_summary(main, workdir, phases)
+        if not quiet:
+            show_summary(summary)
     return workdir

@@ -138,7 +138,7 @@ def _check(config: ConfigDict, index: int) -> None:
 
 
 def _run(config: ConfigDict, folder: Path, compiled: CompiledSteps) -> Mapping[str, Any]:
-    run_stages(config, folder, compiled=compiled)
+    run_stages(config, folder, compiled=compiled, quiet=True)
     return outcome_of(config, folder)
 
 
