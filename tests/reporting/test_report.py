@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from panacea_jax import cli
-from panacea_jax.cli import parse_command
+from panacea_jax.cli.parsing import parse_command
 from panacea_jax.errors import InputError
 from panacea_jax.reporting.commands import command_of
 from panacea_jax.reporting.epochs import epochs_section
