@@ -204,7 +204,7 @@ def lock(file: IO[Any], what: Path) -> None:
         if time.monotonic() >= end:
             file.close()
             raise InputError(f"{what}: another run is at work there; wait for its end")
-        time.sleep(min(1.0, LOCK_PATIENCE))
+        time.sleep(min(0.1, LOCK_PATIENCE))
 
 
 def try_lock(file: IO[Any], what: Path) -> bool:

@@ -40,7 +40,7 @@ def kill_after(process, workdir, ends):
 
 def both_end(workdir, *keys):
     (workdir / "hold").touch()
-    pair = [start(workdir, 0.05, *keys) for _ in range(2)]
+    pair = [start(workdir, 0.2, *keys) for _ in range(2)]  # longer than the search is locked, so that both come by
     limit = time.monotonic() + 60
     while not all((workdir / f"ready.{process.pid}").exists() for process in pair) and time.monotonic() < limit:
         time.sleep(0.01)
