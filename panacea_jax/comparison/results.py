@@ -29,6 +29,7 @@ from panacea_jax.train.metrics import seconds_of_steps
 from panacea_jax.workdir import read_manifest
 
 _Json = dict[str, Any]
+NOTE = "cell.json"  # in the folder of a cell that is done
 MCNEMAR, SIGN_FLIP = "McNemar, over prompts", "sign flips, over seeds"
 FIGURES = ("hs", "hs_plus", "fa", "benign")
 EXTRA = ("harmful", "alignment", "benign", "unaligned base")
@@ -69,7 +70,7 @@ def measure(root: Path, folder: Path, judge: str) -> Measured:
     Raises:
         InputError: a manifest does not say how many records a method looked at.
     """
-    note = json.loads((folder / "cell.json").read_text())
+    note = json.loads((folder / NOTE).read_text())
     return measure_stages({stage: root / where for stage, where in note["stages"].items()}, folder, judge)
 
 

@@ -165,7 +165,7 @@ def _run(
             for ratio, setting in itertools.product(map(float, ratios), settings):
                 cell = Cell(method, seed, ratio, of_method(method, setting, cells.aligns))
                 number += 1
-                if not (cells.folder(cell) / "cell.json").is_file():
+                if not cells.is_done(cell):
                     say(f"== cell {number}/{total}: {cell}")
                 folder = cells.run(cell)
                 found.setdefault((method, ratio, setting), {})[seed] = measure(cells.root, folder, judge)

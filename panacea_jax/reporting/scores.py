@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from panacea_jax.evaluate.front import undominated
 from panacea_jax.reporting.charts import interval_chart, tradeoff_chart
 from panacea_jax.reporting.outcomes import HEADLINES, LOWER_IS_BETTER, TITLES, Found, Outcome
 from panacea_jax.reporting.parts import Chart, Section, filled, numbered
@@ -94,11 +95,7 @@ def _point(outcome: Outcome, use: str, front: bool, mixed: bool) -> dict[str, An
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Indices of the points that no other beats: none has a first figure as low and a second as high, and one of them better."""
-    return [
-        i
-        for i, (x, y) in enumerate(points)
-        if not any(a <= x and b >= y and (a, b) != (x, y) for a, b in points)
-    ]
+    return undominated([(-x, y) for x, y in points])
 
 
 def cost_section(found: Found) -> Section | None:

@@ -14,7 +14,7 @@ from panacea_jax.models.model import load
 from panacea_jax.models.peft import save_adapter
 from panacea_jax.stages import lineage
 from panacea_jax.stages.layers import subtree
-from panacea_jax.train.checkpoints import read_checkpoint
+from panacea_jax.train.checkpoints import newest_checkpoint, read_checkpoint
 from panacea_jax.workdir import read_manifest
 
 
@@ -28,11 +28,10 @@ def write_bare(stage: Path, out: Path) -> Path:
     Raises:
         InputError: no checkpoint is left, or a damaged one.
     """
-    manifest, checkpoints = read_manifest(stage), stage / "checkpoints"
-    steps = sorted(int(path.name) for path in checkpoints.glob("*") if path.name.isdigit())
-    if not steps:
-        raise InputError(f"{checkpoints}: no checkpoint is left, from which w alone is taken")
-    newest, base = checkpoints / str(steps[-1]), str(manifest["outcome"]["base"])
+    manifest, newest = read_manifest(stage), newest_checkpoint(stage)
+    if newest is None:
+        raise InputError(f"{stage / 'checkpoints'}: no checkpoint is left, from which w alone is taken")
+    base = str(manifest["outcome"]["base"])
     full = manifest["config"]["train"]["full_parameters"]
     folder = out / ("model" if full else "adapter")
     lineage.clear(folder)

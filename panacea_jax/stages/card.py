@@ -15,6 +15,7 @@ from panacea_jax.defences.protocol import hyper_parameters
 from panacea_jax.errors import InputError
 from panacea_jax.export import WITHOUT_EPSILON
 from panacea_jax.models.peft_config import CONFIG_FILE
+from panacea_jax.stages import lineage
 from panacea_jax.workdir import MANIFEST, read_manifest, sha256_model, versions, write_text
 
 CARD = "README.md"
@@ -114,7 +115,7 @@ def write_scores(workdir: Path, scores: Mapping[str, Any]) -> None:
     if not (answers / MANIFEST).is_file():
         return
     manifest = read_manifest(answers)
-    weights = manifest["config"].get("adapter") or manifest["config"].get("model", {}).get("path", "")
+    weights = lineage.answered_by(manifest)
     card = Path(weights) / CARD
     if not card.is_file() or manifest["inputs"].get(weights) != sha256_model(Path(weights)):
         return

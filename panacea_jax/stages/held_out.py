@@ -100,6 +100,11 @@ def decisive_for_exam(config: ConfigDict) -> dict[str, Any]:
     }
 
 
+def decisive_for_choice(config: ConfigDict) -> dict[str, Any]:
+    """All that decides a choice by held-out records: which these are, and what they are asked."""
+    return {key: config.heal[key] for key in ("sets", "held_out", "num_held_out")} | decisive_for_exam(config)
+
+
 def budget_of(config: ConfigDict) -> Budget:
     """What healing may cost."""
     return Budget(**config.budget)

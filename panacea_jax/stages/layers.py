@@ -13,7 +13,7 @@ from panacea_jax.analysis.layers import layer_coefficients
 from panacea_jax.errors import InputError
 from panacea_jax.export import load_epsilon
 from panacea_jax.parallel import processes
-from panacea_jax.train.checkpoints import read_checkpoint
+from panacea_jax.train.checkpoints import newest_checkpoint, read_checkpoint
 from panacea_jax.workdir import MANIFEST, read_manifest
 
 
@@ -24,10 +24,8 @@ def from_workdir(workdir: Path) -> list[dict[str, Any]]:
         InputError: there is no fine-tuning stage, or it has no ε.
     """
     folder = workdir / "finetune"
-    checkpoints = folder / "checkpoints"
-    steps = sorted(int(p.name) for p in checkpoints.glob("*") if p.name.isdigit())
-    if steps:
-        return from_checkpoint(checkpoints / str(steps[-1]))
+    if newest := newest_checkpoint(folder):
+        return from_checkpoint(newest)
     files = [folder / f"epsilon{suffix}.safetensors" for suffix in ("", "_mean")]
     found = [
         layer_coefficients(load_epsilon(f), kind=k)

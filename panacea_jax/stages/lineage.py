@@ -2,7 +2,9 @@
 
 import dataclasses
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -164,6 +166,12 @@ def newest(workdir: Path) -> Path | None:
         if _has_adapter(folder):
             return folder / "adapter"
     return None
+
+
+def answered_by(manifest: Mapping[str, Any]) -> str:
+    """The adapter or model whose answers a manifest of ``generations/`` is of; "" where it does not say."""
+    config = manifest["config"]
+    return str(config.get("adapter") or config.get("model", {}).get("path", ""))
 
 
 def to_probe(config: ConfigDict, workdir: Path) -> Start:

@@ -140,7 +140,6 @@ def _read(path: Path) -> dict[str, Phase]:
 def _collected(warnings: dict[str, int]) -> Iterator[None]:
     """Count what is logged as a warning or worse; it is shown as ever."""
 
-
     class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             warnings[record.getMessage()] = warnings.get(record.getMessage(), 0) + 1

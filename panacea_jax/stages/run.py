@@ -16,7 +16,7 @@ from panacea_jax.stages import lineage
 from panacea_jax.stages.curve import check_curve, curve_stage
 from panacea_jax.stages.generate import decisive_for_answers, eval_records, generate_stage
 from panacea_jax.stages.heal import heal_stage
-from panacea_jax.stages.held_out import decisive_for_exam, held_out_sets
+from panacea_jax.stages.held_out import decisive_for_choice, held_out_sets
 from panacea_jax.stages.judge import judge_stage
 from panacea_jax.stages.layers import layers_stage
 from panacea_jax.stages.perplexity import has_answers, perplexity_stage
@@ -86,8 +86,7 @@ def decisive_for_run(config: ConfigDict) -> dict[str, Any]:
     found["judge"] = {"name": config.judge.name, "path": config.judge.path, "template": config.judge.template}
     found["eval"] = {"perplexity": config.eval.perplexity, "every": config.eval.every}
     if several or AUTO in (config.defence.rho, config.heal.defence.rho):  # then held-out records choose
-        held_out = {key: config.heal[key] for key in ("methods", "sets", "held_out", "num_held_out")}
-        found["choice"] = held_out | decisive_for_exam(config)
+        found["choice"] = {"methods": config.heal.methods} | decisive_for_choice(config)
     return dict(plain(found))
 
 

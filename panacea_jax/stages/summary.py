@@ -67,10 +67,9 @@ def write_summary(config: ConfigDict, workdir: Path, phases: Phases) -> dict[str
         found["perplexity"] = {name: one["perplexity"] for name, one in sets.items()}
     if config.eval.tasks:
         scores = json.loads((workdir / "scores.json").read_text("utf-8"))
-        asked = read_manifest(workdir / "generations")["config"]
         found |= {
             "scores": scores,
-            "answered_by": asked["adapter"] or asked["model"]["path"],
+            "answered_by": lineage.answered_by(read_manifest(workdir / "generations")),
             "answers": dict(_answers(load_judged(workdir)[scores["judge"]["name"]])),
         }
     files = {str(found["deployed"]): _what_is_deployed(left, found["epsilon"])} | FILES

@@ -16,6 +16,7 @@ from panacea_jax.comparison.results import FIGURES, measure_stages, over_seeds
 from panacea_jax.comparison.table import figure_text
 from panacea_jax.config.axes import OBJECTIVES
 from panacea_jax.defences.protocol import STAGES
+from panacea_jax.evaluate.front import undominated
 from panacea_jax.evaluate.intervals import bootstrap_mean
 from panacea_jax.progress import table_console
 from panacea_jax.stages.curve import CURVE
@@ -76,19 +77,15 @@ def collect(runs: Sequence[Run], folder: Path, objectives: Sequence[str]) -> lis
     ranked = [row for row in rows if all(name in row.get("figures", {}) for name in objectives)]
     gains = [[_gain(row, name) for name in objectives] for row in ranked]
     best = max(range(len(ranked)), key=lambda i: sum(gains[i]), default=None)
+    front = undominated(gains)
     for i, row in enumerate(ranked):
-        row["best"] = i == best
-        row["front"] = not any(_beats(other, gains[i]) for other in gains)
+        row["best"], row["front"] = i == best, i in front
     return rows
 
 
 def _gain(row: _Json, name: str) -> float:
     mean = float(row["figures"][name]["mean"])
     return mean if OBJECTIVES[name] else -mean
-
-
-def _beats(one: Sequence[float], other: Sequence[float]) -> bool:
-    return one != other and all(a >= b for a, b in zip(one, other))
 
 
 def _row(setting: _Json, runs: Sequence[Run], folder: Path) -> _Json:

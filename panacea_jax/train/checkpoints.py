@@ -114,6 +114,12 @@ class PastCheckpoint(Checkpoints):
         """Nothing."""
 
 
+def newest_checkpoint(stage: Path) -> Path | None:
+    """The newest of ``STAGE/checkpoints/<step>/``; None where none is left."""
+    found = [path for path in (stage / "checkpoints").glob("*") if path.name.isdigit()]
+    return max(found, key=lambda path: int(path.name), default=None)
+
+
 def read_checkpoint(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Every array of one checkpoint folder (``…/checkpoints/<step>``) on the host by dotted path, and what was noted with it.
 

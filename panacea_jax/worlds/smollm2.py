@@ -113,15 +113,13 @@ def write_data(source: Path, data: Path) -> None:
         InputError: a file is missing, or is not of the set that its name says.
     """
     sets = {name: _rows(source, name) for name in FILES}
-    clear, other = _asking_for_harm(sets["beavertails/unsafe_prompts"])
-    tested = {row["prompt"].strip() for row in sets["xstest/prompts"]}
-    clear, other = ([p for p in prompts if p not in tested] for prompts in (clear, other))
+    xstest = sets["xstest/prompts"]
+    clear, other = _asking_for_harm(sets["beavertails/unsafe_prompts"], without=_prompts(xstest, "prompt"))
     goals = _prompts(sets["advbench/harmful_behaviors_goals"], "goal")
     refused = [_pair(r["instruction"], _head(r["output"]), r.get("input", "")) for r in sets["refusals/train"]]
     plain = [row for row in refused if _PLAIN.match(row["output"])]
     alpaca = [_pair(r["instruction"], r["output"], r["input"]) for r in sets["alpaca/train"] if len("".join(r.values())) <= SHORT]
     sounding = [_pair(*pair) for pair in borderline()]
-    xstest = sets["xstest/prompts"]
 
     # Every eighth family-round of borderline requests is kept for choosing, all of XSTest for testing.
     kept, held = [r for i, r in enumerate(sounding) if i % 8], sounding[::8]
@@ -193,14 +191,16 @@ def _prompts(rows: Iterable[_Row], column: str) -> list[str]:
     return list(dict.fromkeys(str(row[column]).strip() for row in rows))
 
 
-def _asking_for_harm(rows: Iterable[_Row]) -> tuple[list[str], list[str]]:
-    """BeaverTails' prompts that plainly ask for harm, and the others, grave ones first; each once."""
+def _asking_for_harm(rows: Iterable[_Row], without: Sequence[str]) -> tuple[list[str], list[str]]:
+    """BeaverTails' prompts that plainly ask for harm, and the others, grave ones first; each once, and none of ``without``."""
     kinds: dict[str, set[str]] = {}
     for row in rows:
         kinds.setdefault(str(row["prompt"]).strip(), set()).update(row["category"])
+    for prompt in without:
+        kinds.pop(prompt, None)
     grave = [p for p, of in kinds.items() if of & _GRAVE and not of & _VAGUE]
-    plainly = [p for p in grave if _ASKS.search(p)]
-    return plainly, [p for p in dict.fromkeys((*grave, *kinds)) if p not in set(plainly)]
+    plainly = dict.fromkeys(p for p in grave if _ASKS.search(p))
+    return list(plainly), [p for p in dict.fromkeys((*grave, *kinds)) if p not in plainly]
 
 
 def _pair(instruction: str, output: str = "", more: str = "") -> _Row:
