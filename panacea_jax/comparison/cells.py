@@ -37,7 +37,7 @@ from panacea_jax.stages.perplexity import perplexity_stage
 from panacea_jax.stages.run import check_run
 from panacea_jax.stages.streams import stage_records
 from panacea_jax.stages.train import decisive, train_stage
-from panacea_jax.train.step import CompiledSteps
+from panacea_jax.train.shared import Shared
 from panacea_jax.workdir import sha256_json, write_json, write_text
 from panacea_jax.worlds.miniature import eval_tasks, make_world, settings, sources
 
@@ -84,19 +84,19 @@ class Cells:
     """
 
     def __init__(
-        self, config: ConfigDict, root: Path, aligns: bool, compiled: CompiledSteps
+        self, config: ConfigDict, root: Path, aligns: bool, shared: Shared
     ) -> None:
         """
         Args:
             config: of the whole comparison.
             root: where everything goes.
             aligns: whether there is an alignment stage.
-            compiled: steps that cells share: they differ in their numbers only.
+            shared: what cells have in common.
         """
         self.root, self.aligns = root, aligns
         self._config = config.copy_and_resolve_references()
         self._seeds: dict[int, ConfigDict] = {}
-        self._compiled = compiled
+        self._shared = shared
 
     def folder(self, cell: Cell) -> Path:
         """Where a cell's answers and scores lie."""
@@ -165,7 +165,7 @@ class Cells:
             alone = stage_config(self._of_cell(cell._replace(setting=shared)), "align")
             # The ratio is none of alignment's business: all ratios share it.
             alone.data.poison_ratio = self._config.data.poison_ratio
-            aligned = train_stage(alone, near, "align", compiled=self._compiled)
+            aligned = train_stage(alone, near, "align", shared=self._shared)
             start = lineage.after_alignment(start, aligned, config.align.train.full_parameters)
         # With lora.policy "merged" the merged base lies beside the alignment, or where that would be, once for all that start from it.
         start = lineage.merged_first(main, start, near)
@@ -173,7 +173,7 @@ class Cells:
         if cell.ratio is not None:
             stages["finetune"] = self._finetune_folder(cell)
             tuned = train_stage(
-                main, stages["finetune"].parent, "finetune", start, compiled=self._compiled
+                main, stages["finetune"].parent, "finetune", start, shared=self._shared
             )
             left = _left(start, write_bare(tuned.parent, folder / "bare") if cell.bare else tuned)
         if cell.method.heal:
@@ -182,11 +182,11 @@ class Cells:
             stages["heal"] = own / "heal"
             # The adapter of alignment, or the one that was given; "" where it is part of the base, which then is the aligned model.
             healed = dataclasses.replace(left, aligned=start.adapter)
-            tuned = train_stage(heal, own, "heal", healed, compiled=self._compiled)
+            tuned = train_stage(heal, own, "heal", healed, shared=self._shared)
             left = _left(start, tuned)
         if (attack := _attack_after(main)) and cell.ratio is not None:
             stage, changed = attack
-            tuned = train_stage(changed, folder / "after", stage, left, compiled=self._compiled)
+            tuned = train_stage(changed, folder / "after", stage, left, shared=self._shared)
             left = _left(start, tuned)
         generate_stage(main, folder, left)
         judge_stage(main, folder)

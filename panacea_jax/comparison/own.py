@@ -30,7 +30,7 @@ from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
 from panacea_jax.reporting.report import write_report
-from panacea_jax.train.step import CompiledSteps
+from panacea_jax.train.shared import Shared
 from panacea_jax.workdir import plain
 
 NOISE = "sft + noise as long as ε"
@@ -49,7 +49,7 @@ def compare_own(config: ConfigDict, workdir: Path) -> Path:
     _check(config)
     seeds, ratios = _axes(config)
     method, judge = _method(config), config.judge.name
-    cells = Cells(config, workdir, bool(config.align.defence.name), CompiledSteps())
+    cells = Cells(config, workdir, bool(config.align.defence.name), Shared())
     cells.check([SFT, method], seeds[0], ratios)
 
     # ---- every row

@@ -22,7 +22,7 @@ from panacea_jax.defences.spec import Stack, candidates, parse_stack
 from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
-from panacea_jax.train.step import CompiledSteps
+from panacea_jax.train.shared import Shared
 from panacea_jax.workdir import plain, write_json, write_text
 from panacea_jax.worlds import miniature
 from panacea_jax.worlds.guard import AlignmentGuard
@@ -49,7 +49,7 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
         raise InputError(
             "config.compare: runs in one process; give each machine seeds of its own (docs/comparison.md)"
         )
-    compare, compiled = config.compare, CompiledSteps()
+    compare, shared = config.compare, Shared()
     methods = [parse_stack(str(text), "config.compare.methods") for text in compare.methods]
     grid = {str(text): candidates(str(text), "config.compare.grid") for text in compare.grid}
     everything = list(
@@ -64,7 +64,7 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
         development = config.copy_and_resolve_references()
         with development.unlocked():
             development.eval.tasks = compare.validation
-        cells = Cells(development, workdir / "development", aligns, compiled)
+        cells = Cells(development, workdir / "development", aligns, shared)
         cells.check(everything, compare.development[0], [config.data.poison_ratio])
         found = _run(cells, _candidates(grid), compare.development, [config.data.poison_ratio], config.judge.name)  # fmt: skip
         means = {method: _means(found[method, config.data.poison_ratio, ()]) for method in _candidates(grid)}  # fmt: skip
@@ -77,7 +77,7 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
 
     # ---- the cells that are reported
     reported = list(dict.fromkeys([SFT, *methods, *chosen]))
-    cells = Cells(config, workdir, aligns, compiled)
+    cells = Cells(config, workdir, aligns, shared)
     cells.check(reported, compare.seeds[0], compare.ratios, settings)
     judge = config.judge.name
     aligned = measure_aligned(cells, compare.seeds, judge)

@@ -158,6 +158,14 @@ class Stream:
             batches = [pad(chosen, length, self.rows) for chosen in several]
         return jax.tree.map(lambda *x: np.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *batches)
 
+    def taken(self, steps: int) -> list[int]:
+        """Numbers of the records that so many first steps take, rising."""
+        n, count = len(self.examples), steps * self.repeats * self.batch_size
+        if count >= n:
+            return list(range(n))
+        # Batches follow each other in one endless order, so all of them are one great batch.
+        return sorted(indices(self.seed, self.order or self.name, 0, count, n, self.shuffle).tolist())
+
     def once(self) -> Iterator[Batch]:
         """Every record once, in the set's order and a row each; rows without tokens fill up the last batch."""
         for start in range(0, len(self.examples), self.batch_size):

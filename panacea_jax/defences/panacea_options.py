@@ -41,7 +41,7 @@ class PanaceaOptions(Defence):
         off: gradients that ε is orthogonal to: "user" (the step's own), "benign", "alignment".
     """
 
-    rho: float | int | tuple[float, ...] | str = 1.0
+    rho: float | int | str | tuple[float | str, ...] = 1.0
     lam: float | int = 1e-3
     ascent_steps: int = 1
     every: int = 1

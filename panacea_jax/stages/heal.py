@@ -42,7 +42,7 @@ from panacea_jax.stages.held_out import (
 from panacea_jax.stages.lineage import Start
 from panacea_jax.stages.rendering import make_template, of_one_day
 from panacea_jax.stages.train import check_stage, decisive, train_stage
-from panacea_jax.train.step import CompiledSteps
+from panacea_jax.train.shared import Shared
 from panacea_jax.workdir import (
     StageFolder,
     read_manifest,
@@ -133,7 +133,7 @@ class _Tried:
         self, config: ConfigDict, root: Path, start: Start, sets: Sequence[HeldOutSet], there: Sequence[str]
     ) -> None:  # fmt: skip
         self._config, self._start, self._sets, self._there = config, start, sets, there
-        self._root, self._compiled = root, CompiledSteps()
+        self._root, self._shared = root, Shared()
         self.folders: dict[str, Path] = {}
         self.left_out: dict[str, str] = {}
         self.seconds: dict[str, float | None] = {}
@@ -158,7 +158,7 @@ class _Tried:
         say(f"== heal: {name}")
         note, began = folder / "seconds.json", time.perf_counter()
         done = (folder / "heal" / "manifest.json").is_file()
-        train_stage(config, folder, "heal", self._start, apart=self._sets, compiled=self._compiled)
+        train_stage(config, folder, "heal", self._start, apart=self._sets, shared=self._shared)
         if not done and processes.first():
             write_json(note, {"seconds": time.perf_counter() - began})
         self.folders[name] = folder

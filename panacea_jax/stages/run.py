@@ -24,7 +24,7 @@ from panacea_jax.stages.phases import Phases
 from panacea_jax.stages.streams import stage_records
 from panacea_jax.stages.summary import show_summary, write_summary
 from panacea_jax.stages.train import check_stage, decisive, train_stage
-from panacea_jax.train.step import CompiledSteps
+from panacea_jax.train.shared import Shared
 from panacea_jax.train.watch import Profile
 from panacea_jax.workdir import plain
 
@@ -94,14 +94,14 @@ def run_stages(
     config: ConfigDict,
     workdir: Path,
     profile: Profile | None = None,
-    compiled: CompiledSteps | None = None,
+    shared: Shared | None = None,
     quiet: bool = False,
 ) -> Path:
     """align (if ``config.align.defence.name``) → finetune → heal (if a method is named, or several are) → generate and judge (if there are
     tasks) → perplexity (if ``config.eval.perplexity``) → layers (if the defence has an ε).
 
     Fine-tuning goes on from what alignment left. Ends with what came out, in ``WORKDIR/summary.json`` and, unless ``quiet``, printed.
-    Returns the work directory. Runs that share ``compiled`` compile a step once.
+    Returns the work directory. Runs that share ``shared`` compile a step once.
 
     Raises:
         InputError, Preempted, Diverged: as the stages do.
@@ -112,10 +112,10 @@ def run_stages(
     start = lineage.named(main)
     if config.align.defence.name:
         with phases("align"):
-            aligned = train_stage(stage_config(config, "align"), workdir, "align", compiled=compiled)
+            aligned = train_stage(stage_config(config, "align"), workdir, "align", shared=shared)
         start = lineage.after_alignment(start, aligned, config.align.train.full_parameters)
     with phases("finetune"):
-        train_stage(main, workdir, "finetune", start, compiled=compiled, profile=profile)
+        train_stage(main, workdir, "finetune", start, shared=shared, profile=profile)
     if config.heal.methods or config.heal.defence.name:
         heal = stage_config(config, "heal")
         whole = heal.train.full_parameters
@@ -124,7 +124,7 @@ def run_stages(
             if heal.heal.methods:
                 heal_stage(heal, workdir, left)
             else:
-                train_stage(heal, workdir, "heal", left, compiled=compiled)
+                train_stage(heal, workdir, "heal", left, shared=shared)
     if config.eval.tasks:
         answering = lineage.to_answer(main, workdir, start)
         with phases("generate"):

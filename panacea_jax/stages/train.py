@@ -4,11 +4,13 @@ Each reads from top to bottom: data, model, trainable tree, steps (or the one sh
 that is done is skipped, one that has a checkpoint goes on from it, any other starts anew.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
@@ -27,7 +29,7 @@ from panacea_jax.export import deployed, save_epsilon, save_model, write_adapter
 from panacea_jax.healing.auto import ascend_auto, at_chosen_radius
 from panacea_jax.healing.curve import write_radius
 from panacea_jax.healing.sets import HeldOutSet
-from panacea_jax.models.adapter import layers_text
+from panacea_jax.models.adapter import Adapter, layers_text
 from panacea_jax.models.fused import choose_backend
 from panacea_jax.models.model import Model
 from panacea_jax.models.vocabulary import open_vocabulary
@@ -53,7 +55,7 @@ from panacea_jax.train.loop import Result, finetune
 from panacea_jax.train.loss_picture import plot_losses
 from panacea_jax.train.once import apply_once
 from panacea_jax.train.optimizer import learning_rate, optimizer_of
-from panacea_jax.train.step import CompiledSteps
+from panacea_jax.train.shared import Shared
 from panacea_jax.train.trackers import Tracking, check_installed
 from panacea_jax.train.watch import Profile
 from panacea_jax.workdir import StageFolder, plain
@@ -144,7 +146,7 @@ def train_stage(
     start: Start | None = None,
     *,
     apart: Sequence[HeldOutSet] = (),
-    compiled: CompiledSteps | None = None,
+    shared: Shared | None = None,
     profile: Profile | None = None,
 ) -> Path:
     """Run ``align``, ``finetune`` or ``heal``; returns the folder of what is to be deployed.
@@ -156,7 +158,7 @@ def train_stage(
         start: what it starts from; by default what the configuration says and, to heal, the work directory holds.
         apart: held-out sets that it is measured by, of which it is given no record; by default those of the configuration for a method that
             chooses by them, else none.
-        compiled: steps to share with other runs.
+        shared: what it has in common with other runs.
         profile: steps to record with ``jax.profiler``.
 
     Raises:
@@ -191,7 +193,7 @@ def train_stage(
             result = _train(
                 config, stage.folder, defence, opened,
                 stay=checkpoint_spacing(config, streams["user"].steps_per_epoch) if name == "finetune" else 0,
-                donate=start.full_parameters, compiled=compiled, profile=profile, tracking=tracking,
+                donate=start.full_parameters, shared=shared, profile=profile, tracking=tracking,
             )  # fmt: skip
             if processes.first():
                 plot_losses(stage.folder)
@@ -286,7 +288,7 @@ def _train(
     *,
     stay: int,
     donate: bool,
-    compiled: CompiledSteps | None,
+    shared: Shared | None,
     profile: Profile | None,
     tracking: Tracking,
 ) -> Result:
@@ -302,9 +304,18 @@ def _train(
         optimizer=optimizer_of(config.optimizer, rate, defence), steps=steps, seed=config.seed, log_every=config.train.log_every,
         accumulate=config.train.accumulate, checkpoints=checkpoints, folder=folder, donate=donate,
         cache_frozen=config.train.cache_frozen,
-        compiled=compiled, profile=profile, learning_rate=rate, tracking=tracking,
+        compiled=None if shared is None else shared.compiled, known=_known(config, opened, shared), profile=profile, learning_rate=rate,
+        tracking=tracking,
         held_out=HeldOut(held_out, config.train.batch_size, every, config.train.patience) if held_out else None,
     )  # fmt: skip
+
+
+def _known(config: ConfigDict, opened: Opened, shared: Shared | None) -> dict[bytes, np.ndarray] | None:
+    """What earlier runs left of the layers below the adapter, if there are such layers and may be such runs."""
+    if shared is None or not isinstance(opened.params, Adapter) or not opened.params.lowest:
+        return None
+    base = dataclasses.replace(opened.start, adapter="").inputs() or opened.start.base  # a hub id has no files to hash
+    return shared.kept.of((base, config.model.dtype, config.model.quantization, opened.params.lowest))
 
 
 def _flat(made_by: dict[str, Any]) -> dict[str, Any]:

@@ -35,8 +35,8 @@ from panacea_jax.sweep.plan import (
 )
 from panacea_jax.sweep.results import collect, outcome_of, rows_as_csv, rule_of, show_table
 from panacea_jax.sweep.search import Search
+from panacea_jax.train.shared import Shared
 from panacea_jax.train.signals import Diverged
-from panacea_jax.train.step import CompiledSteps
 from panacea_jax.workdir import StageFolder, plain, try_lock, write_json, write_text
 
 Runner = Callable[[ConfigDict, Path], Mapping[str, Any]]
@@ -72,7 +72,7 @@ def sweep(config: ConfigDict, workdir: Path, index: int = 0, runner: Runner | No
     first = make_run(config, tuple((axis.key, axis.first()) for axis in parse_axes(config.sweep.over, config)))
     if runner is None:
         check_run(first.config)
-        runner = functools.partial(_run, compiled=CompiledSteps())
+        runner = functools.partial(_run, shared=Shared())
     planned = config.sweep.sampler in PLANNED
     source = Planned(config, folder, index) if planned else Search(config, workdir, folder)
 
@@ -137,8 +137,8 @@ def _check(config: ConfigDict, index: int) -> None:
         raise InputError(f"config.sweep.sampler = {config.sweep.sampler}: decides as it goes, so its runs have no list")
 
 
-def _run(config: ConfigDict, folder: Path, compiled: CompiledSteps) -> Mapping[str, Any]:
-    run_stages(config, folder, compiled=compiled, quiet=True)
+def _run(config: ConfigDict, folder: Path, shared: Shared) -> Mapping[str, Any]:
+    run_stages(config, folder, shared=shared, quiet=True)
     return outcome_of(config, folder)
 
 

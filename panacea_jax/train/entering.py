@@ -5,7 +5,7 @@ A step that is given them computes nothing below.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Float
 
-from panacea_jax.data.batches import Batch, Stream
+from panacea_jax.data.batches import Batch, Stream, bucket, pad
 from panacea_jax.data.encode import Example
 from panacea_jax.defences import Defence, Loss
 from panacea_jax.defences.protocol import passes_of
@@ -22,16 +22,40 @@ from panacea_jax.models.inputs import Inputs
 from panacea_jax.models.model import Model
 from panacea_jax.parallel import processes
 from panacea_jax.progress import Progress
-from panacea_jax.train.feeding import WholeSet
+from panacea_jax.train.feeding import put
 
 # Bytes that a process keeps at most, all streams together.
 LIMIT = 4 * 2**30
 
 
+class Kept:
+    """Hidden states of records, for the runs of one process that follow each other on one frozen base: they pass many of the same."""
+
+    def __init__(self) -> None:
+        self._base: Any = None
+        self._rows: dict[bytes, np.ndarray] = {}
+
+    def of(self, base: Any) -> dict[bytes, np.ndarray]:
+        """What is known of a base, by tokens; of another one nothing any more.
+
+        Args:
+            base: whatever tells its frozen layers from others'.
+        """
+        if base != self._base:
+            self._base, self._rows = base, {}
+        return self._rows
+
+
 def with_entering(
-    model: Model, params: Any, defence: Defence, streams: Mapping[str, Stream], steps: int
+    model: Model,
+    params: Any,
+    defence: Defence,
+    streams: Mapping[str, Stream],
+    steps: int,
+    known: dict[bytes, np.ndarray] | None = None,
 ) -> dict[str, Stream]:
-    """The streams of a step with hidden states beside the tokens, where that pays: of each whose records are passed through twice or more.
+    """The streams of a step with hidden states beside the tokens, where that pays: of each whose records are passed through twice or more,
+    and of every one whose records other runs may ask for.
 
     Args:
         model: base.
@@ -39,42 +63,59 @@ def with_entering(
         defence: whose passes are counted.
         streams: those that it draws on.
         steps: of the whole run, so that one that is resumed decides the same.
+        known: by tokens, what earlier runs on these frozen layers left; it grows. None: there are no other runs.
     """
-    out, passes, left = dict(streams), passes_of(defence), LIMIT
+    out, passes = dict(streams), passes_of(defence)
     if not isinstance(params, Adapter) or not params.lowest or defence.reads_every_layer:
         return out
+    rows = {} if known is None else known
     for name, stream in streams.items():
-        tokens = sum(len(example.tokens) for example in stream.examples)
-        size = tokens * model.config.hidden_size * model.dtype.itemsize
-        times = passes[name] * steps * stream.batch_size / len(stream.examples)
-        if times < 2 or size > left:
-            why = f"needs {size / 2**20:.0f} MiB" if size > left else f"each record is passed {times:.1f} times"
+        interval = defence.streams[name].interval if name in defence.streams else 1
+        taken = stream.taken(-(-steps // interval))
+        times = passes[name] * steps * stream.batch_size / len(taken)
+        new = {e.tokens.tobytes(): len(e.tokens) for e in (stream.examples[i] for i in taken)}
+        size = sum(n for tokens, n in new.items() if tokens not in rows) * model.config.hidden_size * model.dtype.itemsize
+        held = sum(row.nbytes for row in rows.values())
+        if (times < 2 and known is None) or held + size > LIMIT:
+            why = f"needs {size / 2**20:.0f} MiB" if held + size > LIMIT else f"each record is passed {times:.1f} times"
             logging.info("stream %r: nothing kept of the frozen layers: %s", name, why)
             continue
-        left -= size
-        logging.info("stream %r: %.0f MiB of what enters layer %d kept", name, size / 2**20, params.lowest)  # fmt: skip
-        out[name] = computed(model, params, stream)
+        logging.info("stream %r: %.0f MiB of what enters layer %d kept", name, size / 2**20, params.lowest)
+        out[name] = computed(model, params, stream, taken, rows)
     return out
 
 
-def computed(model: Model, params: Adapter, stream: Stream) -> Stream:
-    """A stream whose records know what enters the lowest adapted layer; of several processes all must ask."""
+def computed(model: Model, params: Adapter, stream: Stream, taken: Sequence[int], rows: dict[bytes, np.ndarray]) -> Stream:
+    """A stream whose records know what enters the lowest adapted layer; of several processes all must ask.
+
+    Args:
+        model: base.
+        params: adapter.
+        stream: of which steps take some records.
+        taken: numbers of those.
+        rows: by tokens, what is known already; what is computed is added.
+    """
     loss = Loss.of(model)
-    examples: list[Example] = []
-    with Progress(f"frozen layers of {stream.name}", total=len(stream.examples)) as bar:
-        for batch in WholeSet(model, stream):
-            rows = processes.to_host(_entering(loss, params, batch))
-            for example, row in zip(stream.examples[len(examples) :], rows[: stream.batch_size]):
-                examples.append(_with(example, row[: len(example.tokens)]))
-                bar.advance()
+    # By length, and as many rows each time: what a record gets does not depend on what it is computed with.
+    missing: dict[int, dict[bytes, Example]] = {}
+    for example in (stream.examples[i] for i in taken):
+        if (tokens := example.tokens.tobytes()) not in rows:
+            missing.setdefault(bucket(len(example.tokens), stream.buckets), {})[tokens] = example
+    with Progress(f"frozen layers of {stream.name}", total=sum(map(len, missing.values()))) as bar:
+        for length, left in sorted(missing.items()):
+            while left:
+                chosen = [left.pop(next(iter(left))) for _ in range(min(stream.batch_size, len(left)))]
+                batch = put(model, {"": pad(chosen, length, stream.rows)})[""]
+                for example, row in zip(chosen, processes.to_host(_entering(loss, params, batch))):
+                    # A copy, or the padding of the whole batch would be kept.
+                    rows[example.tokens.tobytes()] = row[: len(example.tokens)].copy()
+                    bar.advance()
+    examples = list(stream.examples)
+    for i in taken:
+        examples[i] = dataclasses.replace(examples[i], entering=rows[examples[i].tokens.tobytes()])
     return dataclasses.replace(stream, examples=examples)
 
 
 @jax.jit
 def _entering(loss: Loss, params: Adapter, batch: Batch) -> Float[Array, "B T D"]:
     return loss.bind(params).entering(Inputs.of(batch.tokens, batch.valid))
-
-
-def _with(example: Example, entering: np.ndarray) -> Example:
-    # A copy, or the padding of the whole batch would be kept.
-    return dataclasses.replace(example, entering=entering.copy())

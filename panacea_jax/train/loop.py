@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from panacea_jax.data.batches import Stream, prefetch
@@ -75,6 +76,7 @@ def finetune(
     held_out: HeldOut | None = None,
     donate: bool = False,
     cache_frozen: bool = True,
+    known: dict[bytes, np.ndarray] | None = None,
     tracking: Tracking | None = None,
 ) -> Result:
     """Train ``params`` with a defence and return w, ε and what is deployed.
@@ -99,6 +101,7 @@ def finetune(
         held_out: records whose loss is logged, and may end the run early.
         donate: take over ``params``, which the caller cannot use any more: with all parameters another copy of them is dear.
         cache_frozen: compute what enters the lowest adapted layer once for each record, see ``train.entering``.
+        known: what runs on the same frozen layers share of that, by tokens.
         tracking: trackers that are told the metrics beside ``metrics.jsonl``; by default TensorBoard.
 
     Raises:
@@ -138,7 +141,7 @@ def finetune(
         state = looking.before(state)
     start = int(state.step)
     if cache_frozen and start < steps:
-        needed = with_entering(model, params, defence, needed, steps)
+        needed = with_entering(model, params, defence, needed, steps, known)
     # Not device_put, which cannot place a key on the devices of other processes.
     key = jax.jit(lambda: jax.random.key(seed), out_shardings=shardings.step)()
 

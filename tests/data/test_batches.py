@@ -135,3 +135,13 @@ def test_once_is_every_record_in_order():
     assert sum(int(batch.loss_mask.sum()) for batch in found) == 2 + 3 + 4 + 1 + 5
     fixed = stream(data.examples, 2, fixed_length=True)
     assert [batch.tokens.shape for batch in fixed.once()] == [(2, 8)] * 3
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_taken_are_the_records_of_the_first_batches(shuffle: bool):
+    rows = [Example.answering(np.full(2, i, np.int32), 1) for i in range(11)]
+    stream = Stream("user", rows, 2, 3, shuffle, (32,), repeats=2)
+    for steps in (1, 2, 3):
+        found = {int(row[0]) for step in range(steps) for row in stream.batch(step).tokens}
+        assert stream.taken(steps) == sorted(found)
+    assert len(stream.taken(2)) == 8

@@ -102,7 +102,8 @@ def test_it_is_what_enters(folder, dtype, rounding):
     """Padding aside: what transformers calls hidden state 1, in batches of other rows and packed."""
     model = load(folder, dtype=dtype)
     some = adapter_of(model, "upper:2")
-    stream = entering.computed(model, some, streams()["user"])
+    stream = streams()["user"]
+    stream = entering.computed(model, some, stream, range(len(stream.examples)), {})
     for batch in (stream.batch(0), pack([stream.examples[:2], stream.examples[2:5]], 64, 2)):
         batch = jax.tree.map(jnp.asarray, batch)
         states, _ = Loss.of(model).hidden_states(some, batch._replace(entering=None))
@@ -128,6 +129,22 @@ def test_stop_and_resume_is_bit_for_bit(folder, tmp_path):
         run(model, defence, some, steps=2, checkpoints=Checkpoints(tmp_path / "c"))
     resumed = run(model, defence, some, checkpoints=Checkpoints(tmp_path / "c"))
     assert_equal((whole.params, whole.state), (resumed.params, resumed.state))
+
+
+def test_runs_share_what_they_know(folder):
+    """To the bit what a run finds by itself, whatever was known of its records; only records that are taken are computed."""
+    model = load(folder, dtype="float32")
+    some, kept = adapter_of(model, "upper:1"), entering.Kept()
+    alone = {n: run(model, Panacea(rho=0.5, lam=0.3), some, steps=n) for n in (1, 3)}
+    for steps, known in ((1, 12), (3, 26)):
+        found = run(model, Panacea(rho=0.5, lam=0.3), some, steps=steps, known=kept.of("base"))
+        assert len(kept.of("base")) == known
+        assert difference(found.deployed, alone[steps].deployed) < 1e-6
+    again = run(model, Panacea(rho=0.5, lam=0.3), some, steps=3, known=kept.of("base"))
+    fresh = run(model, Panacea(rho=0.5, lam=0.3), some, steps=3, known={})
+    assert_equal((again.params, again.state), (found.params, found.state))
+    assert_equal((again.params, again.state), (fresh.params, fresh.state))
+    assert not kept.of("another")
 
 
 def test_through_the_commands(tmp_path, capsys):
