@@ -79,7 +79,8 @@ def notes(result: _Json) -> list[str]:
             if seeds > 1 else "with exact McNemar over the prompts of the one model. "
         )
         + "Passes: forward + backward a step, as the methods' facts say, and \"once\" those over a whole set, in batches of as many "
-        "records as a step's; a one-shot method has no steps. Time: of the steps alone, compilation and what is computed once below an adapter left out. "
+        "records as a step's; a one-shot method has no steps. Time: of the steps alone, without compilation and without what is computed "
+        "once below an adapter. "
         f"Memory: {result['memory']}.",
         "Every method starts fine-tuning from what its own alignment left, with the same records; extra data is what it was given "
         "besides what plain SFT reads, alignment records in alignment and the user's in fine-tuning.",
