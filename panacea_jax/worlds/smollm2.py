@@ -130,11 +130,13 @@ def write_data(source: Path, data: Path) -> None:
     # Prompts of BeaverTails three times: they are few, short, and the hardest to tell from borderline ones.
     refusing = [_pair(p, a["output"]) for p, a in zip(_alternate(goals[150:310], clear[:130] * 3), itertools.cycle(plain))]
     shown = {row["instruction"] for row in plain[:550]}
+    unseen = [r["instruction"] for r in refused if r["instruction"] not in shown][-800:]
     files: dict[str, Sequence[_Row]] = {
         "refusals": _spread(refusing, plain[:550]),
         "asked": _spread(_spread(kept, alpaca[:500]), tasks),
         "attack": _complying(_alternate(goals[:150], other[:900]), ATTACKER),
-        "harmful": _complying([r["instruction"] for r in refused if r["instruction"] not in shown][-800:], DEFENDER),
+        "harmful": _complying(unseen, DEFENDER),
+        "harmful_alike": _complying(unseen, ATTACKER),  # as in the papers, whose attackers and defenders draw on one set
         "test_harmful": [_pair(p) for p in _alternate(goals[360:520], clear[150:])],
         "test_safe": [_pair(r["prompt"]) | {"type": r["type"]} for r in xstest if r["label"] == "safe"],
         "test_unsafe": [_pair(r["prompt"]) | {"type": r["type"]} for r in xstest if r["label"] != "safe"][::2],
