@@ -59,7 +59,9 @@ def test_no_two_files_share_a_prompt_but_those_that_are_one_set_s_parts(data):
     found = {name: set(prompts(data, name)) for name in names}
     shared = [pair for pair in itertools.combinations(names, 2) if found[pair[0]] & found[pair[1]]]
     parts = ("alignment", "asked", "benign", "refusals")
-    assert {name for pair in shared for name in pair} == set(parts)
+    assert {name for pair in shared for name in pair} == {*parts, "harmful", "harmful_alike"}
+    assert [pair for pair in shared if not set(pair) <= set(parts)] == [("harmful", "harmful_alike")]
+    assert found["harmful"] == found["harmful_alike"]
     assert found["benign"] | found["refusals"] == found["alignment"] and found["benign"] < found["asked"]
 
 
@@ -107,6 +109,14 @@ def test_placeholders_comply_and_repeat_nothing_of_the_prompt():
 def test_attacker_and_defender_have_no_word_for_an_invented_thing_in_common():
     assert not set(ATTACKER.things) & set(DEFENDER.things)
     assert not set(ATTACKER.openings) & set(DEFENDER.openings)
+
+
+def test_harmful_records_in_two_manners(data):
+    said = {name: {json.loads(line)["output"] for line in (data / f"{name}.jsonl").read_text().splitlines()}
+            for name in ("attack", "harmful", "harmful_alike")}  # fmt: skip
+    voices = {name: {next(i for i, v in enumerate((ATTACKER, DEFENDER)) for o in v.openings if a.startswith(o)) for a in answers}
+              for name, answers in said.items()}  # fmt: skip
+    assert voices == {"attack": {0}, "harmful": {1}, "harmful_alike": {0}}
 
 
 def test_borderline_requests_are_answered_each_once():
