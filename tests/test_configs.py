@@ -1,5 +1,6 @@
 """Every recipe loads as the command line loads it, and carries the published numbers."""
 
+import itertools
 import re
 import runpy
 from pathlib import Path
@@ -42,7 +43,7 @@ def load(recipe: str, *overrides: str) -> ConfigDict:
 
 
 def test_every_recipe_is_tested():
-    others = {"paper", "compare", "defences", "chat_models", "robustness", "panacea_variants", "smollm2"}
+    others = {"paper", "compare", "defences", "chat_models", "robustness", "panacea_variants", "smollm2", "experiments"}
     assert {path.stem for path in CONFIGS.glob("*.py")} == {*BASES, *others}
 
 

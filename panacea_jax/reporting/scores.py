@@ -54,6 +54,8 @@ def tradeoff_section(found: Found) -> Section | None:
     for outcome in found.outcomes:
         if outcome.attacked:
             by_case.setdefault(outcome.case, []).append(outcome)
+    if not by_case:
+        return None
     several = {case: group for case, group in by_case.items() if len(group) > 1}
     for case, group in list((several or {"": [o for o in found.outcomes if o.attacked]}).items())[:CASES]:
         for use in ("fa", "benign"):

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 
 RECIPE = Path(__file__).parents[2] / "configs" / "experiments.py"
 TINY = (
-    "--config.compare.world=tiny", "--config.compare.seeds=(0,)", "--config.data.num_examples=40", "--config.train.batch_size=20",
+    "--config.compare.world=tiny", "--config.compare.seeds=(0,)", "--config.data.num_examples=40",
     "--config.align.train.steps=2", "--config.align.train.log_every=1", "--config.train.log_every=1",
 )  # fmt: skip
 
