@@ -1,5 +1,6 @@
 """Every recipe loads as the command line loads it, and carries the published numbers."""
 
+import itertools
 import re
 import runpy
 from pathlib import Path
@@ -42,7 +43,7 @@ def load(recipe: str, *overrides: str) -> ConfigDict:
 
 
 def test_every_recipe_is_tested():
-    others = {"paper", "compare", "defences", "chat_models", "robustness", "panacea_variants", "smollm2"}
+    others = {"paper", "compare", "defences", "chat_models", "robustness", "panacea_variants", "smollm2", "experiments"}
     assert {path.stem for path in CONFIGS.glob("*.py")} == {*BASES, *others}
 
 
@@ -364,3 +365,22 @@ def test_robustness_varies_what_it_says(variant, settings):
 def test_unknown_robustness():
     with pytest.raises(InputError, match="unknown variant 'swoop'; known are sweep, ratios"):
         load("robustness.py:swoop")
+
+
+@pytest.mark.parametrize(
+    ("variant", "methods", "settings"),
+    [("epochs", 5, 1), ("rho_lambda", 25, 1), ("layers", 1, 3), ("mask_ratio", 8, 1), ("masks", 15, 1), ("learning_rates", 4, 9)],
+)
+def test_experiments_vary_what_they_say(variant, methods, settings):
+    c = load(f"experiments.py:{variant}")
+    assert (len(c.compare.methods), len(config.variations(c.compare.vary, c))) == (methods, settings)
+    assert c.compare.ratios == (0.1,) and len(c.compare.seeds) >= 3 and not set(c.compare.seeds) & {*range(50), 50, *range(60, 75)}
+    assert (c.eval.every == -1) == (variant == "epochs")
+    if variant == "rho_lambda":
+        grid = {tuple(part for _, part in parse_stack(m, "key").finetune.settings[:2]) for m in c.compare.methods if "panacea" in m}
+        assert grid >= set(itertools.product((0.1, 0.5, 1, 2, 5), (1e-4, 1e-3, 1e-2)))
+
+
+def test_unknown_experiment():
+    with pytest.raises(InputError, match="unknown variant 'rho'; known are epochs, rho_lambda"):
+        load("experiments.py:rho")

@@ -17,11 +17,12 @@ from panacea_jax.comparison.results import NOTE
 from panacea_jax.comparison.settings import (
     folder_name,
     of_alignment,
+    of_base,
     of_finetuning,
     of_healing,
 )
 from panacea_jax.config import defence_section, make_defence, stage_config, varied
-from panacea_jax.config.variation import Setting, written
+from panacea_jax.config.variation import WORLD, Setting, written
 from panacea_jax.defences.ascent import AUTO
 from panacea_jax.defences.spec import Part, Stack, parse_stack, slug
 from panacea_jax.errors import InputError
@@ -69,9 +70,9 @@ class Cell(NamedTuple):
         return self.title or str(self.method)
 
     def __str__(self) -> str:
-        if self.ratio is None:
-            return f"aligned, seed {self.seed}"
         setting = f", {written(self.setting)}" if self.setting else ""
+        if self.ratio is None:
+            return f"aligned, seed {self.seed}{setting}"
         return f"{self.name}, seed {self.seed}, poison ratio {self.ratio:g}{setting}"
 
 
@@ -95,16 +96,14 @@ class Cells:
         """
         self.root, self.aligns = root, aligns
         self._config = config.copy_and_resolve_references()
-        self._seeds: dict[int, ConfigDict] = {}
+        self._seeds: dict[tuple[int, str], ConfigDict] = {}
         self._shared = shared
 
     def folder(self, cell: Cell) -> Path:
         """Where a cell's answers and scores lie."""
-        if cell.ratio is None:
-            return self.root / "aligned" / f"seed{cell.seed}"
-        name = f"seed{cell.seed}-p{cell.ratio:g}"
+        name = f"seed{cell.seed}" if cell.ratio is None else f"seed{cell.seed}-p{cell.ratio:g}"
         name = f"{name}-{folder_name(cell.setting)}" if cell.setting else name
-        return self.root / "cells" / slug(cell.name) / name
+        return self.root / "aligned" / name if cell.ratio is None else self.root / "cells" / slug(cell.name) / name
 
     def check(
         self,
@@ -215,7 +214,7 @@ class Cells:
         """Where all that starts from one alignment lies, or from the model as it came if there is none."""
         align = cell.method.align or _SFT
         start = slug(align) if self.aligns else "unaligned"
-        if self.aligns and (setting := of_alignment(align, cell.setting)):
+        if setting := of_alignment(align, cell.setting) if self.aligns else of_base(cell.setting):
             start = f"{start}-{folder_name(setting)}"
         return self.root / "shared" / f"seed{cell.seed}" / start
 
@@ -226,7 +225,7 @@ class Cells:
 
     def _of_cell(self, cell: Cell) -> ConfigDict:
         """The ordinary configuration of one cell."""
-        config = varied(self._of_seed(cell.seed), cell.setting)
+        config = varied(self._of_seed(cell.seed, dict(cell.setting).get(WORLD, self._config.compare.world)), cell.setting)
         with config.unlocked():
             if cell.ratio is not None:
                 config.data.poison_ratio = float(cell.ratio)
@@ -245,14 +244,14 @@ class Cells:
                     )  # what the alignment of the comparison starts from
         return config
 
-    def _of_seed(self, seed: int) -> ConfigDict:
+    def _of_seed(self, seed: int, scale: str) -> ConfigDict:
         """The configuration for one seed; makes its world first, if seeds are worlds."""
-        if seed not in self._seeds:
+        if (seed, scale) not in self._seeds:
             config = self._config.copy_and_resolve_references()
-            scale = config.compare.world
             values: dict[str, Any] = {"seed": seed}
             if scale:
-                root = self.root / "worlds" / str(seed)
+                name = str(seed) if scale == config.compare.world else f"{seed}-{scale}"
+                root = self.root / "worlds" / name
                 make_world(root, seed, scale)
                 world = Experiment(root, seed, scale)
                 if not (root / "base" / "done").is_file():
@@ -263,8 +262,8 @@ class Cells:
                 }  # fmt: skip
             with config.unlocked():
                 config.update_from_flattened_dict(values)
-            self._seeds[seed] = config
-        return self._seeds[seed]
+            self._seeds[seed, scale] = config
+        return self._seeds[seed, scale]
 
 
 def _attack_after(config: ConfigDict) -> tuple[str, ConfigDict] | None:

@@ -21,15 +21,15 @@ from panacea_jax.comparison.run import (
     SFT,
     guarded,
     measure_aligned,
-    row_before,
+    rows_before,
     write_result,
 )
 from panacea_jax.config import get_config, part_of, stage_config
+from panacea_jax.config.variation import Setting
 from panacea_jax.defences.spec import Part, Stack
 from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
-from panacea_jax.reporting.report import write_report
 from panacea_jax.train.shared import Shared
 from panacea_jax.workdir import plain
 
@@ -37,8 +37,8 @@ NOISE = "sft + noise as long as ε"
 
 
 def compare_own(config: ConfigDict, workdir: Path) -> Path:
-    """Run the rows, print their table and write ``WORKDIR/compare.{json,csv,md}``; returns the first, or the report's page where there can
-    be one.
+    """Run the rows, print their table and write ``WORKDIR/compare.{json,csv,md}`` and the report; returns the report's page, or
+    compare.json where there can be none.
 
     Seeds and poison ratios are those of ``config.compare``; where it says nothing, ``config.seed`` and ``config.data.poison_ratio``.
 
@@ -53,7 +53,7 @@ def compare_own(config: ConfigDict, workdir: Path) -> Path:
     cells.check([SFT, method], seeds[0], ratios)
 
     # ---- every row
-    aligned = measure_aligned(cells, seeds, judge)
+    before: dict[Setting, dict[int, Measured]] = {(): measure_aligned(cells, seeds, judge)}
     found: dict[tuple[float, str], dict[int, Measured]] = {}
     norms: list[float] = []
     for seed in seeds:
@@ -71,11 +71,10 @@ def compare_own(config: ConfigDict, workdir: Path) -> Path:
     ]  # fmt: skip
     result = {
         "methods": names, "seeds": list(seeds), "ratios": list(ratios), "world": config.compare.world, "judge": judge, "memory": MEMORY,
-        "development": [], "rule": "", "grid": [], **guarded(config.compare, aligned),
-        "rows": [row_before(aligned, cells.aligns), *lines], "notes": _notes(config, method, norms), "config": plain(config),
+        "development": [], "rule": "", "grid": [], **guarded(config.compare, before),
+        "rows": [*rows_before(before, cells.aligns), *lines], "notes": _notes(config, method, norms), "config": plain(config),
     }  # fmt: skip
-    written = write_result(result, workdir)
-    return _page(workdir) or written
+    return write_result(result, workdir)
 
 
 def _check(config: ConfigDict) -> None:
@@ -162,11 +161,3 @@ def _notes(config: ConfigDict, method: Stack, norms: Sequence[float]) -> list[st
         lines.append("p is 0 because nothing was mixed into the user's records; what they hold themselves is not known here.")
     return lines
 
-
-def _page(workdir: Path) -> Path | None:
-    """The page of the report; None where it cannot be made, which is said."""
-    try:
-        return write_report(workdir)
-    except InputError as error:
-        say(f"no report: {error}")
-        return None

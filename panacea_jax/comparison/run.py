@@ -14,14 +14,15 @@ from panacea_jax.comparison import choice, table
 from panacea_jax.comparison.cells import Cell, Cells
 from panacea_jax.comparison.picture import plot_settings
 from panacea_jax.comparison.results import Measured, measure, row
-from panacea_jax.comparison.settings import of_method
+from panacea_jax.comparison.settings import of_base, of_method
 from panacea_jax.comparison.worst import worst_cases
 from panacea_jax.config import variations
-from panacea_jax.config.variation import Setting
+from panacea_jax.config.variation import Setting, written
 from panacea_jax.defences.spec import Stack, candidates, parse_stack
 from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
+from panacea_jax.reporting.report import write_report
 from panacea_jax.train.shared import Shared
 from panacea_jax.workdir import plain, write_json, write_text
 from panacea_jax.worlds import miniature
@@ -36,8 +37,8 @@ MEMORY = (
 
 
 def compare_methods(config: ConfigDict, workdir: Path) -> Path:
-    """Run the comparison and print its table; returns ``WORKDIR/compare.json``, beside which lie compare.csv and compare.md,
-    with ``compare.vary`` also compare.png.
+    """Run the comparison, print its table and write ``WORKDIR/compare.{json,csv,md}``, with ``compare.vary`` also compare.png, and the
+    report; returns the report's page, or compare.json where there can be none.
 
     SFT is always among the methods, as what the others are measured against.
 
@@ -80,11 +81,11 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
     cells = Cells(config, workdir, aligns, shared)
     cells.check(reported, compare.seeds[0], compare.ratios, settings)
     judge = config.judge.name
-    aligned = measure_aligned(cells, compare.seeds, judge)
+    aligned = {base: measure_aligned(cells, compare.seeds, judge, base) for base in dict.fromkeys(map(of_base, settings))}
     found = _run(cells, reported, compare.seeds, compare.ratios, judge, settings)
 
     # ---- table
-    rows = [row_before(aligned, aligns)] + [
+    rows = rows_before(aligned, aligns) + [
         row(m, p, found[m, p, s], found[SFT, p, s], s) for p in map(float, compare.ratios) for s in settings for m in reported
     ]
     result = {
@@ -97,27 +98,37 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
     return write_result(result, workdir)
 
 
-def row_before(aligned: Mapping[int, Measured], aligns: bool) -> dict[str, Any]:
-    """The line of the models before any fine-tuning, which were aligned here or are as they came."""
-    return row(SFT, None, aligned, None) | {"method": "aligned" if aligns else "before"}
+def rows_before(aligned: Mapping[Setting, Mapping[int, Measured]], aligns: bool) -> list[dict[str, Any]]:
+    """The lines of the models before any fine-tuning, one a base; they were aligned here or are as they came."""
+    before = {"method": "aligned" if aligns else "before"}
+    return [row(SFT, None, cells, None, base) | before for base, cells in aligned.items()]
 
 
-def guarded(compare: ConfigDict, aligned: Mapping[int, Measured]) -> dict[str, Any]:
-    """Whether the models before any fine-tuning hold the guard, by seed, and what it demands; nothing where there is none."""
+def guarded(compare: ConfigDict, aligned: Mapping[Setting, Mapping[int, Measured]]) -> dict[str, Any]:
+    """Whether the models before any fine-tuning hold the guard, by seed (and base, of several), and what it demands; nothing where there
+    is none."""
     guard = miniature.GUARD if compare.world else AlignmentGuard(*compare.guard) if compare.guard else None
-    held = {str(seed): guard.holds(f["hs"], f["benign"]) for seed, f in _figures(aligned).items()} if guard else {}
+    figures = {
+        f"{seed} {written(base)}".strip(): f for base, cells in aligned.items() for seed, f in _figures(cells).items()
+    }  # fmt: skip
+    held = {name: guard.holds(f["hs"], f["benign"]) for name, f in figures.items()} if guard else {}
     return {"guard": held, "bounds": str(guard or "")}
 
 
 def write_result(result: dict[str, Any], workdir: Path) -> Path:
-    """Write ``WORKDIR/compare.{json,csv,md}``, of varied settings also ``compare.png``, and print the table; returns the first."""
+    """Write ``WORKDIR/compare.{json,csv,md}``, of varied settings also ``compare.png``, print the table and write the report; returns the
+    report's page, or compare.json where it cannot be made, which is said."""
     write_json(workdir / "compare.json", result)
     write_text(workdir / "compare.csv", table.as_csv(result))
     write_text(workdir / "compare.md", table.markdown(result))
     if "worst" in result:
         plot_settings(result, workdir / "compare.png")
     table.show(result)
-    return workdir / "compare.json"
+    try:
+        return write_report(workdir)
+    except InputError as error:
+        say(f"no report: {error}")
+        return workdir / "compare.json"
 
 
 def _candidates(grid: Mapping[str, Sequence[Stack]]) -> list[Stack]:
@@ -172,9 +183,9 @@ def _run(
     return found
 
 
-def measure_aligned(cells: Cells, seeds: Sequence[int], judge: str) -> dict[int, Measured]:
-    """The models before any fine-tuning, by seed; where nothing is aligned here, all seeds start from one."""
-    folders = {seed: cells.run(Cell(SFT, seed, None)) for seed in (seeds if cells.aligns else seeds[:1])}
+def measure_aligned(cells: Cells, seeds: Sequence[int], judge: str, base: Setting = ()) -> dict[int, Measured]:
+    """The models of one base before any fine-tuning, by seed; where nothing is aligned here, all seeds start from one."""
+    folders = {seed: cells.run(Cell(SFT, seed, None, base)) for seed in (seeds if cells.aligns else seeds[:1])}
     return {seed: measure(cells.root, folder, judge) for seed, folder in folders.items()}
 
 

@@ -1,7 +1,7 @@
 """What of a varied setting concerns which stage of a cell, so that cells share all that it does not concern."""
 
 from panacea_jax.config import defence_section, make_defence
-from panacea_jax.config.variation import Setting, written
+from panacea_jax.config.variation import WORLD, Setting, written
 from panacea_jax.defences.protocol import extra_data
 from panacea_jax.defences.spec import Part, Stack, slug
 from panacea_jax.workdir import sha256_json
@@ -39,10 +39,15 @@ def of_method(method: Stack, setting: Setting, aligns: bool) -> Setting:
     return tuple((key, value) for key, value in there if _SETS.get(key) in (None, *read))
 
 
+def of_base(setting: Setting) -> Setting:
+    """What the base notices: the world that it is made in."""
+    return tuple((key, value) for key, value in setting if key == WORLD)
+
+
 def of_alignment(align: Part, setting: Setting) -> Setting:
-    """What alignment notices: that of the sets which it reads."""
+    """What alignment notices: its base, and that of the sets which it reads."""
     read = {"alignment"} | _read_by(align)
-    return tuple((key, value) for key, value in setting if _SETS.get(key) in read)
+    return tuple((key, value) for key, value in setting if key == WORLD or _SETS.get(key) in read)
 
 
 def of_finetuning(setting: Setting) -> Setting:

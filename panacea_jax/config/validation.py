@@ -29,11 +29,12 @@ from panacea_jax.models.fused import BACKENDS
 from panacea_jax.models.quantise import QUANTIZATIONS
 from panacea_jax.train.optimizer import SCHEDULES
 from panacea_jax.train.trackers import TRACKERS
+from panacea_jax.worlds.miniature import SCALES
 
 _DTYPES = ("bfloat16", "float32")
 LORA_POLICIES = ("single", "merged")
 CACHE_DTYPES = ("auto", "int8")
-WORLDS = ("", "miniature", "tiny")
+WORLDS = ("", *SCALES)
 GUARD_TEMPLATES = ("llama_guard", "wildguard")
 
 

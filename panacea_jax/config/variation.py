@@ -17,6 +17,8 @@ Setting = tuple[tuple[str, Any], ...]
 _KEY = "config.compare.vary"
 # What may vary in a comparison: not what defends, not how it is measured, and not what other axes are there for.
 SECTIONS = ("data", "lora", "optimizer", "train", "heal.optimizer", "heal.train", "after")
+WORLD = "compare.world"
+"""Varies too, where seeds are worlds: the same worlds with bases of other architectures."""
 _OTHER_AXES = {"data.poison_ratio": "config.compare.ratios says these"}
 
 
@@ -31,6 +33,8 @@ def variations(entries: Sequence[str], config: ConfigDict) -> list[Setting]:
         InputError: an entry of another form, a key that is none or may not vary, or a value of the wrong type.
     """
     known = {key for key in keys(config) if key.startswith(tuple(f"{s}." for s in SECTIONS))}
+    if config.compare.world:
+        known.add(WORLD)
     alternatives: dict[str, list[Any]] = {}
     for entry in map(str, entries):
         key, equals, written = (part.strip() for part in entry.partition("="))

@@ -62,6 +62,15 @@ def cells(row: Treated, rows: Sequence[Treated], best: Treated, budget: Budget) 
     return [row.method, *shares, f"{row.change:.4g}", seconds, said]
 
 
+def rows_from_json(found: Mapping[str, Any]) -> tuple[list[Treated], Treated, Budget]:
+    """Lines, the best of them and the budget, from the content of heal.json."""
+    rows = []
+    for row in found["rows"]:
+        figures = {n: Share(s["k"], s["n"]) for n, s in row["figures"].items()}
+        rows.append(Treated(row["method"], figures or None, row["change"], row["seconds"], row["left_out"]))
+    return rows, next(row for row in rows if row.method == found["best"]), Budget(**found["budget"])
+
+
 def show_rows(rows: Sequence[Treated], best: Treated, budget: Budget, lines: Sequence[str]) -> None:
     """Print the table, and lines below it."""
     console = table_console(200)

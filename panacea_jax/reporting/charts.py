@@ -103,7 +103,9 @@ def tradeoff_chart(values: Values, x: str, y: str) -> Spec:
     }  # fmt: skip
 
 
-def line_chart(values: Values, x: str, y: str, percent: bool = False, points: bool = False) -> Spec:
+def line_chart(
+    values: Values, x: str, y: str, percent: bool = False, points: bool = False, marked: float | None = None
+) -> Spec:  # fmt: skip
     """A line a series, and of series with several runs one a run; the axis is logarithmic where x spans ``WIDE`` times itself.
 
     Args:
@@ -112,6 +114,7 @@ def line_chart(values: Values, x: str, y: str, percent: bool = False, points: bo
         y: likewise.
         percent: the axis of y is 0 to 100.
         points: every value is marked, which also is for values that someone chose.
+        marked: an x with a broken line through it.
     """
     vertical = _field("y", "quantitative", y, scale=PERCENT if percent else {"zero": False})
     smallest, largest = (bound(value["x"] for value in values) for bound in (min, max))
@@ -123,8 +126,11 @@ def line_chart(values: Values, x: str, y: str, percent: bool = False, points: bo
         "encoding": {"y": vertical, "detail": _field("run", "nominal"), "tooltip": _tip(run="run", x=x, y=y)},
     }
     bar = {"mark": {"type": "rule", "opacity": 0.5}, "encoding": {"y": _field("low", "quantitative", y), "y2": {"field": "high"}}}
-    bounds = any(value.get("low") is not None for value in values)
-    return {"data": {"values": list(values)}, "height": 220, "encoding": encoding, "layer": [line, bar] if bounds else [line]}
+    layers = [line, bar] if any(value.get("low") is not None for value in values) else [line]
+    if marked is not None:
+        place = {"x": {"datum": marked, "type": "quantitative"}, "color": {"value": "#888888"}}
+        layers.append({"mark": {"type": "rule", "strokeDash": [5, 4]}, "encoding": place})
+    return {"data": {"values": list(values)}, "height": 220, "encoding": encoding, "layer": layers}
 
 
 def heat_map(values: Values, x: str, y: str, title: str) -> Spec:

@@ -1,6 +1,6 @@
 """What speaks for and against the figures: how far judges agree, what failing looks like, and answers as they were given."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from panacea_jax.errors import InputError
@@ -27,7 +27,7 @@ def failure_section(found: Found) -> Section:
     """What looks wrong: in the figures, and in what the stages warned of."""
     rows = [[where, what, ""] for where, what in found.failing]
     for outcome in found.outcomes:
-        rows += [[outcome.label, *seen] for seen in _signatures(outcome, found.outcomes)]
+        rows += [[outcome.label, *seen] for seen in _signatures(outcome, found)]
     for run in found.runs:
         for stage, manifest in run.manifests().items():
             where = f"{run.name}, {stage}"
@@ -44,17 +44,17 @@ def failure_section(found: Found) -> Section:
     return Section("Signs of failure", text, (), [Table(["where", "what", "more"], rows)])
 
 
-def _signatures(outcome: Outcome, outcomes: Sequence[Outcome]) -> Iterator[tuple[str, str]]:
+def _signatures(outcome: Outcome, found: Found) -> Iterator[tuple[str, str]]:
     for name, (figure, sign, bound, meaning) in SIGNATURES.items():
         held = outcome.figures.get(figure)
         if held is not None and (held.mean < bound if sign == "<" else held.mean > bound):
             yield name, f"{TITLES[figure]} {held}: {meaning}"
     if not outcome.attacked:
         return
-    best = max((o.figures["fa"].mean for o in outcomes if o.attacked and o.case == outcome.case and "fa" in o.figures), default=0.0)
+    best = max((o.figures["fa"].mean for o in found.outcomes if o.attacked and o.case == outcome.case and "fa" in o.figures), default=0.0)
     if "fa" in outcome.figures and (own := outcome.figures["fa"]).mean <= best - LOST:
         yield "the task is lost", f"FA {own}, the best of the case has {best:.1f}"
-    before = [o.figures["hs"].mean for o in outcomes if not o.attacked and "hs" in o.figures]
+    before = [o.figures["hs"].mean for o in found.before(outcome) if "hs" in o.figures]
     if before and outcome.method in ("sft", "SFT") and "hs" in outcome.figures and outcome.figures["hs"].mean <= max(before):
         yield "the attack did not raise HS", f"{max(before):.1f} → {outcome.figures['hs']}: no defence can be credited"
 

@@ -3,15 +3,23 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from panacea_jax.analysis.layer_comparison import relative_depth, relative_figure
+from panacea_jax.analysis.layer_comparison import (
+    LayerRun,
+    compare_runs,
+    relative_depth,
+    relative_figure,
+    told_apart,
+)
 from panacea_jax.analysis.layers import Coefficients, layer_coefficients
 from panacea_jax.export import load_epsilon
 from panacea_jax.reporting.charts import bar_chart, line_chart
 from panacea_jax.reporting.outcomes import Found, Trained, read_json_value
-from panacea_jax.reporting.parts import Chart, Section
+from panacea_jax.reporting.parts import Chart, Section, Table
 
 KINDS = {"last": "ε of the last step", "mean": "running mean of ε"}
 LINES = 24
+MODELS = 6
+"""So many that every two of them are correlated; of more the pairs would be a page of their own."""
 
 
 def layers_section(found: Found) -> Section | None:
@@ -21,6 +29,7 @@ def layers_section(found: Found) -> Section | None:
     distinct = list({run.stages.get("finetune", run.folder).resolve(): (run, kinds) for run, kinds in reversed(held)}.values())[::-1]
     if not distinct:
         return None
+    tables: list[Table] = []
     if len(distinct) == 1:
         charts = [_modules(kind, rows) for kind, rows in distinct[0][1].items()]
         text = [f"Each layer's share of ‖ε‖² in {distinct[0][0].label}, by module."]
@@ -31,7 +40,8 @@ def layers_section(found: Found) -> Section | None:
             "models of unlike depth compare."
         ]
         text += [f"The first {LINES} of {len(distinct)} runs are drawn."] if len(distinct) > LINES else []
-    return Section("Layers", text, charts)
+        tables = [table for kind in KINDS if (table := _agreement(kind, distinct))]
+    return Section("Layers", text, charts, tables)
 
 
 def _coefficients(run: Trained) -> dict[str, Coefficients]:
@@ -68,3 +78,22 @@ def _depths(kind: str, runs: Sequence[tuple[Trained, Mapping[str, Coefficients]]
         return None
     spec = line_chart(values, "relative depth", "share over its mean", points=True)
     return Chart(f"layers_{kind}", KINDS[kind], spec, f"{KINDS[kind]}: shares of the layers of {len(runs)} runs")
+
+
+def _agreement(kind: str, held: Sequence[tuple[Trained, Mapping[str, Coefficients]]]) -> Table | None:
+    """How far the order of the layers' shares is the same from seed to seed and from model to model."""
+    runs = told_apart(LayerRun(run.name, run.label, kinds) for run, kinds in held if kind in kinds)
+    if not 1 < len({run.model for run in runs}) <= MODELS:
+        return None
+    found = compare_runs(runs, kind)
+    rows = [[m["model"], "its own seeds", str(len(m["layers"])), _number(m["agreement"]), "–", "–", "–"] for m in found["models"]]
+    rows += [
+        [c["a"], c["b"], str(c["layers"]), *(_number(c[key]) for key in ("spearman", "spearman_p", "kendall", "kendall_p"))]
+        for c in found["correlations"] if c["figure"] == "share"
+    ]  # fmt: skip
+    heads = ["model", "against", "layers", "Spearman's ρ", "p", "Kendall's τ", "p of τ"]
+    return Table(heads, rows, f"Order of the layers' shares, {KINDS[kind]}: means over seeds; p over all orders of up to 8 layers")
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

@@ -118,6 +118,10 @@ class Found:
     commands: Sequence[str] = ()
     scores: Mapping[str, Path] = dataclasses.field(default_factory=dict)
 
+    def before(self, outcome: Outcome) -> list[Outcome]:
+        """The models before fine-tuning that an outcome stands beside: all, or those of its base where that was varied."""
+        return [o for o in self.outcomes if not o.attacked and o.setting.items() <= outcome.setting.items()]
+
 
 def figures_of(scores: Json, where: Path) -> dict[str, Estimate]:
     """The figures of one scores.json.

@@ -50,15 +50,16 @@ def tradeoff_section(found: Found) -> Section | None:
     """
     charts: list[Chart] = []
     rows = []
-    before = [o for o in found.outcomes if not o.attacked]
     by_case: dict[str, list[Outcome]] = {}
     for outcome in found.outcomes:
         if outcome.attacked:
             by_case.setdefault(outcome.case, []).append(outcome)
+    if not by_case:
+        return None
     several = {case: group for case, group in by_case.items() if len(group) > 1}
     for case, group in list((several or {"": [o for o in found.outcomes if o.attacked]}).items())[:CASES]:
         for use in ("fa", "benign"):
-            there = [o for o in (*before, *group) if {"hs", use} <= o.figures.keys()]
+            there = [o for o in (*found.before(group[0]), *group) if {"hs", use} <= o.figures.keys()]
             attacked = [o for o in there if o.attacked]
             if not attacked or len(there) < 2:
                 continue
@@ -77,7 +78,7 @@ def tradeoff_section(found: Found) -> Section | None:
     text = [
         "Dashed: the Pareto front, the methods that no other beats in both figures, by their means; intervals that overlap may change it."
     ]
-    if before:
+    if not all(o.attacked for o in found.outcomes):
         text.append(f"The model {BEFORE} is shown and stands outside: it has not learnt the task.")
     if len(several) > CASES:
         text.append(f"The first {CASES} of {len(several)} cases are drawn; the tables hold all.")

@@ -73,16 +73,16 @@ def _short(key: str) -> str:
 def _charts(places: Sequence[tuple[_Place, Outcome]], where: str) -> list[Chart]:
     """A map over the two numbers of a method that were varied together, and a line over every other number, of each figure."""
     charts: list[Chart] = []
-    pairs = _pairs(place for place, _ in places)
-    for pair in pairs:
+    mapped: set[tuple[str, str]] = set()
+    for pair in _pairs(place for place, _ in places):
         for rest, group in _alike(places, pair).items():
             if all(len({numbers[axis] for (_, numbers), _ in group}) > 1 for axis in pair):
                 charts += [chart for figure in FIGURES if (chart := _map(group, pair, figure, rest + where))]
-    mapped = set(itertools.chain.from_iterable(pairs))
-    for axis in dict.fromkeys(axis for (_, numbers), _ in places for axis in numbers if axis not in mapped):
+                mapped |= {(name, axis) for (name, _), _ in group for axis in pair}
+    for axis in dict.fromkeys(axis for (_, numbers), _ in places for axis in numbers):
         lines = {
             rest: group
-            for rest, group in _alike(places, (axis,)).items()
+            for rest, group in _alike([p for p in places if (p[0][0], axis) not in mapped], (axis,)).items()
             if len({numbers[axis] for (_, numbers), _ in group}) > 1
         }  # fmt: skip
         charts += [chart for figure in FIGURES if (chart := _lines(lines, axis, figure, where))]

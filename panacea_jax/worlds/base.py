@@ -1,8 +1,9 @@
-"""The miniature base model: a small Llama as a Hugging Face folder, random weights and a word-level tokenizer."""
+"""The miniature base model: a small Llama, or its like, as a Hugging Face folder, random weights and a word-level tokenizer."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -42,7 +43,7 @@ LLAMA = {
 }
 
 
-def write_base(folder: Path, words: Sequence[str], seed: int, **shape: int) -> None:
+def write_base(folder: Path, words: Sequence[str], seed: int, **shape: Any) -> None:
     """Write the folder: config.json, safetensors, tokenizer with a chat template.
 
     Args:

@@ -21,11 +21,11 @@ class Scale:
     """How large a world is: its rows, the keys of the base's config.json that differ from the miniature's, steps of pre-training."""
 
     sizes: Sizes
-    shape: Mapping[str, int]
+    shape: Mapping[str, Any]
     pretrain_steps: int
 
 
-SCALES = {
+_LLAMA = {
     "miniature": Scale(Sizes(), {}, 600),
     # For trying a command out: it learns next to nothing.
     "tiny": Scale(
@@ -34,6 +34,20 @@ SCALES = {
         8,
     ),
 }  # fmt: skip
+# Not Qwen2, whose folders transformers reads with a byte-level tokenizer whatever they hold.
+_FAMILIES = {
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32},
+    "gemma": {
+        "architectures": ["GemmaForCausalLM"], "model_type": "gemma", "head_dim": 32, "hidden_act": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+SCALES = _LLAMA | {
+    f"{name}_{family}": dataclasses.replace(scale, shape={**scale.shape, **changes})
+    for name, scale in _LLAMA.items()
+    for family, changes in _FAMILIES.items()
+}
+"""By what ``config.compare.world`` calls it: a scale alone is a Llama, ``SCALE_FAMILY`` another architecture in the same world."""
 
 
 def settings(seed: int) -> dict[str, Any]:

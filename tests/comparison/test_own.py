@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from panacea_jax.comparison import own
+from panacea_jax.comparison import run
 from panacea_jax.comparison.own import NOISE
+from panacea_jax.comparison.results import row
 from panacea_jax.config import defence_section, part_of
-from panacea_jax.defences.spec import parse_stack
+from panacea_jax.defences.spec import Stack, parse_stack
 from panacea_jax.errors import InputError
 from panacea_jax.models.peft import read_notes
 from panacea_jax.stages.bare import write_bare
 from panacea_jax.train.checkpoints import read_checkpoint
 from tests import runs
+from tests.reporting.folders import measured
 from tests.runs import RHO, make_place, panacea
 
 OURS = f"panacea:rho={RHO},lam=0.3"
@@ -199,6 +201,8 @@ def test_a_report_that_cannot_be_made_is_no_failure(monkeypatch, tmp_path, capsy
     def refuse(workdir):
         raise InputError("vl-convert-python is missing")
 
-    monkeypatch.setattr(own, "write_report", refuse)
-    assert own._page(tmp_path) is None
+    monkeypatch.setattr(run, "write_report", refuse)
+    rows = [row(Stack(), None, {0: measured(1, 2, 1.0)}, None)]
+    result = {"rows": rows, "seeds": [0], "judge": "refusal", "memory": "", "grid": [], "guard": {}}
+    assert run.write_result(result, tmp_path) == tmp_path / "compare.json"
     assert capsys.readouterr().err == "no report: vl-convert-python is missing\n"
