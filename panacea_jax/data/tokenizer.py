@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 
 from panacea_jax.data import files
 from panacea_jax.errors import InputError
+from panacea_jax.untrusted import reason
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def load_tokenizer(folder: str | Path, key: str = "config.model.path") -> Any:
             trust_remote_code=False,
         )
     except Exception as error:  # damaged JSON, missing files, offline, unknown class
-        why = files.reason(error)
+        why = reason(error)
         raise InputError(f"{key}: {folder}: no usable tokenizer ({why})") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"{key}: {folder}: the tokenizer names no end-of-sequence token")

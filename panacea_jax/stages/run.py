@@ -96,11 +96,14 @@ def run_stages(
     profile: Profile | None = None,
     compiled: CompiledSteps | None = None,
     quiet: bool = False,
+    *,
+    show_records: bool = False,
 ) -> Path:
     """align (if ``config.align.defence.name``) → finetune → heal (if a method is named, or several are) → generate and judge (if there are
     tasks) → perplexity (if ``config.eval.perplexity``) → layers (if the defence has an ε).
 
-    Fine-tuning goes on from what alignment left. Ends with what came out, in ``WORKDIR/summary.json`` and, unless ``quiet``, printed.
+    Fine-tuning goes on from what alignment left. Ends with what came out, in ``WORKDIR/summary.json`` and, unless ``quiet``, printed;
+    with the first answers of each set where ``show_records`` asks for texts of records.
     Returns the work directory. Runs that share ``compiled`` compile a step once.
 
     Raises:
@@ -141,7 +144,7 @@ def run_stages(
         with phases("layers"):
             layers_stage([workdir])
     if processes.first():
-        summary = write_summary(main, workdir, phases)
+        summary = write_summary(main, workdir, phases, show_records=show_records)
         if not quiet:
             show_summary(summary)
     return workdir
