@@ -290,7 +290,7 @@ def sha256_folder(folder: Path, patterns: tuple[str, ...]) -> str:
     Hashing a 7B folder would take longer than loading it, and a copy of it on another machine, with other times, is the same.
     """
     digest = hashlib.sha256()
-    for path in sorted(p for pattern in patterns for p in folder.glob(pattern)):
+    for path in sorted(p for pattern in patterns for p in folder.glob(pattern) if p.is_file()):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())
         with path.open("rb") as file:

@@ -92,7 +92,7 @@ def _side(row: Mapping[str, Any], column: str, role: str) -> list[Turn]:
 
 def _turns(value: Any, column: str) -> list[Turn]:
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise InputError(f"field {column!r} must be a list of turns", record=value)
+        raise InputError(f"field {column!r} must be a list of turns, not {type(value).__name__}", record=value)
     return [_turn(turn, f"field {column!r}, turn {number}") for number, turn in enumerate(value, 1)]
 
 
@@ -115,7 +115,7 @@ def _content(value: Any, place: str) -> str:
         parts = [part if isinstance(part, str) else _part(part, place) for part in value]
         value = "".join(parts)
     if not isinstance(value, str):
-        raise InputError(f"{place} must be text or a list of text parts", record=value)
+        raise InputError(f"{place} must be text or a list of text parts, not {type(value).__name__}", record=value)
     return valid_unicode(value, place)
 
 

@@ -10,13 +10,13 @@ FIELDS = frozenset({
 })  # fmt: skip
 
 
-def named(names: Iterable[object], known: Collection[str] = FIELDS) -> str:
+def named(names: Iterable[object], known: Collection[str] = FIELDS, between: str = ", ") -> str:
     """ "instruction, text and 2 others", or "nothing"."""
     names = list(names)
     ours = [str(name) for name in names if name in known]
     other = len(names) - len(ours)
     counted = [f"{other} other{'s' if other > 1 else ''}"] if other else []
-    return " and ".join(filter(None, [", ".join(ours), *counted])) or "nothing"
+    return " and ".join(filter(None, [between.join(ours), *counted])) or "nothing"
 
 
 def names_beyond(names: Iterable[object], known: Collection[str] = FIELDS) -> str | None:

@@ -141,7 +141,7 @@ def _json(path: Path, suffix: str) -> Iterator[tuple[str, Any]]:
             yield from _list(path, line, itertools.chain([content], (text for _, text in lines)))
             return
         number += 1
-        yield f"{path}:{line}: record {number}", _parse(content, path, line)
+        yield f"{path}:{line}: record {number}", _parse(content.removesuffix("\n"), path, line)
 
 
 def _list(path: Path, line: int, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:

@@ -226,7 +226,7 @@ def _regex(value: Any) -> bool:
         return False
 
 
-def _by_name(value: Any, least: float, most: float) -> bool:
+def _by_name(value: Any, least: float | int, most: float | int) -> bool:
     good = isinstance(value, dict) and _names(list(value))
     return good and all(type(x) in (int, float) and least <= x <= most for x in value.values())
 
