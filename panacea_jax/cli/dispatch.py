@@ -1,6 +1,7 @@
 """Runs one command line and ends with its exit code."""
 
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -92,6 +93,8 @@ def _run_command(name: str, arguments: Sequence[str], together: contextlib.ExitS
     except Diverged as error:
         return _fail(str(error), EXIT_FAILED)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # only the user names such paths
+            return _fail(f"{str(error.filename)[:RECORD]}: {error.strerror}", EXIT_BAD_INPUT)
         if full := no_space(error):
             file, reason = full
             where = file or _written(arguments)

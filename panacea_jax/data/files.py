@@ -86,7 +86,7 @@ def sha256(path: Path) -> str:
     """Hash (hex) of a file's bytes, or of a folder's file names and their hashes."""
     try:
         if not path.is_dir():
-            with path.open("rb") as stream:
+            with opened(path) as stream:
                 return hashlib.file_digest(stream, "sha256").hexdigest()
         digest = hashlib.sha256()
         for file in sorted(file for file in path.rglob("*") if file.is_file()):
@@ -208,6 +208,8 @@ def _saved_folder(path: Path) -> Iterator[tuple[str, Any]]:
     """A folder of ``Dataset.save_to_disk``, or of a ``DatasetDict`` that has one split."""
     import datasets
 
+    if strange := next((file for file in path.rglob("*") if not (file.is_file() or file.is_dir())), None):
+        raise InputError(f"{strange}: not a regular file")
     try:
         found = datasets.load_from_disk(str(path))
         if isinstance(found, dict):

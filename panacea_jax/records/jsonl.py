@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from panacea_jax.errors import InputError
-from panacea_jax.untrusted import parse_json
+from panacea_jax.untrusted import opened, parse_json
 from panacea_jax.workdir import lock
 
 Line = dict[str, Any]
@@ -28,10 +28,8 @@ def encode_line(record: Mapping[str, Any]) -> bytes:
 
 def _scan(path: Path) -> tuple[list[Line], bytes]:
     """The whole records, and the torn tail that follows them."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    with opened(path) as stream:
+        data = stream.read()
     lines = data.split(b"\n")
     records: list[Line] = []
     size = 0
