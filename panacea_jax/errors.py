@@ -2,6 +2,7 @@
 message may show."""
 
 import errno
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -12,10 +13,23 @@ class InputError(Exception):
 
     The message is one line that names the culprit; the command line prints it and exits with code 2.
     Anything else that escapes is a defect of ours and keeps its traceback.
+
+    Attributes:
+        record: what a user's record says at that place, which the message names by a hash alone; None where no record is to blame.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+    def __init__(self, message: str, *, record: object = None) -> None:
+        message = " ".join(message.split())
+        self.record = record if record is None or isinstance(record, str) else repr(record)
+        if self.record is not None:
+            digest = hashlib.sha256(self.record.encode("utf-8", "backslashreplace")).hexdigest()[:12]
+            message += f" (text {digest}; --show_records shows it)"
+        super().__init__(message)
+
+
+def record_text(error: BaseException) -> str | None:
+    """What a record says that an error, or one that it came from, is about; None where none is."""
+    return next((one.record for one in _chain(error) if isinstance(one, InputError) and one.record is not None), None)
 
 
 class GateNotMet(Exception):

@@ -24,6 +24,7 @@ from panacea_jax.models.weights import entries, save_weights, write_file
 from panacea_jax.parallel import processes
 from panacea_jax.train.checkpoints import read_checkpoint
 from panacea_jax.train.loop import Result
+from panacea_jax.untrusted import guarded
 
 # What of a Hugging Face folder travels with an exported adapter, and everything that is not weights and travels with an exported model.
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "added_tokens.json")
@@ -162,13 +163,17 @@ def load_epsilon(path: Path) -> dict[str, Any] | Adapter:
     Raises:
         InputError: unreadable, or the names are not those of an exported ε.
     """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
     try:
         tensors = load_file(path)
         with safe_open(path, framework="numpy") as file:
             notes = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read as safetensors ({error})") from error
-    numbers = tuple(map(int, notes["layers"].split(","))) if "layers" in notes else None
+    with guarded(path, "not an exported ε"):
+        numbers = tuple(map(int, notes["layers"].split(","))) if "layers" in notes else None
+        rank, alpha = int(notes.get("rank", 0)), float(notes.get("alpha", 0))
     rows: dict[str, dict[int | None, np.ndarray]] = {}
     for name, value in tensors.items():
         where = _locate(name)
@@ -182,7 +187,7 @@ def load_epsilon(path: Path) -> dict[str, Any] | Adapter:
     tree = unflatten_dict(flat, sep="/")
     if numbers is None:
         return tree
-    return Adapter(tree, int(notes["rank"]), float(notes["alpha"]), "rslora" in notes, numbers=numbers)
+    return Adapter(tree, rank, alpha, "rslora" in notes, numbers=numbers)
 
 
 def _stacked(

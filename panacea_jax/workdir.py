@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
+from panacea_jax.untrusted import guarded, read_json_value
 
 MANIFEST, LOCK = "manifest.json", ".lock"
 # Seconds to wait for a run that is just ending, or whose machine was lost: a server of files keeps its locks for a while.
@@ -227,12 +228,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         InputError: missing, or not one of ours.
     """
     path = folder / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    problem = "not a manifest of ours"
+    manifest = read_json_value(path, problem)
+    with guarded(path, problem):
         manifest["stage"], manifest["status"], manifest["config"], manifest["inputs"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a manifest of ours ({type(error).__name__})") from error
-    return manifest
+    return dict(manifest)
 
 
 def first_day(workdir: Path) -> str:
@@ -290,7 +290,7 @@ def sha256_folder(folder: Path, patterns: tuple[str, ...]) -> str:
     Hashing a 7B folder would take longer than loading it, and a copy of it on another machine, with other times, is the same.
     """
     digest = hashlib.sha256()
-    for path in sorted(p for pattern in patterns for p in folder.glob(pattern)):
+    for path in sorted(p for pattern in patterns for p in folder.glob(pattern) if p.is_file()):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())
         with path.open("rb") as file:

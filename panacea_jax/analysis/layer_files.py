@@ -1,6 +1,5 @@
 """Layer coefficients as files: JSON, CSV and a picture of each kind."""
 
-import csv
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from panacea_jax.analysis.layer_pictures import (
 from panacea_jax.analysis.layer_probe import TITLES
 from panacea_jax.analysis.layers import Coefficients
 from panacea_jax.errors import InputError
+from panacea_jax.spreadsheet import as_csv_text
 
 _Line = Sequence[Any]
 PROBE = "layers_probe.json"
@@ -86,8 +86,7 @@ def _write(
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         for name, lines in tables.items():
-            with (folder / name).open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file, lineterminator="\n").writerows(lines)
+            (folder / name).write_text(as_csv_text(lines), encoding="utf-8")
         plot(path.with_suffix(".png"))
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror})") from error

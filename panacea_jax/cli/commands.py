@@ -30,7 +30,7 @@ class Command(NamedTuple):
 
     summary: str
     run: "Callable[[FlagValues, ConfigDict], Path | None]"
-    flags: tuple[str, ...] = ("workdir",)
+    flags: tuple[str, ...] = ("workdir", "show_records")
     several: bool = False
     reads: tuple[str, ...] = ()
 
@@ -142,7 +142,7 @@ def _run(values: "FlagValues", config: "ConfigDict") -> Path:
     from panacea_jax.stages.run import run_stages
     from panacea_jax.train.watch import Profile
 
-    return run_stages(config, _workdir(values), Profile.parse(values.profile))
+    return run_stages(config, _workdir(values), Profile.parse(values.profile), show_records=values.show_records)
 
 
 def _sweep(values: "FlagValues", config: "ConfigDict") -> Path | None:
@@ -188,7 +188,7 @@ def _layers(values: "FlagValues", config: "ConfigDict") -> Path:
 def _report(values: "FlagValues", config: "ConfigDict") -> Path:
     from panacea_jax.reporting.report import write_report
 
-    return write_report(_workdir(values), _paths(values.against), _path(values.out))
+    return write_report(_workdir(values), _paths(values.against), _path(values.out), show_records=values.show_records)
 
 
 def _convert(values: "FlagValues", config: "ConfigDict") -> Path:
@@ -231,7 +231,7 @@ def _launch(values: "FlagValues", config: "ConfigDict") -> None:
     print_script(values.print)
 
 
-TRAINING = ("workdir", "profile")
+TRAINING = ("workdir", "profile", "show_records")
 # Keys and sections that several commands read.
 PROMPTS = (
     "data.format", "data.columns", "data.template", "data.thinking", "data.date", "data.special_tokens", "eval.tasks", "eval.num_examples",
@@ -255,7 +255,7 @@ COMMANDS = {
     ),
     "sweep": Command(
         "many runs that differ in some keys: a grid, random draws, or a search by Optuna; several processes share them", _sweep,
-        ("workdir", "over", "sampler", "trials", "list", "index"),
+        ("workdir", "over", "sampler", "trials", "list", "index", "show_records"),
         reads=(*WHOLE, "sweep"),
     ),
     "align": Command("safety alignment of the base on config.data.alignment", _train("align"), TRAINING, several=True, reads=STEPS),
@@ -266,11 +266,11 @@ COMMANDS = {
         "a post-fine-tuning defence, or several side by side, on a finished adapter or model", _heal, TRAINING, several=True,
         reads=(*STEPS, "heal.methods", *CHOOSING),
     ),
-    "generate": Command("answers to config.eval.tasks", _generate, ("workdir", "prompts_only"), several=True, reads=ANSWERS),
+    "generate": Command("answers to config.eval.tasks", _generate, ("workdir", "prompts_only", "show_records"), True, ANSWERS),
     "judge": Command("verdicts and scores.json from the answers", _judge, reads=("judge", "eval.tasks")),
     "score": Command(
         "figures from the verdicts that are there: again, of answers made elsewhere, or side by side", _score,
-        ("workdir", "generations", "template", "against", "undefended", "aligned"),
+        ("workdir", "generations", "template", "against", "undefended", "aligned", "show_records"),
         reads=("judge", "eval.tasks", "generate.max_new_tokens", "data.format", "data.columns"),
     ),
     "verify": Command(
@@ -278,7 +278,8 @@ COMMANDS = {
         ("workdir", "gate", "against", "aligned", "undefended"), reads=("gate",),
     ),
     "try": Command(
-        "answers to prompts that are typed or piped in, of two models side by side", _try, ("workdir", "adapter", "against"),
+        "answers to prompts that are typed or piped in, of two models side by side", _try,
+        ("workdir", "adapter", "against", "show_records"),
         reads=(*ANSWERS, "data.max_length"),
     ),
     "perplexity": Command(
@@ -290,12 +291,12 @@ COMMANDS = {
     ),
     "layers": Command(
         "layer safety coefficients of a run, of several beside each other, or by a probe: JSON, CSV, PNG", _layers,
-        ("workdir", "epsilon", "checkpoint", "label", "probe", "against", "out"),
+        ("workdir", "epsilon", "checkpoint", "label", "probe", "against", "out", "show_records"),
         reads=("seed", "model", "lora", "data", "train.harmful_batch_size", "train.full_parameters", "generate.adapter", "mesh"),
     ),
     "report": Command(
         "one page of what came out, of a comparison, a sweep or runs side by side: HTML, Markdown, CSV, Parquet", _report,
-        ("workdir", "against", "out"),
+        ("workdir", "against", "out", "show_records"),
     ),
     "convert": Command(
         "base (+ adapter, + ε), or a GGUF file, to one Hugging Face folder", _convert, ("out", "epsilon", "gguf"),
@@ -304,12 +305,12 @@ COMMANDS = {
     "push": Command("an exported adapter, its tokenizer and its card to a repository of the hub", _push, ("adapter", "to", "public")),
     "defences": Command("every defence: stage, data, passes a step, memory, paper", _defences, ()),
     "doctor": Command(
-        "what this machine has, and what a configuration will use of it", _doctor, (), several=True,
+        "what this machine has, and what a configuration will use of it", _doctor, ("show_records",), several=True,
         reads=("seed", "model", "lora", "data", "defence", "optimizer", "train", "eval.tasks", "judge", "mesh"),
     ),
     "plan": Command(
         "memory and least time of a step, hours and cost of the recipe, on a machine that is not there", _plan,
-        ("workdir", "topology", "search", "price"),
+        ("workdir", "topology", "search", "price", "show_records"),
         reads=(
             "model", "lora", "data", "defence", "optimizer", "train", "align", "heal", "eval.tasks", "eval.num_examples",
             "generate.batch_size", "generate.max_new_tokens", "mesh",

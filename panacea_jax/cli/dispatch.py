@@ -1,6 +1,7 @@
 """Runs one command line and ends with its exit code."""
 
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -9,9 +10,11 @@ from collections.abc import Sequence
 
 from panacea_jax.cli.commands import COMMANDS
 from panacea_jax.cli.help import HELP, HELPFULL, VERSION, command_help, usage, version
-from panacea_jax.errors import GateNotMet, InputError, no_space
-from panacea_jax.terminal import safe_text
+from panacea_jax.errors import GateNotMet, InputError, no_space, record_text, without_secrets
+from panacea_jax.terminal import safe_line, safe_text
 
+# Characters of a record that are shown behind an error about it, when asked for.
+RECORD = 200
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_GATE, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 3, 75, 130
 
 
@@ -43,7 +46,7 @@ def run(arguments: Sequence[str], together: contextlib.ExitStack | None = None) 
         print(usage(name in HELPFULL))
         return 0 if name else EXIT_BAD_INPUT
     if name not in COMMANDS:
-        print(f"panacea: unknown command {name!r}; known are {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"panacea: unknown command {safe_line(name, RECORD)!r}; known are {', '.join(COMMANDS)}", file=sys.stderr)
         return EXIT_BAD_INPUT
     if any(a in (*HELP, *HELPFULL) for a in rest):
         print(command_help(name, any(a in HELPFULL for a in rest)))
@@ -63,6 +66,7 @@ def _run_command(name: str, arguments: Sequence[str], together: contextlib.ExitS
     from panacea_jax.train.signals import Diverged, Preempted
 
     _log_plainly()
+    values = None
     try:
         values, config = parse_command(name, arguments)
         if COMMANDS[name].several:
@@ -76,7 +80,8 @@ def _run_command(name: str, arguments: Sequence[str], together: contextlib.ExitS
         path = COMMANDS[name].run(values, config)
         processes.leave()
     except InputError as error:
-        return _fail(str(error), EXIT_BAD_INPUT)
+        record = record_text(error) if values is not None and "show_records" in values and values.show_records else None
+        return _fail(str(error) + (f": {safe_line(record, RECORD)}" if record is not None else ""), EXIT_BAD_INPUT)
     except GateNotMet as error:
         return _fail(str(error), EXIT_GATE)
     except KeyboardInterrupt:
@@ -88,6 +93,8 @@ def _run_command(name: str, arguments: Sequence[str], together: contextlib.ExitS
     except Diverged as error:
         return _fail(str(error), EXIT_FAILED)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # only the user names such paths
+            return _fail(f"{str(error.filename)[:RECORD]}: {error.strerror}", EXIT_BAD_INPUT)
         if full := no_space(error):
             file, reason = full
             where = file or _written(arguments)
@@ -125,7 +132,7 @@ def _written(arguments: Sequence[str]) -> str:
 def _fail(message: str, code: int) -> int:
     from panacea_jax.parallel import processes
 
-    print(f"panacea: {safe_text(message)}", file=sys.stderr, flush=True)
+    print(f"panacea: {safe_text(without_secrets(message))}", file=sys.stderr, flush=True)
     if code == EXIT_PREEMPTED:
         processes.barrier()  # the first one's end would cut the others off from their coordinator
         message = ""

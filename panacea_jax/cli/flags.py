@@ -40,6 +40,7 @@ FLAGS = {
     "adapter": Flag("PEFT folder to push or to try; try answers without it as --workdir does"),
     "to": Flag("repository to push to, owner/name; the token is HF_TOKEN of the environment"),
     "public": Flag("for everyone to see; without it a new repository is private", False),
+    "show_records": Flag("show texts of records, in errors and in the end of a run or report; else only numbers and hashes", False),
     "profile": Flag("record steps with jax.profiler, STEP:COUNT, into WORKDIR/<stage>/profile"),
     "print": Flag("name of the script; without it all names are listed"),
 }

@@ -26,6 +26,8 @@ def parse_command(
 
     from panacea_jax import config as config_module
 
+    if wrong := next((argument for argument in arguments if "\0" in argument), None):
+        raise InputError(f"{wrong:.200}: a null byte, which no path or value has")
     values = flags.FlagValues()
     for name in COMMANDS[command].flags:
         _define(values, name)

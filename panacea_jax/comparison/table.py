@@ -1,7 +1,5 @@
 """The table of a comparison: on the terminal, as CSV and as Markdown, from the content of compare.json."""
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,6 +8,7 @@ from rich.table import Table
 
 from panacea_jax.defences.protocol import STAGES
 from panacea_jax.progress import table_console
+from panacea_jax.spreadsheet import as_csv_text
 
 _Json = dict[str, Any]
 _TITLES = {"hs": "HS", "hs_plus": "HS+", "fa": "FA", "benign": "benign answered"}
@@ -154,8 +153,6 @@ def _worst_rows(result: _Json) -> list[list[str]]:
 
 def as_csv(result: _Json) -> str:
     """A line a method and ratio, numbers unrounded; an empty cell is not known."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
     parts = ("mean", "low", "high", "worst")
     heads = [f"{name}_{part}" for name in _TITLES for part in parts]
     tests = [f"{name}_{part}" for name in _TITLES for part in ("to_sft", "p")]
@@ -163,7 +160,7 @@ def as_csv(result: _Json) -> str:
     stages = [f"{what}_{stage}" for what, stage in by_stage]
     optional = [name for name, there in (("setting", "worst" in result), (PERPLEXITY, _has_perplexity(result))) if there]
     last = ["passes_to_sft", "time_to_sft", "extra_data", *optional]
-    writer.writerow(["method", "ratio", "seeds", *heads, *tests, *stages, *last])
+    lines = [["method", "ratio", "seeds", *heads, *tests, *stages, *last]]
     for row in result["rows"]:
         figures: list[Any] = []
         for name in _TITLES:
@@ -171,6 +168,6 @@ def as_csv(result: _Json) -> str:
             figures += [found["mean"], *found["ci95"], found["worst"]] if found else [""] * 4
         tested = [(row["against_sft"] or {}).get(name, {}).get(key) for name in _TITLES for key in ("difference", "p")]  # fmt: skip
         counts = [row[what].get(stage) for what, stage in by_stage]
-        writer.writerow([row["method"], row["ratio"], " ".join(map(str, row["seeds"])), *figures, *tested, *counts, row["passes_to_sft"],
-                         row["time_to_sft"], ", ".join(row["extra_data"]), *(row.get(name) for name in optional)])  # fmt: skip
-    return out.getvalue()
+        lines.append([row["method"], row["ratio"], " ".join(map(str, row["seeds"])), *figures, *tested, *counts, row["passes_to_sft"],
+                      row["time_to_sft"], ", ".join(row["extra_data"]), *(row.get(name) for name in optional)])  # fmt: skip
+    return as_csv_text(lines)

@@ -22,7 +22,7 @@ def require(ok: bool, key: str, value: object, rule: str) -> None:
     InputError: not ``ok``; says key, value and rule.
     """
     if not ok:
-        raise InputError(f"config.{key} = {value!r}: {rule}")
+        raise InputError(f"config.{key} = {value!r:.200}: {rule}")
 
 
 def one_of(value: str, key: str, choices: tuple[str, ...]) -> None:
@@ -200,4 +200,4 @@ def refuse_foreign_keys(section: ConfigDict, prefix: str = "") -> None:
         if key not in known and section[key] is not None:
             has = f"it has {', '.join(known)}" if known else "it has none"
             whose = f"{section.name} has no {key}; {has}" if section.name else f"config.{prefix}defence.name is not set"  # fmt: skip
-            raise InputError(f"config.{prefix}defence.{key} = {section[key]!r}: {whose}")
+            raise InputError(f"config.{prefix}defence.{key} = {section[key]!r:.200}: {whose}")

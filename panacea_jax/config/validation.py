@@ -6,8 +6,10 @@ import re
 import sys
 
 from ml_collections import ConfigDict
+from ml_collections.config_flags import config_path
 
 from panacea_jax.config.axes import validate_sweep
+from panacea_jax.config.defaults import keys
 from panacea_jax.config.methods import (
     defence_section,
     make_defence,
@@ -35,6 +37,9 @@ _DTYPES = ("bfloat16", "float32")
 LORA_POLICIES = ("single", "merged")
 CACHE_DTYPES = ("auto", "int8")
 WORLDS = ("", *SCALES)
+# Of whole numbers; of those that say how large an array is, with the ends of their keys.
+COUNT, SIZE = 2**31 - 1, 2**20
+_SIZES = ("batch_size", "max_length", "new_tokens", ".rank")
 GUARD_TEMPLATES = ("llama_guard", "wildguard")
 
 
@@ -44,6 +49,7 @@ def validate(config: ConfigDict) -> None:
     Raises:
         InputError: the first impossible value, by its key.
     """
+    _validate_sizes(config)
     for section in ("", "align.", "heal."):
         part = config if not section else config[section[:-1]]
         _validate_optimizer(part.optimizer, section)
@@ -105,6 +111,15 @@ def validate(config: ConfigDict) -> None:
     _validate_after(config)
     _validate_variations(config)
     validate_sweep(config)
+
+
+def _validate_sizes(config: ConfigDict) -> None:
+    """No whole number is beyond what arrays are counted with, or what one of that size takes."""
+    for key in keys(config):
+        value = config_path.get_value(key, config)
+        if isinstance(value, int):
+            most = SIZE if key.endswith(_SIZES) else COUNT
+            require(abs(value) <= most, key, value, f"a whole number of at most {most}")
 
 
 def _validate_reading(data: ConfigDict) -> None:

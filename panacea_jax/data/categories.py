@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from panacea_jax.data.fields import named, names_beyond
 from panacea_jax.errors import InputError
 
 CATEGORIES = (
@@ -54,9 +55,9 @@ def _parsed(value: Any) -> Any:
     for read in (json.loads, ast.literal_eval):  # neither can run code
         try:
             return read(value.strip())
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             continue
-    raise InputError(f"field 'category' is {value!r:.60}: neither JSON nor a list of names")
+    raise InputError("field 'category': neither JSON nor a list of names", record=value)
 
 
 def _names(value: Any) -> list[str]:
@@ -72,7 +73,7 @@ def _names(value: Any) -> list[str]:
         return [name for key, flag in value.items() if flag for name in _names(key)]
     if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
         return [name for part in value for name in _names(part)]
-    raise InputError(f"field 'category' is {value!r:.60}: expected names, or booleans by name")
+    raise InputError("field 'category': expected names, or booleans by name", record=value)
 
 
 class Selection(NamedTuple):
@@ -115,7 +116,8 @@ class Selection(NamedTuple):
         known = dict.fromkeys(name for names in found for name in names)
         for name in self.names:
             if not any(map(_is(name), known)):
-                raise InputError(f"{where}: no record of category {name!r}; it has {'; '.join(known) or 'none'}")
+                others = names_beyond(known, CATEGORIES)
+                raise InputError(f"{where}: no record of category {name!r}; it has {named(known, CATEGORIES, '; ')}", record=others)
         tests = [_is(name) for name in self.names]
         taken = [
             bool(names) and any(test(n) for test in tests for n in names) == self.keep

@@ -7,7 +7,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from panacea_jax.data.fields import named, names_beyond
 from panacea_jax.errors import InputError
+from panacea_jax.untrusted import TEXT
 
 LAYOUTS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -58,7 +60,7 @@ def read_chat(row: Mapping[str, Any], need_answer: bool, layout: str = "") -> Ch
     found = next((name for name in wanted if _holds(row, name)), None)
     if found is None:
         columns = ", or ".join(" and ".join(map(repr, LAYOUTS[name])) for name in wanted)
-        raise InputError(f"no conversation: it needs {columns} (it has: {', '.join(map(str, row)) or 'nothing'})")
+        raise InputError(f"no conversation: it needs {columns} (it has: {named(row)})", record=names_beyond(row))
     used = LAYOUTS[found]
     if found == "prompt_completion":
         turns = _side(row, "prompt", "user")
@@ -90,17 +92,17 @@ def _side(row: Mapping[str, Any], column: str, role: str) -> list[Turn]:
 
 def _turns(value: Any, column: str) -> list[Turn]:
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise InputError(f"field {column!r} must be a list of turns, not {value!r:.40}")
+        raise InputError(f"field {column!r} must be a list of turns, not {type(value).__name__}", record=value)
     return [_turn(turn, f"field {column!r}, turn {number}") for number, turn in enumerate(value, 1)]
 
 
 def _turn(turn: Any, place: str) -> Turn:
     if not isinstance(turn, Mapping):
-        raise InputError(f"{place}: expected an object with role and content, not {turn!r:.40}")
-    named = "from" if "role" not in turn and "from" in turn else "role"
-    role = turn.get(named)
+        raise InputError(f"{place}: expected an object with role and content", record=turn)
+    key = "from" if "role" not in turn and "from" in turn else "role"
+    role = turn.get(key)
     if not isinstance(role, str) or role not in _ROLES:
-        raise InputError(f"{place}: {named!r} is {role!r:.40}; known: {', '.join(_ROLES)}")
+        raise InputError(f"{place}: {key!r} is none of {', '.join(_ROLES)}", record=role)
     said = "value" if "content" not in turn and "value" in turn else "content"
     if turn.get("tool_calls"):
         raise InputError(f"{place}: tool calls are not read; write them into {said!r} as text")
@@ -113,7 +115,7 @@ def _content(value: Any, place: str) -> str:
         parts = [part if isinstance(part, str) else _part(part, place) for part in value]
         value = "".join(parts)
     if not isinstance(value, str):
-        raise InputError(f"{place} must be text or a list of text parts, not {value!r:.40}")
+        raise InputError(f"{place} must be text or a list of text parts, not {type(value).__name__}", record=value)
     return valid_unicode(value, place)
 
 
@@ -121,8 +123,10 @@ def valid_unicode(text: str, place: str) -> str:
     """The text itself.
 
     Raises:
-        InputError: it holds half a surrogate pair, as JSON can escape one.
+        InputError: it holds half a surrogate pair, as JSON can escape one, or is longer than any text.
     """
+    if len(text) > TEXT:
+        raise InputError(f"{place} has more than {TEXT} characters")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -133,5 +137,5 @@ def valid_unicode(text: str, place: str) -> str:
 def _part(part: Any, place: str) -> str:
     kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
     if kind != "text" or not isinstance(part.get("text"), str):
-        raise InputError(f"{place} has a part of type {kind!r:.40}; only text is read")
+        raise InputError(f"{place} has a part that is no text; only text is read", record=kind)
     return str(part["text"])

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from panacea_jax.data import categories
 from panacea_jax.data.chat import Turn, read_chat, valid_unicode
+from panacea_jax.data.fields import named, names_beyond
 from panacea_jax.errors import InputError
 
 SST2_INSTRUCTION = "Analyze the sentiment of the input, and respond only positive or negative"
@@ -63,7 +64,7 @@ def is_safe(extra: _Row, default: bool) -> bool:
 
 
 def _missing(row: _Row, name: str) -> InputError:
-    return InputError(f"no field {name!r} (it has: {', '.join(map(str, row)) or 'nothing'})")
+    return InputError(f"no field {name!r} (it has: {named(row)})", record=names_beyond(row))
 
 
 def _text(row: _Row, name: str) -> str:
@@ -96,7 +97,7 @@ def read_label(row: _Row, names: tuple[str, ...]) -> str:
     if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(names):
         return names[number]
     known = ", ".join(f"{number} {name}" for number, name in enumerate(names))
-    raise InputError(f"field 'label' is {value!r:.40}; known: {known}")
+    raise InputError(f"field 'label' is none that is known: {known}", record=value)
 
 
 def _gsm8k(row: _Row) -> Fields:

@@ -1,27 +1,40 @@
 """Rows of local files and folders, with the place of each row for error lines.
 
 Text is UTF-8 (a byte order mark is skipped). No format here can run code: no pickle, no loading
-script.
+script. Lines, what gzip unpacks to and the number of records are bounded (docs/untrusted.md).
 """
 
+import contextlib
 import csv
 import gzip
 import hashlib
 import io
+import itertools
 import json
+import os
 import re
+import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from panacea_jax.errors import InputError
+from panacea_jax.untrusted import MIB, TEXT, guarded, opened, parse_json, reason
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[^/\\]+)?")
 
+# Bytes of a line, which is a record.
+LINE = TEXT
+# Bytes of a file that is one JSON list, which is held whole; JSON lines have no such bound.
+LIST = 512 * MIB
+# Bytes that gzip may unpack a file to, whatever its size, and beyond that how many times its size; text packs by ten.
+UNPACKED, RATIO = 256 * MIB, 200
+# Records of a parquet file, whose cells may repeat at no cost.
+RECORDS = 2**24
 # Python's limit of 128 KiB a cell is there for other formats; a pasted document may be longer.
-csv.field_size_limit(2**30)
+csv.field_size_limit(LINE)
 
 
 def local(where: str) -> Path | None:
@@ -73,7 +86,7 @@ def sha256(path: Path) -> str:
     """Hash (hex) of a file's bytes, or of a folder's file names and their hashes."""
     try:
         if not path.is_dir():
-            with path.open("rb") as stream:
+            with opened(path) as stream:
                 return hashlib.file_digest(stream, "sha256").hexdigest()
         digest = hashlib.sha256()
         for file in sorted(file for file in path.rglob("*") if file.is_file()):
@@ -83,56 +96,79 @@ def sha256(path: Path) -> str:
         raise InputError(f"{path}: cannot be read ({reason(error)})") from error
 
 
-def reason(error: BaseException) -> str:
-    """The first line of an error, without the path that OSError repeats."""
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return text.strip().split("\n")[0][:200] or type(error).__name__
+def _lines(path: Path, longest: int = LINE) -> Iterator[tuple[int, str]]:
+    """Every line with its number from 1 on, and with its end."""
+    with contextlib.ExitStack() as stack, _unpacking(path):
+        stream: Any = stack.enter_context(opened(path))
+        packed = path.suffix == ".gz"
+        most = max(UNPACKED, RATIO * os.path.getsize(path)) if packed else sys.maxsize
+        if packed:
+            stream = stack.enter_context(gzip.GzipFile(fileobj=stream))
+        number = total = 0
+        while line := stream.readline(longest + 1):
+            number, total = number + 1, total + len(line)
+            if len(line) > longest:
+                raise InputError(f"{path}:{number}: a line of more than {longest // MIB} MiB")
+            if total > most:
+                raise InputError(f"{path}: unpacks to more than {RATIO} times its size")
+            yield number, _decoded(line, path, number)
 
 
-def _text(path: Path) -> str:
+@contextlib.contextmanager
+def _unpacking(path: Path) -> Iterator[None]:
     try:
-        data = path.read_bytes()
-        if path.suffix == ".gz":
-            data = gzip.decompress(data)
+        yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path}: damaged gzip file ({reason(error)})") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({reason(error)})") from error
+
+
+def _decoded(line: bytes, path: Path, number: int) -> str:
     try:
-        return data.decode("utf-8-sig")
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        # A skipped byte order mark is not counted in error.start, but it holds no line end either.
-        line = error.object.count(b"\n", 0, error.start) + 1
         byte = error.object[error.start]
-        raise InputError(f"{path}:{line}: not UTF-8 (byte 0x{byte:02x})") from error
+        raise InputError(f"{path}:{number}: not UTF-8 (byte 0x{byte:02x})") from error
 
 
 def _json(path: Path, suffix: str) -> Iterator[tuple[str, Any]]:
     """JSON lines; a file named .json may also be one list, which its first character tells."""
-    text = _text(path)
-    if suffix == ".json" and text.lstrip().startswith("["):
-        for number, row in enumerate(_parse(text, path, 1), start=1):
-            yield f"{path}: record {number}", row
-        return
     number = 0
-    for line, content in enumerate(text.split("\n"), start=1):
-        if content.strip():
-            number += 1
-            yield f"{path}:{line}: record {number}", _parse(content, path, line)
+    lines = _lines(path, LIST if suffix == ".json" else LINE)
+    for line, content in lines:
+        if not content.strip():
+            continue
+        if suffix == ".json" and not number and content.lstrip().startswith("["):
+            yield from _list(path, line, itertools.chain([content], (text for _, text in lines)))
+            return
+        number += 1
+        yield f"{path}:{line}: record {number}", _parse(content.removesuffix("\n"), path, line)
+
+
+def _list(path: Path, line: int, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    text, size = list[str](), 0
+    for content in lines:
+        text.append(content)
+        size += len(content)
+        if size > LIST:
+            raise InputError(f"{path}: a list of more than {LIST // MIB} MiB; write a record a line (.jsonl)")
+    for number, row in enumerate(_parse("".join(text), path, line), start=1):
+        yield f"{path}: record {number}", row
 
 
 def _parse(text: str, path: Path, line: int) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"{path}:{line + error.lineno - 1}"
-        raise InputError(f"{place}: not JSON ({error.msg}, column {error.colno})") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, deep nesting
-        raise InputError(f"{path}:{line}: not JSON ({reason(error)})") from error
+        return parse_json(text, f"{path}:{line}")
+    except InputError as error:
+        if isinstance(cause := error.__cause__, json.JSONDecodeError):
+            place = f"{path}:{line + cause.lineno - 1}"
+            raise InputError(f"{place}: not JSON ({cause.msg}, column {cause.colno})") from cause
+        raise
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    # A line may end in a carriage return alone, which the csv module wants as a line of its own.
+    lines = (part for _, line in _lines(path) for part in io.StringIO(line, newline=""))
+    reader = csv.reader(lines, strict=True)
     header: list[str] = []
     number = 0
     try:
@@ -155,28 +191,37 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
-    try:
-        found = pyarrow.parquet.ParquetFile(path).read().to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable parquet file ({reason(error)})") from error
-    for number, row in enumerate(found, start=1):
-        yield f"{path}: record {number}", row
+    problem = "not a readable parquet file"
+    with guarded(path, problem), opened(path) as stream:
+        try:
+            file = pyarrow.parquet.ParquetFile(stream)
+            if file.metadata.num_rows > RECORDS:
+                raise InputError(f"{path}: more than {RECORDS} records")
+            rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
+            for number, row in enumerate(rows, start=1):
+                yield f"{path}: record {number}", row
+        except (pyarrow.ArrowException, OSError) as error:
+            raise InputError(f"{path}: {problem} ({reason(error)})") from error
 
 
 def _saved_folder(path: Path) -> Iterator[tuple[str, Any]]:
     """A folder of ``Dataset.save_to_disk``, or of a ``DatasetDict`` that has one split."""
     import datasets
 
+    if strange := next((file for file in path.rglob("*") if not (file.is_file() or file.is_dir())), None):
+        raise InputError(f"{strange}: not a regular file")
     try:
         found = datasets.load_from_disk(str(path))
-    except (
-        Exception
-    ) as error:  # a damaged folder fails in arrow, json or datasets, each its own way
+        if isinstance(found, dict):
+            if len(found) != 1:
+                names = ", ".join(f"{path}/{split}" for split in found)
+                raise InputError(f"{path}: holds {len(found)} splits; name one: {names}")
+            found = next(iter(found.values()))
+        # As arrow has them: a column declared as pictures or sounds would be fetched from wherever its paths lead.
+        rows = (row for table in found.with_format("arrow").iter(1024) for row in table.to_pylist())
+        for number, row in enumerate(rows, start=1):
+            yield f"{path}: record {number}", row
+    except InputError:
+        raise
+    except Exception as error:  # a damaged folder fails in arrow, json or datasets, each its own way
         raise InputError(f"{path}: not a folder that datasets saved ({reason(error)})") from error
-    if isinstance(found, dict):
-        if len(found) != 1:
-            names = ", ".join(f"{path}/{split}" for split in found)
-            raise InputError(f"{path}: holds {len(found)} splits; name one: {names}")
-        found = next(iter(found.values()))
-    for number, row in enumerate(found, start=1):
-        yield f"{path}: record {number}", row

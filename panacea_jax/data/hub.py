@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from panacea_jax.data.files import reason
 from panacea_jax.errors import InputError
+from panacea_jax.untrusted import reason
 
 
 def split_id(where: str) -> tuple[str, str | None, str | None]:

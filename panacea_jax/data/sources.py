@@ -254,7 +254,7 @@ def _with_output(row: Any) -> Any:
 
 def _record(task: str, row: Any, place: str, need_output: bool, layout: Layout) -> Record:
     if not isinstance(row, dict):
-        raise InputError(f"{place}: expected an object with named fields, not {row!r:.40}")
+        raise InputError(f"{place}: expected an object with named fields, not {type(row).__name__}", record=row)
     if not layout.columns.keys().isdisjoint(row):
         ours = {name for theirs, name in layout.columns.items() if theirs in row}
         row = {layout.columns.get(n, n): value for n, value in row.items() if n not in ours}

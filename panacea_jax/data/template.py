@@ -25,6 +25,8 @@ _CONTEXT = ", paired with an input that provides further context"
 _REQUEST = ". Write a response that appropriately completes the request.\n\n"
 
 _KEY = "config.data.template"
+# Characters of a turn from which on an error of a template that holds it is taken to quote it.
+ECHO = 8
 # How a template asks for the date.
 _CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
@@ -177,8 +179,11 @@ class Template:
                 list(messages), chat_template=self._source, add_generation_prompt=open_answer, tokenize=False,
                 enable_thinking=self._thinking,
             )  # fmt: skip
-        except Exception as error:  # jinja has many errors, and a template may raise its own
-            raise InputError(f"{_KEY}: the chat template failed ({error})") from error
+        except Exception as error:  # jinja has many errors, and a template may raise its own, with words of the record in it
+            said = str(error)
+            echoes = any(len(content) >= ECHO and content in said for content in (str(m["content"]) for m in messages))
+            why = type(error).__name__ if echoes else said
+            raise InputError(f"{_KEY}: the chat template failed ({why})", record=said if echoes else None) from error
         return str(text)
 
     @functools.cached_property

@@ -8,9 +8,13 @@ from tokenizers import Tokenizer
 
 from panacea_jax.data import files
 from panacea_jax.errors import InputError
+from panacea_jax.untrusted import MIB, reason
 
 _log = logging.getLogger(__name__)
 
+# What belongs to a tokenizer, and bytes that none of it exceeds: Gemma 3 has 32 MiB.
+FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "added_tokens.json")
+LARGEST = 256 * MIB
 # What ways to split text differ in: capitals, a number, several spaces, contractions, signs, accents, ends of lines.
 PROBE = "Two  words at the Mill's, 12 loaves:\n\ndéjà vu (3.50)   I'm done"
 
@@ -31,6 +35,7 @@ def load_tokenizer(folder: str | Path, key: str = "config.model.path") -> Any:
     path = _folder(str(folder), key)
     if path is not None:
         _refuse_model_alone(path, key)
+        _refuse_strange_files(path, key)
     from transformers import AutoTokenizer
 
     try:
@@ -40,11 +45,11 @@ def load_tokenizer(folder: str | Path, key: str = "config.model.path") -> Any:
             trust_remote_code=False,
         )
     except Exception as error:  # damaged JSON, missing files, offline, unknown class
-        why = files.reason(error)
+        why = reason(error)
         raise InputError(f"{key}: {folder}: no usable tokenizer ({why})") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"{key}: {folder}: the tokenizer names no end-of-sequence token")
-    if tokenizer("a").input_ids[-1] == tokenizer.eos_token_id:
+    if tokenizer("a").input_ids[-1:] == [tokenizer.eos_token_id]:
         raise InputError(f"{key}: {folder}: the tokenizer appends EOS; set add_eos_token to false")
     if path is not None:
         _compare_ids(tokenizer, path, key)
@@ -56,11 +61,14 @@ def _compare_ids(tokenizer: Any, folder: Path, key: str) -> None:
     file = folder / "tokenizer.json"
     if not file.is_file():
         return
-    core = Tokenizer.from_file(str(file))
-    core.no_padding()
-    core.no_truncation()
-    wanted = core.encode(PROBE, add_special_tokens=False).ids
-    found = tokenizer(PROBE, add_special_tokens=False, verbose=False).input_ids
+    try:
+        core = Tokenizer.from_file(str(file))
+        core.no_padding()
+        core.no_truncation()
+        wanted = core.encode(PROBE, add_special_tokens=False).ids
+        found = tokenizer(PROBE, add_special_tokens=False, verbose=False).input_ids
+    except Exception as error:  # the tokenizers package raises nothing more exact
+        raise InputError(f"{key}: {file}: no usable tokenizer ({reason(error)})") from error
     if found == wanted:
         return
     problem = (
@@ -83,6 +91,15 @@ def _folder(where: str, key: str) -> Path | None:
     if path is not None and not path.is_dir():
         raise InputError(f"{key}: {where}: not a folder")
     return path
+
+
+def _refuse_strange_files(folder: Path, key: str) -> None:
+    """On a pipe the tokenizer's own reader would wait for ever, and of a huge file it makes more than the memory holds."""
+    for file in sorted(file for pattern in FILES for file in folder.glob(pattern)):
+        if not file.is_file():
+            raise InputError(f"{key}: {file}: not a regular file")
+        if file.stat().st_size > LARGEST:
+            raise InputError(f"{key}: {file}: has more than {LARGEST // MIB} MiB, which no tokenizer has")
 
 
 def _refuse_model_alone(folder: Path, key: str) -> None:

@@ -4,14 +4,13 @@ A figure that changes with the judge is the judge's as much as the model's. Verd
 judges are never averaged: they stand side by side, with Cohen's κ, and people read the differences.
 """
 
-import csv
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 from panacea_jax.evaluate.scores import Json, Judged, ScoredSet, checked_pairs
 from panacea_jax.evaluate.tasks import answer_text, find_task
+from panacea_jax.spreadsheet import as_csv_text
 
 VERDICT = {True: "flagged", False: "not flagged"}
 
@@ -74,15 +73,10 @@ def agreement(judges: Mapping[str, Judged]) -> Json:
 def disagreements(judges: Mapping[str, Judged]) -> str:
     """A sheet (CSV, UTF-8) of the answers on which judges differ, for people to read.
 
-    Columns: set, record (from 1), prompt, answer (as judged), one column a judge. A cell that a
-    spreadsheet would take for a formula gets an apostrophe in front.
+    Columns: set, record (from 1), prompt, answer (as judged), one column a judge.
     """
-    out = io.StringIO()
-    sheet = csv.writer(out, quoting=csv.QUOTE_ALL, lineterminator="\n")
-    sheet.writerow(["set", "record", "prompt", "answer", *judges])
-    for row in _differing(judges):
-        sheet.writerow([sheet_cell(value) for value in row])
-    return out.getvalue()
+    heads = ["set", "record", "prompt", "answer", *judges]
+    return as_csv_text([heads, *_differing(judges)], quote_all=True)
 
 
 def _verdicts(judges: Mapping[str, Judged]) -> dict[tuple[str, str], list[bool]]:
@@ -108,11 +102,3 @@ def _differing(judges: Mapping[str, Judged]) -> Iterator[list[Any]]:
                 asked = line.get("instruction") or line["prompt"]
                 shown = [VERDICT[column[i]] if column else "" for column in columns]
                 yield [name, i + 1, asked, answer_text(line["response"], template), *shown]
-
-
-def sheet_cell(value: Any) -> Any:
-    """A value as a sheet may hold it: an apostrophe stands before text that a spreadsheet would take for a formula."""
-    if not isinstance(value, str):
-        return value
-    text = value.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\x00")
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from panacea_jax.data.template import Template
 from panacea_jax.errors import InputError
-from panacea_jax.models.config import read_object
+from panacea_jax.untrusted import read_object
 
 
 def eos_ids(template: Template, folder: Path | None) -> list[int]:

@@ -1,7 +1,6 @@
 """What a decoder looks like, and what follows from it: sizes, operation counts, rotary angles."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path, PurePath
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from panacea_jax.errors import InputError
+from panacea_jax.untrusted import read_object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,18 +203,3 @@ def read_whole_config(folder: str | PurePath) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; a Hugging Face model folder has one")
     return read_object(path)
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        InputError: it cannot be read, or holds something else.
-    """
-    try:
-        parsed = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return parsed

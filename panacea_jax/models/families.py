@@ -17,6 +17,11 @@ from panacea_jax.models.config import (
     read_whole_config,
 )
 from panacea_jax.models.reader import Reader
+from panacea_jax.untrusted import guarded
+
+# Far above every decoder that there is: lists as long as a file claims layers, and angles as long as a head, are made before a tensor
+# is looked at.
+MOST_LAYERS, MOST_WIDE, MOST_HEAD = 4096, 2**24, 2**14
 
 
 def config_from_dict(
@@ -28,10 +33,17 @@ def config_from_dict(
         InputError: unknown architecture, unsupported rope kind, or a missing, mistyped or
             impossible value; names the key.
     """
-    if not classifier:
-        text = language_part(d)
-        found = FAMILIES[_architecture(text, where)](Reader(text, where))
-        return dataclasses.replace(found, nested=text is not d)
+    with guarded(where, "not understood"):
+        return _classifier(d, where) if classifier else _decoder(d, where)
+
+
+def _decoder(d: Mapping[str, Any], where: str) -> ModelConfig:
+    text = language_part(d)
+    found = FAMILIES[_architecture(text, where)](Reader(text, where))
+    return dataclasses.replace(found, nested=text is not d)
+
+
+def _classifier(d: Mapping[str, Any], where: str) -> ModelConfig:
     named = (d.get("architectures") or [f"model_type {d.get('model_type')}"])[0]
     family = str(named).replace("ForSequenceClassification", "ForCausalLM")
     if family == named or family not in FAMILIES:
@@ -81,22 +93,22 @@ def _common(r: Reader, head_dim: int | None = None) -> dict[str, Any]:
         raise InputError(f"{r.where}: quantization_config: quantised weights are not supported")
     if r.flag("use_bidirectional_attention"):
         raise r.fail("use_bidirectional_attention", "not supported")
-    hidden, heads = r.integer("hidden_size"), r.integer("num_attention_heads")
+    hidden, heads = r.integer("hidden_size", most=MOST_WIDE), r.integer("num_attention_heads", most=MOST_WIDE)
     kv_heads = r.integer("num_key_value_heads", heads)
     if heads % kv_heads:
         raise r.fail("num_key_value_heads", f"does not divide num_attention_heads = {heads}")
     if r.d.get("head_dim") is None and head_dim is None and hidden % heads:
         raise r.fail("num_attention_heads", f"does not divide hidden_size = {hidden}")
-    dim = r.integer("head_dim", head_dim or hidden // heads)
+    dim = r.integer("head_dim", head_dim or hidden // heads, most=MOST_HEAD)
     if dim % 2:
         raise r.fail("head_dim", f"the head size {dim} is odd; rotary embedding needs pairs")
     theta, scaling = _rope(r)
     return {
         "model_type": str(r.d.get("model_type")),
-        "vocab_size": r.integer("vocab_size"),
+        "vocab_size": r.integer("vocab_size", most=MOST_WIDE),
         "hidden_size": hidden,
-        "intermediate_size": r.integer("intermediate_size"),
-        "num_layers": r.integer("num_hidden_layers"),
+        "intermediate_size": r.integer("intermediate_size", most=MOST_WIDE),
+        "num_layers": r.integer("num_hidden_layers", most=MOST_LAYERS),
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": dim,

@@ -17,12 +17,14 @@ import numpy as np
 
 from panacea_jax.errors import InputError
 from panacea_jax.models.config import ModelConfig, RopeScaling
-from panacea_jax.models.families import config_from_dict
+from panacea_jax.models.families import MOST_LAYERS, config_from_dict
+from panacea_jax.models.gguf_header import check_header
 from panacea_jax.models.gguf_metadata import Metadata
 from panacea_jax.models.gguf_tokenizer import make_tokenizer
 from panacea_jax.models.model import abstract_model
 from panacea_jax.models.tensorfile import Entry
 from panacea_jax.models.weights import hf_shapes, save_tensors
+from panacea_jax.untrusted import guarded, reason
 
 # Stored types that stay as they are; all others, the quantised ones among them, become float32.
 KEPT = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -91,7 +93,7 @@ def _gemma3(meta: Metadata, tensors: Tensors) -> Json:
         "hidden_activation": "gelu_pytorch_tanh",
         **_query_scale(meta, deepest=62),
         "sliding_window": meta.integer("attention.sliding_window", 1024),
-        "layer_types": [kinds[(i + 1) % every == 0] for i in range(meta.integer("block_count"))],
+        "layer_types": [kinds[(i + 1) % every == 0] for i in range(meta.integer("block_count", most=MOST_LAYERS))],
         "rope_local_base_freq": 10000.0,  # not in the file
     }
 
@@ -122,6 +124,11 @@ def convert_gguf(file: Path, out: Path) -> Path:
             tokenizer or tensor that is not understood here; names it.
     """
     reader = _open(file)
+    with guarded(file, "damaged or not understood"):
+        return _convert(reader, file, out)
+
+
+def _convert(reader: Any, file: Path, out: Path) -> Path:
     meta = Metadata.of(reader, file)
     if meta.architecture not in FAMILIES:
         raise InputError(
@@ -153,12 +160,13 @@ def _open(file: Path) -> Any:
         raise InputError(
             f"--gguf={file}: needs the gguf package: pip install 'panacea_jax[gguf]'"
         ) from error
+    check_header(file)
     try:
         return gguf.GGUFReader(file)
     except OSError as error:
         raise InputError(f"--gguf={file}: cannot be read ({error.strerror})") from error
     except Exception as error:  # whatever its parser stumbles over
-        raise InputError(f"--gguf={file}: damaged or not a GGUF file ({error})") from error
+        raise InputError(f"--gguf={file}: damaged or not a GGUF file ({reason(error)})") from error
 
 
 def describe(meta: Metadata, family: Family, tensors: Tensors) -> Json:
@@ -179,7 +187,7 @@ def describe(meta: Metadata, family: Family, tensors: Tensors) -> Json:
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
         "hidden_size": hidden,
         "intermediate_size": meta.integer("feed_forward_length"),
-        "num_hidden_layers": meta.integer("block_count"),
+        "num_hidden_layers": meta.integer("block_count", most=MOST_LAYERS),
         "num_attention_heads": heads,
         "num_key_value_heads": meta.integer("attention.head_count_kv", heads),
         "head_dim": dim,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from panacea_jax.errors import InputError
+from panacea_jax.models.reader import LARGEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +45,15 @@ class Metadata:
         """The value of a key of the architecture, None where there is none."""
         return self.value(f"{self.architecture}.{key}")
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A positive integer of the architecture's keys.
+    def integer(self, key: str, default: int | None = None, *, most: int = LARGEST) -> int:
+        """A positive integer of the architecture's keys, of at most ``most``.
 
         Raises:
             InputError: missing without a default, or something else.
         """
         found = self.get(key)
         value = default if found is None else found
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
             what = "is missing" if found is None else f"= {str(found)[:40]}: must be a positive integer"
             raise InputError(f"{self.file}: {self.architecture}.{key} {what}")
         return value
@@ -66,7 +67,7 @@ class Metadata:
         found = self.get(key)
         if found is None:
             return default
-        if not isinstance(found, int | float) or isinstance(found, bool):
+        if not isinstance(found, int | float) or isinstance(found, bool) or not abs(found) < 1e38:
             raise InputError(f"{self.file}: {self.architecture}.{key} = {str(found)[:40]}: must be a number")
         return float(str(np.float32(found)))
 

@@ -6,7 +6,6 @@ the module's full name in transformers, ``model.layers.3.self_attn.q_proj``.
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -14,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from panacea_jax.errors import InputError
+from panacea_jax.untrusted import guarded, match_pattern, read_object
 
 CONFIG_FILE = "adapter_config.json"
+# No adapter has more; names of modules, and characters of an expression.
+MOST_RANK, MOST_ALPHA, MOST_NAMES = 2**16, 1e9, 2**14
 
 # What the product or the file's tensors depend on, and what is made of it.
 HANDLED = {
@@ -99,14 +101,14 @@ class PeftConfig:
     def adapts(self, module: str) -> bool:
         """Whether a projection has factors, as ``peft.tuners.tuners_utils.check_target_module_exists`` decides it."""
         targets, excluded = self.values["target_modules"], self.values.get("exclude_modules")
-        if excluded and _named(module, excluded):
+        if excluded and self._named(module, excluded):
             return False
         saved = self.values.get("modules_to_save") or ()
-        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved):
+        if any(self._match(rf"(^|.*\.){name}($|\..*)", module) for name in saved):
             return False
         if isinstance(targets, str):
-            return targets.lower() == "all-linear" or _named(module, targets)
-        return _named(module, targets) and self._adapts_layer(module)
+            return targets.lower() == "all-linear" or self._named(module, targets)
+        return self._named(module, targets) and self._adapts_layer(module)
 
     def _adapts_layer(self, module: str) -> bool:
         layers = self.values.get("layers_to_transform")
@@ -114,20 +116,18 @@ class PeftConfig:
             return True
         patterns = self.values.get("layers_pattern") or r"[^.]*"
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
-            if found:
-                return int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+            found = self._match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
+            if found:  # the last group: the pattern may have groups of its own
+                return int(found[found.re.groups]) in ([layers] if isinstance(layers, int) else layers)
         return False
 
     def rank(self, module: str) -> int:
         """r of a module."""
-        return int(_by_pattern(self.values.get("rank_pattern"), module, self.values["r"]))
+        return int(self._by_pattern("rank_pattern", module, self.values["r"]))
 
     def alpha(self, module: str) -> float:
         """α of a module."""
-        return float(
-            _by_pattern(self.values.get("alpha_pattern"), module, self.values["lora_alpha"])
-        )
+        return float(self._by_pattern("alpha_pattern", module, self.values["lora_alpha"]))
 
     @property
     def rslora(self) -> bool:
@@ -139,6 +139,22 @@ class PeftConfig:
         rank = self.rank(module)
         return self.alpha(module) / (math.sqrt(rank) if self.rslora else rank)
 
+    def _match(self, pattern: str, module: str, *, whole: bool = False) -> Any:
+        return match_pattern(pattern, module, self.path, whole=whole)
+
+    def _named(self, module: str, names: str | list[str]) -> bool:
+        """A regular expression that fits the whole name, or one of several names that it is or ends with."""
+        if isinstance(names, str):
+            return self._match(names, module, whole=True) is not None
+        return any(module == name or module.endswith(f".{name}") for name in names)
+
+    def _by_pattern(self, key: str, module: str, default: Any) -> Any:
+        """The value of the first pattern that fits the end of the name."""
+        for pattern, value in (self.values.get(key) or {}).items():
+            if self._match(rf"(.*\.)?({pattern})$", module):
+                return value
+        return default
+
 
 def read_peft_config(folder: Path) -> PeftConfig:
     """Read ``adapter_config.json`` and hold every key of it against the table.
@@ -146,20 +162,18 @@ def read_peft_config(folder: Path) -> PeftConfig:
     Raises:
         InputError: no such file, not LoRA, or a key with a value that is refused; names it.
     """
-    path = folder / CONFIG_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+    path, problem = folder / CONFIG_FILE, "not a LoRA configuration"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; not a PEFT adapter folder")
+    values = read_object(path, problem)
+    with guarded(path, problem):
         if values["peft_type"] != "LORA":
-            raise InputError(f"{path}: peft_type = {values['peft_type']!r}: only LORA is supported")
-        rank, _ = int(values["r"]), float(values["lora_alpha"])
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; not a PEFT adapter folder") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: not a LoRA configuration ({type(error).__name__}: {error})"
-        ) from error
-    if rank < 1:
-        raise InputError(f"{path}: r = {rank}: a rank is at least 1")
+            raise InputError(f"{path}: peft_type = {values['peft_type']!r:.80}: only LORA is supported")
+        rank, alpha = int(values["r"]), float(values["lora_alpha"])
+    if not 1 <= rank <= MOST_RANK:
+        raise InputError(f"{path}: r = {rank:.6g}: a rank is from 1 to {MOST_RANK}")
+    if not math.isfinite(alpha):
+        raise InputError(f"{path}: lora_alpha = {alpha}: not finite")
     for key, value in values.items():
         if key not in HANDLED and key not in HARMLESS and not _off(key, value):
             why = REFUSED.get(key, "a key that is not known here")
@@ -202,19 +216,19 @@ def _check_modules(config: PeftConfig) -> None:
 
 
 def _names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) and _regex(name) for name in value)
+    return isinstance(value, list) and len(value) <= MOST_NAMES and all(map(_regex, value))
 
 
 def _regex(value: Any) -> bool:
     try:
-        return isinstance(value, str) and bool(re.compile(value))
-    except re.error:
+        return isinstance(value, str) and len(value) <= MOST_NAMES and bool(re.compile(value))
+    except (re.error, OverflowError, RecursionError):
         return False
 
 
-def _by_name(value: Any, least: float | int) -> bool:
+def _by_name(value: Any, least: float | int, most: float | int) -> bool:
     good = isinstance(value, dict) and _names(list(value))
-    return good and all(isinstance(x, int | float) and x >= least for x in value.values())
+    return good and all(type(x) in (int, float) and least <= x <= most for x in value.values())
 
 
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -226,21 +240,6 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: all(type(n) is int for n in (x if isinstance(x, list) else [x])),
         "a whole number or a list of such",
     ),
-    "rank_pattern": (lambda x: _by_name(x, 1), "ranks of 1 or more by name"),
-    "alpha_pattern": (lambda x: _by_name(x, -math.inf), "numbers by name"),
+    "rank_pattern": (lambda x: _by_name(x, 1, MOST_RANK), "ranks of 1 or more by name"),
+    "alpha_pattern": (lambda x: _by_name(x, -MOST_ALPHA, MOST_ALPHA), "numbers by name"),
 }
-
-
-def _named(module: str, names: str | list[str]) -> bool:
-    """A regular expression that fits the whole name, or one of several names that it is or ends with."""
-    if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in names)
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first pattern that fits the end of the name."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default

@@ -7,6 +7,8 @@ from typing import Any
 
 from panacea_jax.errors import InputError
 
+# No size of a decoder is larger; what is made from sizes before the tensors are seen stays small.
+LARGEST = 2**31 - 1
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -31,7 +33,7 @@ class Reader:
 
     def fail(self, key: str, problem: str) -> InputError:
         """The error to raise about the value of a key."""
-        return InputError(f"{self.where}: {key} = {self.d.get(key)!r}: {problem}")
+        return InputError(f"{self.where}: {key} = {self.d.get(key)!r:.80}: {problem}")
 
     def inner(self, key: str) -> "Reader":
         """The object under a key; an empty one where there is none."""
@@ -44,8 +46,8 @@ class Reader:
         """The same with other values of some keys."""
         return Reader({**self.d, **values}, self.where)
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A positive integer; required where there is no default."""
+    def integer(self, key: str, default: int | None = None, *, most: int = LARGEST) -> int:
+        """A positive integer of at most ``most``; required where there is no default."""
         value = self.d.get(key)
         if value is None:
             if default is None:
@@ -53,6 +55,8 @@ class Reader:
             return default
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self.fail(key, "must be a positive integer")
+        if value > most:
+            raise self.fail(key, f"no model has more than {most}")
         return value
 
     def number(self, key: str, default: float) -> float:
@@ -81,7 +85,7 @@ class Reader:
     def activation(self, key: str, default: str) -> str:
         """An activation by our name for it."""
         name = self.d.get(key) or default
-        if name not in ACTIVATIONS:
+        if not isinstance(name, str) or name not in ACTIVATIONS:
             raise self.fail(key, f"unsupported; one of {', '.join(ACTIVATIONS)}")
         return ACTIVATIONS[name]
 
@@ -92,6 +96,6 @@ class Reader:
             return default
         if not isinstance(types, list) or len(types) != len(default):
             raise self.fail("layer_types", f"must list {len(default)} layers")
-        if not set(types) <= {"full_attention", "sliding_attention"}:
+        if not {str(kind) for kind in types} <= {"full_attention", "sliding_attention"}:
             raise self.fail("layer_types", "knows full_attention and sliding_attention only")
         return types

@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from panacea_jax.errors import InputError
+from panacea_jax.untrusted import MIB, guarded, opened, parse_json
 
 STORED_DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -30,6 +31,8 @@ STORED_DTYPES: dict[str, np.dtype[Any]] = {
 _NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 # What the header of a model says, or else transformers refuses it.
 FORMAT: Mapping[str, str] = {"format": "pt"}
+# Bytes of a header, and axes of a tensor: a hundred bytes a tensor, so of 160,000 of them.
+MOST_HEADER, MOST_AXES = 16 * MIB, 8
 # Bytes that are read at a time: what fits a cache is transposed twice as fast as 4 MiB.
 BYTES_AT_A_TIME = 2**20
 # Tile of a transposed copy: 2.4 times as fast as row by row on a matrix that does not fit the cache.
@@ -46,6 +49,7 @@ class Tensor:
         dtype: element type as the file spells it, e.g. ``"BF16"``.
         shape: as stored.
         start: offset of its first byte in the file.
+        stop: offset behind its last byte.
     """
 
     name: str
@@ -53,6 +57,7 @@ class Tensor:
     dtype: str
     shape: tuple[int, ...]
     start: int
+    stop: int
 
     @property
     def element(self) -> np.dtype[Any]:
@@ -134,38 +139,49 @@ def read_header(file: Path) -> dict[str, Tensor]:
     Raises:
         InputError: missing, damaged or truncated; names the file, and the tensor that is cut off.
     """
-    try:
-        total = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if total < 8 or length > total - 8:
-                raise InputError(f"{file}: truncated or not a safetensors file (header cut off)")
-            header = json.loads(stream.read(length))
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{file}: damaged safetensors header: {error}") from error
+    problem = "damaged safetensors header"
+    with opened(file) as stream:
+        total = os.fstat(stream.fileno()).st_size
+        length = int.from_bytes(stream.read(8), "little")
+        if total < 8 or length > total - 8:
+            raise InputError(f"{file}: truncated or not a safetensors file (header cut off)")
+        if length > MOST_HEADER:
+            raise InputError(f"{file}: {problem}: more than {MOST_HEADER // MIB} MiB")
+        header = parse_json(stream.read(length), file, problem, strict=True)
     if not isinstance(header, dict):
-        raise InputError(f"{file}: damaged safetensors header: not an object")
+        raise InputError(f"{file}: {problem}: not an object")
     header.pop("__metadata__", None)
-    return {name: _tensor(name, file, entry, 8 + length, total) for name, entry in header.items()}
+    found = {name: _tensor(name, file, entry, 8 + length, total) for name, entry in header.items()}
+    end = 0
+    for tensor in sorted(found.values(), key=lambda tensor: (tensor.start, tensor.stop)):
+        if tensor.start < end:
+            raise InputError(f"{file}: tensor {tensor.name}: shares bytes with another")
+        end = tensor.stop
+    return found
 
 
 def _tensor(name: str, file: Path, entry: Any, data: int, total: int) -> Tensor:
     """One header entry, checked against the file's size."""
-    try:
-        shape = tuple(int(n) for n in entry["shape"])
-        begin, end = (int(n) for n in entry["data_offsets"])
+    with guarded(f"{file}: tensor {name}", "damaged header entry"):
+        shape = tuple(_count(n) for n in entry["shape"])
+        begin, end = (_count(n) for n in entry["data_offsets"])
         dtype = str(entry["dtype"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{file}: tensor {name}: damaged header entry") from error
+        if len(shape) > MOST_AXES:
+            raise ValueError(f"{len(shape)} axes")
     if data + end > total:
         missing = data + end - total
         raise InputError(f"{file}: truncated: tensor {name} lacks {missing} bytes")
     size = math.prod(shape) * STORED_DTYPES[dtype].itemsize if dtype in STORED_DTYPES else None
-    if not 0 <= begin <= end or min(shape, default=0) < 0 or size not in (None, end - begin):
+    if begin > end or size not in (None, end - begin):
         raise InputError(f"{file}: tensor {name}: {end - begin} bytes do not hold shape {shape}")
-    return Tensor(name, file, dtype, shape, data + begin)
+    return Tensor(name, file, dtype, shape, data + begin, data + end)
+
+
+def _count(value: Any) -> int:
+    """A number of a header: whole, not negative, and of 64 bits."""
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{value!r:.40} is no count")
+    return value
 
 
 class Entry(NamedTuple):

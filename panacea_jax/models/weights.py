@@ -28,6 +28,7 @@ from panacea_jax.models.adapter import Adapter, merged
 from panacea_jax.models.names import HARMLESS, VISION, alone, to_hf, to_ours
 from panacea_jax.models.quantise import whole
 from panacea_jax.parallel import processes
+from panacea_jax.untrusted import guarded, read_object
 
 Shapes = Mapping[str, tuple[int, ...]]
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -122,14 +123,12 @@ def find_tensors(folder: Path) -> dict[str, tensorfile.Tensor]:
                 f"convert them to safetensors"
             )
         raise InputError(f"{folder}: neither {_SINGLE} nor {_INDEX} is there")
-    try:
-        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-        items = [(str(name), str(file)) for name, file in weight_map.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index}: damaged index of shards: {error!r}") from error
+    content = read_object(index, "damaged index of shards", strict=True)
+    with guarded(index, "damaged index of shards"):
+        items = [(str(name), str(file)) for name, file in content["weight_map"].items()]
     found: dict[str, tensorfile.Tensor] = {}
     for file in sorted({file for _, file in items}):
-        if PurePath(file).name != file:
+        if PurePath(file).name != file or file in ("", "..") or "\0" in file:
             raise InputError(f"{index}: shard {file!r} is not a file of this folder")
         if not (folder / file).is_file():
             raise InputError(f"{folder / file}: missing; {_INDEX} lists it")

@@ -13,7 +13,6 @@ but "uniform" is the same radii in another order, drawn from a seed.
 """
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import numpy as np
 from jaxtyping import Float
 
 from panacea_jax.errors import InputError
+from panacea_jax.untrusted import read_json_value
 
 KEY, FILE_KEY, SEED_KEY = (f"config.defence.{k}" for k in ("rho_per_layer", "layer_file", "layer_seed"))  # fmt: skip
 RULES = "uniform, proportional, inverse, top:k, a file, or one value a layer"
@@ -145,13 +145,11 @@ def _numbers(file: str, key: str) -> Float[np.ndarray, "_"]:
         InputError: it cannot be read, or holds something else.
     """
     what = f"{key} = {file}"
+    rules = f"; there is {RULES}" if key == KEY and not Path(file).is_file() else ""
     try:
-        found = json.loads(Path(file).read_text("utf-8"))
-    except OSError as error:
-        rules = f"; there is {RULES}" if key == KEY else ""
-        raise InputError(f"{what}: {error.strerror}{rules}") from error
-    except ValueError as error:
-        raise InputError(f"{what}: not JSON ({error})") from error
+        found = read_json_value(Path(file), "not JSON")
+    except InputError as error:
+        raise InputError(f"{key} = {error}{rules}") from error
     kinds = [found] if isinstance(found, dict) else found
     try:
         if isinstance(kinds[0], dict):
@@ -170,7 +168,7 @@ def _weights(values: Any, what: str) -> Float[np.ndarray, "_"]:
     """
     try:
         found = np.asarray([float(x) for x in values])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = np.zeros(0)
     if not (found.size and np.isfinite(found).all() and (found >= 0).all() and found.any()):
         raise InputError(f"{what}: finite numbers, 0 or more and not all of them 0")

@@ -20,6 +20,7 @@ from typing import Any
 from panacea_jax.data import files
 from panacea_jax.data.categories import normalise
 from panacea_jax.data.columns import AG_NEWS_LABELS, SST2_LABELS, read_label
+from panacea_jax.data.fields import named, names_beyond
 from panacea_jax.data.sources import (
     BY_COLUMNS,
     Layout,
@@ -206,9 +207,7 @@ def _line(
     if prompts:
         known = _find(prompt, given, i, prompts)
         if known is None:
-            raise InputError(
-                f"{place}: its prompt is not in config.eval.tasks' {task}: {prompt[:60]!r}"
-            )
+            raise InputError(f"{place}: its prompt is not in config.eval.tasks' {task}", record=prompt)
         extra = known.extra | extra
         record = Record(known.instruction, known.input, "", known.reference, extra)
     elif find_task(task).role == "accuracy" and not record.reference:
@@ -245,8 +244,8 @@ def _column(place: str, row: Mapping[str, Any], names: tuple[str, str]) -> str:
     if null:
         raise InputError(f"{place}: field {null!r} is null; an empty text is written \"\"")
     raise InputError(
-        f"{place}: found {', '.join(map(str, row)) or 'nothing'}; needed are "
-        f"{' or '.join(PROMPTS)} (perhaps with input), and {' or '.join(ANSWERS)}"
+        f"{place}: found {named(row)}; needed are {' or '.join(PROMPTS)} (perhaps with input), and {' or '.join(ANSWERS)}",
+        record=names_beyond(row),
     )
 
 

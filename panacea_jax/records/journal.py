@@ -4,7 +4,6 @@ Texts end in another order than their prompts have. An answer whose turn has not
 disk, so that a kill loses only what was being decoded; it moves into the file when all before it are there.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, BinaryIO
 from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
 from panacea_jax.records.jsonl import Writer, encode_line, resume
+from panacea_jax.untrusted import guarded, parse_json
 
 
 class Answers:
@@ -72,13 +72,15 @@ def _read(path: Path, prompts: Sequence[str]) -> tuple[dict[int, dict[str, Any]]
     size = 0
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     for number, line in enumerate(lines, start=1):
+        place = f"{path}:{number}"
         try:
-            entry = json.loads(line.decode("utf-8"))
-            i, answer = int(entry["index"]), dict(entry["line"])
-        except (ValueError, KeyError, TypeError) as error:
+            entry = parse_json(line, place, "damaged line")
+            with guarded(place, "damaged line"):
+                i, answer = int(entry["index"]), dict(entry["line"])
+        except InputError:
             if number == len(lines):
                 break  # torn by a kill
-            raise InputError(f"{path}:{number}: damaged line ({type(error).__name__})") from error
+            raise
         if not line.endswith(b"\n"):
             break
         if not 0 <= i < len(prompts) or answer.get("prompt") != prompts[i]:

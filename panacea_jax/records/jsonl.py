@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from panacea_jax.errors import InputError
+from panacea_jax.untrusted import opened, parse_json
 from panacea_jax.workdir import lock
 
 Line = dict[str, Any]
@@ -27,22 +28,20 @@ def encode_line(record: Mapping[str, Any]) -> bytes:
 
 def _scan(path: Path) -> tuple[list[Line], bytes]:
     """The whole records, and the torn tail that follows them."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    with opened(path) as stream:
+        data = stream.read()
     lines = data.split(b"\n")
     records: list[Line] = []
     size = 0
     for number, line in enumerate(lines[:-1], start=1):
         try:
-            record = json.loads(line.decode("utf-8"))
-        except ValueError as error:
+            record = parse_json(line, f"{path}:{number}", "damaged line")
+        except InputError:
             # The last line may be garbage even with its newline (a power cut mid-write); an earlier
             # one may not.
             if number == len(lines) - 1 and not lines[-1]:
                 break
-            raise InputError(f"{path}:{number}: damaged line ({type(error).__name__})") from error
+            raise
         if not isinstance(record, dict):
             raise InputError(f"{path}:{number}: expected a JSON object")
         records.append(record)
@@ -83,8 +82,8 @@ def _is_torn_record(tail: bytes, prompts: Sequence[str], key: str) -> bool:
     or blocks never written."""
     text = tail.strip(b"\0\n")
     try:
-        record = json.loads(text.decode("utf-8"))
-    except ValueError:
+        record = parse_json(text, "the last line")
+    except InputError:
         return not text or text.startswith(b"{")
     return isinstance(record, dict) and bool(prompts) and record.get(key) == prompts[0]
 

@@ -5,8 +5,9 @@ from typing import Any
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.scores import Json
 from panacea_jax.reporting.charts import line_chart
-from panacea_jax.reporting.outcomes import TITLES, Found, figures_of, read_json
+from panacea_jax.reporting.outcomes import TITLES, Found, figures_of
 from panacea_jax.reporting.parts import Chart, Section
+from panacea_jax.untrusted import read_object
 
 CURVE = "curve.json"
 FIGURES = ("hs", "fa", "benign")
@@ -17,7 +18,7 @@ def epochs_section(found: Found) -> Section | None:
     values: dict[str, list[dict[str, Any]]] = {figure: [] for figure in FIGURES}
     for run in found.runs:
         path = run.folder / CURVE
-        for point in _points(read_json(path), str(path)) if path.is_file() else ():
+        for point in _points(read_object(path, strict=True), str(path)) if path.is_file() else ():
             figures = figures_of({"sets": {}, **point}, path)
             for figure in (name for name in FIGURES if name in figures):
                 mean, low, high = figures[figure]

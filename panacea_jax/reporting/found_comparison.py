@@ -7,7 +7,8 @@ from panacea_jax.config.variation import written
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.scores import Json
 from panacea_jax.reporting.commands import GENERATIONS, command_of
-from panacea_jax.reporting.outcomes import HEADLINES, Estimate, Found, Outcome, Trained, read_json
+from panacea_jax.reporting.outcomes import HEADLINES, Estimate, Found, Outcome, Trained
+from panacea_jax.untrusted import read_object
 
 COMPARISON = "compare.json"
 
@@ -19,8 +20,12 @@ def read_comparison(folder: Path) -> Found:
         InputError: compare.json is damaged, or not one of ours.
     """
     path = folder / COMPARISON
-    result = read_json(path)
-    cells = [(read_json(note), note.parent) for where in ("aligned/*", "cells/*/*") for note in sorted(folder.glob(f"{where}/cell.json"))]
+    result = read_object(path, strict=True)
+    cells = [
+        (read_object(note, strict=True), note.parent)
+        for where in ("aligned/*", "cells/*/*")
+        for note in sorted(folder.glob(f"{where}/cell.json"))
+    ]
     settings = {written(tuple(cell["setting"].items())): cell["setting"] for cell, _ in cells if "setting" in cell}
     table = folder / "compare.md"
     try:

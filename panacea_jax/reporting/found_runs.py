@@ -7,8 +7,9 @@ from panacea_jax.config.methods import method_defaults
 from panacea_jax.defences.protocol import STAGES
 from panacea_jax.defences.spec import Part
 from panacea_jax.evaluate.scores import Json
-from panacea_jax.reporting.outcomes import Estimate, Found, Outcome, Trained, figures_of, read_json
+from panacea_jax.reporting.outcomes import Estimate, Found, Outcome, Trained, figures_of
 from panacea_jax.train.metrics import seconds_of_steps
+from panacea_jax.untrusted import read_object
 from panacea_jax.workdir import MANIFEST
 
 SCORES = "scores.json"
@@ -47,7 +48,7 @@ def read_runs(folder: Path, workdirs: Sequence[Path]) -> Found:
         seeds = [m["config"]["seed"] for m in manifests.values() if "seed" in m["config"]]
         runs.append(run._replace(seed=seeds[0] if seeds else None))
         if path.is_file():
-            scores = read_json(path)
+            scores = read_object(path, strict=True)
             outcomes.append(_of_run(name, manifests, stages, figures_of(scores, path)))
             scored[name] = path
             notes.append(f"Judge {scores['judge']['name']}, version {scores['judge']['version']}. {READING}")

@@ -8,7 +8,8 @@ from panacea_jax.defences.spec import Part
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.scores import Json
 from panacea_jax.reporting.found_runs import READING, stages_of
-from panacea_jax.reporting.outcomes import Estimate, Found, Outcome, Trained, read_json
+from panacea_jax.reporting.outcomes import Estimate, Found, Outcome, Trained
+from panacea_jax.untrusted import read_object
 
 SWEEP = "sweep.json"
 _POISON = "data.poison_ratio"
@@ -23,7 +24,7 @@ def read_sweep(folder: Path) -> Found:
         InputError: sweep.json is damaged, or not one of ours.
     """
     path = folder / SWEEP
-    result = read_json(path)
+    result = read_object(path, strict=True)
     outcomes, runs, failing = [], [], []
     try:
         rows = [(row, _runs_of(row, folder)) for row in result["rows"]]

@@ -9,7 +9,8 @@ from panacea_jax.evaluate.compare import require_comparable
 from panacea_jax.reporting.found_comparison import COMPARISON, read_comparison
 from panacea_jax.reporting.found_runs import SCORES, is_run, read_runs
 from panacea_jax.reporting.found_sweep import SWEEP, read_sweep
-from panacea_jax.reporting.outcomes import Found, read_json
+from panacea_jax.reporting.outcomes import Found
+from panacea_jax.untrusted import read_object
 from panacea_jax.workdir import MANIFEST
 
 
@@ -74,7 +75,7 @@ def _unlike(scores: Mapping[str, Path]) -> list[str]:
     """A line where scores stand side by side that were not measured alike."""
     try:
         if len(scores) > 1:
-            require_comparable({name: read_json(path) for name, path in scores.items()})
+            require_comparable({name: read_object(path, strict=True) for name, path in scores.items()})
     except InputError as error:
         return [f"NOT TO BE COMPARED: {error}"]
     return []

@@ -11,9 +11,10 @@ from panacea_jax.healing.curve import COLUMNS, LOSSES, from_json
 from panacea_jax.healing.radius import ChosenRadius
 from panacea_jax.healing.table import HEADS, cells, rows_from_json
 from panacea_jax.reporting.charts import line_chart
-from panacea_jax.reporting.outcomes import Estimate, Found, Outcome, read_json
+from panacea_jax.reporting.outcomes import Estimate, Found, Outcome
 from panacea_jax.reporting.parts import Chart, Section, Table, numbered
 from panacea_jax.reporting.scores import tradeoff_section
+from panacea_jax.untrusted import read_object
 
 RADIUS, HEALED = "radius.json", "heal.json"
 CURVES = 12
@@ -61,7 +62,7 @@ def _read(path: Path, made: Any) -> Any:
         InputError: it is none of ours.
     """
     try:
-        return made(read_json(path))
+        return made(read_object(path, strict=True))
     except (LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not ours ({type(error).__name__})") from error
 

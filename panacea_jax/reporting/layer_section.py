@@ -13,8 +13,9 @@ from panacea_jax.analysis.layer_comparison import (
 from panacea_jax.analysis.layers import Coefficients, layer_coefficients
 from panacea_jax.export import load_epsilon
 from panacea_jax.reporting.charts import bar_chart, line_chart
-from panacea_jax.reporting.outcomes import Found, Trained, read_json_value
+from panacea_jax.reporting.outcomes import Found, Trained
 from panacea_jax.reporting.parts import Chart, Section, Table
+from panacea_jax.untrusted import read_json_value
 
 KINDS = {"last": "ε of the last step", "mean": "running mean of ε"}
 LINES = 24
@@ -48,7 +49,7 @@ def _coefficients(run: Trained) -> dict[str, Coefficients]:
     """By the kind of their ε, from layers.json or else from the exported ε."""
     path = run.folder / "layers.json"
     if path.is_file():
-        content = read_json_value(path)
+        content = read_json_value(path, strict=True)
         return {each["epsilon"]: each for each in (content if isinstance(content, list) else [content])}
     stage = run.stages.get("finetune", run.folder)
     files = {"last": stage / "epsilon.safetensors", "mean": stage / "epsilon_mean.safetensors"}

@@ -1,7 +1,6 @@
 """What a report is about: the outcomes of methods and the runs behind them, whatever kind of folder they were found in."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,31 +153,3 @@ def figures_of(scores: Json, where: Path) -> dict[str, Estimate]:
     except (LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{where}: not a scores.json of ours ({type(error).__name__})") from error
     return {name: found[name] for name in TITLES if name in found}
-
-
-def read_json(path: Path) -> Json:
-    """The object that a file holds.
-
-    Raises:
-        InputError: it cannot be read, or holds something else.
-    """
-    content = read_json_value(path)
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: must hold an object")
-    return content
-
-
-def read_json_value(path: Path) -> Any:
-    """What a file of JSON holds.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    try:
-        return json.loads(path.read_text("utf-8"), parse_constant=_refuse)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({type(error).__name__})") from error
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number")

@@ -12,8 +12,9 @@ from typing import Any
 from panacea_jax.data.sources import parse_source
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.scores import Json
-from panacea_jax.reporting.outcomes import Found, Outcome, read_json
+from panacea_jax.reporting.outcomes import Found, Outcome
 from panacea_jax.reporting.parts import Section, Table
+from panacea_jax.untrusted import read_object
 
 _Conditions = tuple[str, str, float]
 
@@ -22,7 +23,7 @@ def published_section(found: Found) -> Section | None:
     """The published tables that ours can stand beside; a line where there is none."""
     if not found.outcomes:
         return None
-    held = read_json(Path(__file__).with_name("published.json"))
+    held = read_object(Path(__file__).with_name("published.json"))
     configs = [manifest["config"] for run in found.runs for manifest in run.manifests().values()]
     ours = {conditions: config for config in configs if (conditions := _conditions(config))}
     tables = []

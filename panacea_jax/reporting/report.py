@@ -29,13 +29,14 @@ SECTIONS = (
 PAGE = "index.html"
 
 
-def write_report(workdir: Path, against: Sequence[Path] = (), out: Path | None = None) -> Path:
+def write_report(workdir: Path, against: Sequence[Path] = (), out: Path | None = None, *, show_records: bool = False) -> Path:
     """Write ``index.html``, ``report.md`` with its ``figures/``, ``report.csv`` and ``report.parquet``; returns the page.
 
     Args:
         workdir: of a comparison, a sweep, a run, or a folder of runs.
         against: further ones to set beside it.
         out: where to; by default ``WORKDIR/report``. An earlier report there is replaced.
+        show_records: with the first answers of every set; else the report holds no text of a record.
 
     Raises:
         InputError: nothing to report, a damaged file, a place that cannot be written or holds something else, or vl-convert-python is
@@ -43,7 +44,8 @@ def write_report(workdir: Path, against: Sequence[Path] = (), out: Path | None =
     """
     _refuse_foreign(out or workdir / "report")
     found = gather(workdir, against)
-    sections = [harmless(section) for make in SECTIONS if (section := make(found))]
+    chosen = [make for make in SECTIONS if show_records or make is not answers_section]
+    sections = [harmless(section) for make in chosen if (section := make(found))]
     title = shown(f"Report: {', '.join(path.resolve().name for path in (workdir, *against))}")
     made = f"{datetime.date.today().isoformat()} by panacea_jax {versions()['panacea_jax']}"
     subtitle = f"{len(found.outcomes)} outcomes of {len(found.runs)} runs. Made {made}."

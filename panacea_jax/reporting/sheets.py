@@ -1,13 +1,12 @@
 """The outcomes as rows, and these as CSV and Parquet."""
 
-import csv
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from panacea_jax.evaluate.agreement import sheet_cell
 from panacea_jax.reporting.harmless import shown
 from panacea_jax.reporting.outcomes import TITLES, Found
+from panacea_jax.spreadsheet import as_csv_text
 
 
 def outcome_rows(found: Found) -> list[dict[str, Any]]:
@@ -28,12 +27,8 @@ def outcome_rows(found: Found) -> list[dict[str, Any]]:
 
 
 def as_sheet(rows: Sequence[Mapping[str, Any]]) -> str:
-    """CSV; text that a spreadsheet would take for a formula has an apostrophe in front."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([sheet_cell(head) for head in rows[0]] if rows else [])
-    writer.writerows([sheet_cell(value) for value in row.values()] for row in rows)
-    return out.getvalue()
+    """CSV, the heads first."""
+    return as_csv_text([rows[0] if rows else (), *(row.values() for row in rows)])
 
 
 def as_parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:

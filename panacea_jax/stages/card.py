@@ -4,7 +4,6 @@ It is written with the weights and left alone from then on, because people fill 
 stands between the two marks of the scores is renewed, when those weights' answers are judged.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from panacea_jax.errors import InputError
 from panacea_jax.export import WITHOUT_EPSILON
 from panacea_jax.models.peft_config import CONFIG_FILE
 from panacea_jax.stages import lineage
+from panacea_jax.untrusted import read_object
 from panacea_jax.workdir import MANIFEST, read_manifest, sha256_model, versions, write_text
 
 CARD = "README.md"
@@ -70,7 +70,7 @@ def _kind(folder: Path) -> tuple[str, str]:
     """What a folder holds, "… of" or "… for", and the library that loads it."""
     if not (folder / CONFIG_FILE).is_file():
         return "All weights of", "transformers"
-    lora = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
+    lora = read_object(folder / CONFIG_FILE)
     targets = lora["target_modules"]
     where = f"`{targets}`" if isinstance(targets, str) else ", ".join(targets)
     return f"A LoRA adapter (r {lora['r']}, α {lora['lora_alpha']}, on {where}) for", "peft"

@@ -4,9 +4,7 @@ Of each checkpoint what its own end would have left is exported (Panacea: w + ε
 as any other.
 """
 
-import csv
 import functools
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ from panacea_jax.defences.ascent import AUTO
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.scores import HEADLINES
 from panacea_jax.parallel import processes
+from panacea_jax.spreadsheet import as_csv_text
 from panacea_jax.stages.generate import generate_stage
 from panacea_jax.stages.judge import judge_stage
 from panacea_jax.stages.lineage import Start
@@ -135,8 +134,6 @@ def _scores(place: Path) -> dict[str, Any]:
 
 def _as_csv(points: Sequence[dict[str, Any]]) -> str:
     """A line a point; of FA a column a set."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
     flat = [
         {
             f"{name}_{key}" if key else name: value
@@ -146,6 +143,4 @@ def _as_csv(points: Sequence[dict[str, Any]]) -> str:
         }
         for point in points
     ]
-    writer.writerow(flat[0])
-    writer.writerows(line.values() for line in flat)
-    return out.getvalue()
+    return as_csv_text([flat[0], *(line.values() for line in flat)])

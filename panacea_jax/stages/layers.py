@@ -1,6 +1,5 @@
 """The command ``layers``: layer safety coefficients of a run, a checkpoint or an exported ε; of several of them, one comparison."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from panacea_jax.errors import InputError
 from panacea_jax.export import load_epsilon
 from panacea_jax.parallel import processes
 from panacea_jax.train.checkpoints import newest_checkpoint, read_checkpoint
+from panacea_jax.untrusted import guarded, read_json_value
 from panacea_jax.workdir import MANIFEST, read_manifest
 
 
@@ -143,11 +143,9 @@ def read_probe(path: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: it is none.
     """
-    try:
-        results: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    results: list[dict[str, Any]] = read_json_value(path, "not a probe of ours")
+    with guarded(path, "not a probe of ours"):
         results[0]["epsilon"], results[-1]["probe"]["base"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path}: not a probe of ours ({type(error).__name__})") from error
     return results
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
+from panacea_jax.untrusted import guarded, read_object
 from panacea_jax.workdir import MANIFEST, read_manifest, write_bytes, write_json
 
 SUMMARY = "summary.json"
@@ -129,11 +129,10 @@ def _bytes(path: Path) -> bytes | None:
 def _read(path: Path) -> dict[str, Phase]:
     if not path.is_file():
         return {}
-    try:
-        found = json.loads(path.read_text("utf-8"))["phases"]
-        return {name: Phase(**phase) for name, phase in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a summary of ours ({type(error).__name__}); move it away") from error
+    problem = "not a summary of ours; move it away"
+    found = read_object(path, problem)
+    with guarded(path, problem):
+        return {name: Phase(**phase) for name, phase in found["phases"].items()}
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """The command ``push``: an exported adapter with its tokenizer and its card into a repository of the Hugging Face hub."""
 
-import json
 import os
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from panacea_jax.models.peft import WEIGHTS_FILE, read_notes
 from panacea_jax.models.peft_config import CONFIG_FILE
 from panacea_jax.progress import say
 from panacea_jax.stages.card import CARD, LICENCE
+from panacea_jax.untrusted import read_object
 
 TOKEN = "HF_TOKEN"
 # Nothing else of the folder leaves this machine.
@@ -68,6 +68,6 @@ def _look_at(adapter: Path) -> None:
     said = card.read_text("utf-8").splitlines() if card.is_file() else []
     if not any(line.startswith(LICENCE) for line in said):
         say(f"{card}: says no licence; fill in its line `{LICENCE}`")
-    base = json.loads((adapter / CONFIG_FILE).read_text("utf-8")).get("base_model_name_or_path") or ""
+    base = str(read_object(adapter / CONFIG_FILE).get("base_model_name_or_path") or "")
     if not is_hub_id(base) or Path(base).is_dir():
         say(f"{adapter / CONFIG_FILE}: names the base by a folder of this machine ({base}); others have to name the base themselves")

@@ -96,12 +96,15 @@ def run_stages(
     profile: Profile | None = None,
     shared: Shared | None = None,
     quiet: bool = False,
+    *,
+    show_records: bool = False,
 ) -> Path:
     """align (if ``config.align.defence.name``) → finetune → heal (if a method is named, or several are) → generate and judge (if there are
     tasks) → perplexity (if ``config.eval.perplexity``) → layers (if the defence has an ε).
 
-    Fine-tuning goes on from what alignment left. Ends with what came out, in ``WORKDIR/summary.json`` and, unless ``quiet``, printed.
-    Returns the work directory. Runs that share ``shared`` compile a step once.
+    Fine-tuning goes on from what alignment left. Ends with what came out, in ``WORKDIR/summary.json`` and, unless ``quiet``, printed;
+    with the first answers of each set where ``show_records`` asks for texts of records.
+    Returns the work directory. Runs that are handed one ``shared`` compile a step once.
 
     Raises:
         InputError, Preempted, Diverged: as the stages do.
@@ -141,7 +144,7 @@ def run_stages(
         with phases("layers"):
             layers_stage([workdir])
     if processes.first():
-        summary = write_summary(main, workdir, phases)
+        summary = write_summary(main, workdir, phases, show_records=show_records)
         if not quiet:
             show_summary(summary)
     return workdir

@@ -4,7 +4,6 @@ Recomputes scores.json, shows how far judges agree, brings in answers made elsew
 methods side by side.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from panacea_jax.progress import table_console
 from panacea_jax.records.elsewhere import bring_in
 from panacea_jax.records.judged import Judged, load_judged
 from panacea_jax.stages.judge import judge_stage
+from panacea_jax.untrusted import read_object
 from panacea_jax.workdir import write_json, write_text
 
 
@@ -85,8 +85,8 @@ def _judge_elsewhere(config: ConfigDict, workdir: Path, generations: str, templa
 def _write_scores(workdir: Path, results: Mapping[str, Json], preferred: str) -> Path:
     path = workdir / "scores.json"
     try:
-        before = json.loads(path.read_text("utf-8"))["judge"]["name"]
-    except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged: it is written anew
+        before = read_object(path)["judge"]["name"]
+    except (InputError, KeyError, TypeError):  # none yet, or damaged: it is written anew
         before = preferred
     for name, result in results.items():
         write_json(workdir / f"scores.{name}.json", result)

@@ -1,4 +1,4 @@
-"""What came out of a run: scores, a few answers, warnings, time by phase, and where things lie; printed, and as ``summary.json``."""
+"""What came out of a run: scores, a few answers if asked for, warnings, time, and where things lie; printed, and ``summary.json``."""
 
 import datetime
 import json
@@ -40,13 +40,14 @@ FILES = {
 }
 
 
-def write_summary(config: ConfigDict, workdir: Path, phases: Phases) -> dict[str, Any]:
+def write_summary(config: ConfigDict, workdir: Path, phases: Phases, *, show_records: bool = False) -> dict[str, Any]:
     """Write ``WORKDIR/summary.json`` and return its content.
 
     Args:
         config: as fine-tuning sees it.
         workdir: of a run that is at its end.
         phases: that it passed.
+        show_records: the first answers of each set are part of it.
     """
     left = lineage.newest(workdir)
     assert left is not None
@@ -70,7 +71,7 @@ def write_summary(config: ConfigDict, workdir: Path, phases: Phases) -> dict[str
         found |= {
             "scores": scores,
             "answered_by": lineage.answered_by(read_manifest(workdir / "generations")),
-            "answers": dict(_answers(load_judged(workdir)[scores["judge"]["name"]])),
+            "answers": dict(_answers(load_judged(workdir)[scores["judge"]["name"]])) if show_records else {},
         }
     files = {str(found["deployed"]): _what_is_deployed(left, found["epsilon"])} | FILES
     found["files"] = {name: what for name, what in files.items() if name == SUMMARY or (workdir / name).exists()}

@@ -1,7 +1,6 @@
 """The command ``verify``: whether a model that was judged keeps its bounds, for people and for the pipelines that deploy it."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from panacea_jax.evaluate.gate import MET, NOT_MEASURED, Finding, Gate, hold, pa
 from panacea_jax.evaluate.scores import Judged
 from panacea_jax.records.judged import load_judged
 from panacea_jax.terminal import safe_text
+from panacea_jax.untrusted import guarded, read_json_value, read_object
 from panacea_jax.workdir import MANIFEST, plain, read_manifest, write_json
 
 
@@ -67,30 +67,19 @@ def _read_gate(config: ConfigDict, file: Path | None) -> Gate:
     if config.gate.bounds:
         raise InputError(f"--gate={file}: config.gate.bounds is set too; give one of them")
     try:
-        content = json.loads(file.read_text("utf-8"), object_pairs_hook=_once)
-    except OSError as error:
-        raise InputError(f"--gate={file}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise InputError(f"--gate={file}: not JSON ({error})") from error
+        content = read_json_value(file, "not JSON", strict=True)
+    except InputError as error:
+        raise InputError(f"--gate={error}") from error
     return parse_gate(content, f"--gate={file}")
-
-
-def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """An object in which no key is there twice, of which JSON would take the last."""
-    names = [name for name, _ in pairs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"key {twice[0]!r} is there twice")
-    return dict(pairs)
 
 
 def _judge_of_scores(workdir: Path) -> str:
     path = workdir / "scores.json"
     try:
-        return str(json.loads(path.read_text("utf-8"))["judge"]["name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: no scores of ours ({type(error).__name__}); run `panacea judge` or `panacea score`, or name a judge in the gate"
-        ) from error
+        with guarded(path, "no scores of ours"):
+            return str(read_object(path, "no scores of ours")["judge"]["name"])
+    except InputError as error:
+        raise InputError(f"{error}; run `panacea judge` or `panacea score`, or name a judge in the gate") from error
 
 
 def _judged(workdir: Path, judge: str) -> Judged:

@@ -1,7 +1,5 @@
 """What a sweep found: a row a setting, means over seeds where these are an axis, the best, and those that no other beats."""
 
-import csv
-import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,6 +17,7 @@ from panacea_jax.defences.protocol import STAGES
 from panacea_jax.evaluate.front import undominated
 from panacea_jax.evaluate.intervals import bootstrap_mean
 from panacea_jax.progress import table_console
+from panacea_jax.spreadsheet import as_csv_text
 from panacea_jax.stages.curve import CURVE
 from panacea_jax.sweep.plan import FINISHED, Run, status_of
 from panacea_jax.workdir import MANIFEST, read_manifest
@@ -121,19 +120,17 @@ def _over_seeds(name: str, told: Mapping[str, _Json]) -> _Json:
 
 def rows_as_csv(rows: Sequence[_Json]) -> str:
     """A line a row, numbers unrounded; an empty cell is not known."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
     axes = list(rows[0]["setting"])
     parts = ("mean", "low", "high")
     figures = [f"{name}_{part}" for name in FIGURES for part in parts]
-    writer.writerow([*axes, "status", *figures, *COSTS, "best", "front", "folders", "error"])
+    lines = [[*axes, "status", *figures, *COSTS, "best", "front", "folders", "error"]]
     for row in rows:
         found = [row.get("figures", {}).get(name) for name in FIGURES]
         numbers = [x for f in found for x in ([f["mean"], *f["ci95"]] if f else [""] * len(parts))]
         costs = [row.get(name) for name in COSTS]
         marks = [row.get("best"), row.get("front"), " ".join(row["folders"].values()), row.get("error")]
-        writer.writerow([*row["setting"].values(), row["status"], *numbers, *costs, *marks])
-    return out.getvalue()
+        lines.append([*row["setting"].values(), row["status"], *numbers, *costs, *marks])
+    return as_csv_text(lines)
 
 
 def _text(value: Any) -> str:

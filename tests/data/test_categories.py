@@ -51,7 +51,7 @@ def test_forms(value: object, expected: list[str]) -> None:
 
 @pytest.mark.parametrize("value", [3, {"self_harm": "yes"}, ["self_harm", 1], "{'self_harm'", {1}])
 def test_other_forms_are_refused(value: object) -> None:
-    with pytest.raises(InputError, match="field 'category' is "):
+    with pytest.raises(InputError, match="field 'category': .*(text|names)"):
         normalise(value)
 
 
@@ -72,7 +72,7 @@ def test_the_same_records_from_json_and_csv(tmp_path: Path) -> None:
 def test_a_bad_category_names_its_record(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"prompt": "mend it", "category": 3}) + "\n")
-    with pytest.raises(InputError, match=r"a\.jsonl:1: record 1: field 'category' is 3: expected"):
+    with pytest.raises(InputError, match=r"a\.jsonl:1: record 1: field 'category': expected names"):
         load_records(f"beavertails@{path}", KEY)
 
 
@@ -167,5 +167,5 @@ def test_records_without_a_category_are_taken_by_neither(tmp_path: Path) -> None
     with pytest.raises(InputError, match="not-self_harm leaves no record"):
         load_records(f"beavertails:not=self_harm@{path}", KEY)
     path.write_text(json.dumps(rows[0]) + "\n")
-    with pytest.raises(InputError, match="no record of category .self_harm.; it has none"):
+    with pytest.raises(InputError, match="no record of category .self_harm.; it has nothing"):
         load_records(f"beavertails:only=self_harm@{path}", KEY)

@@ -88,7 +88,7 @@ def test_training_on_prompts_alone_is_refused(tmp_path: Path):
 def test_errors_name_key_file_line_and_field(tmp_path: Path):
     path = write(tmp_path / "a.jsonl", {"instruction": "a", "output": "b"}, {"instruction": "a"})
     refused(f"pairs@{path}", f"{path}:2: record 2: no field 'output'", "it has: instruction")
-    refused(f"pairs@{write(path, [1, 2])}", f"{path}:1", "expected an object", "[1, 2]")
+    refused(f"pairs@{write(path, [1, 2])}", f"{path}:1", "expected an object", "not list (text ")
     refused(f"pairs@{write(path, 'text')}", f"{path}:1", "expected an object")
     refused(f"pairs@{write(path)}", f"{path}: holds no records")
     path.write_text("\n  \n\n")

@@ -27,14 +27,14 @@ def compared(tmp_path_factory):
     """The page of a comparison whose folder is hostile too; the sources are gone when it is opened."""
     root = tmp_path_factory.mktemp("report") / "<img src=x onerror=alert(9)>"
     out = tmp_path_factory.mktemp("page")
-    page = write_report(write_compared(root), out=out / "sent")
+    page = write_report(write_compared(root), out=out / "sent", show_records=True)
     shutil.rmtree(root)
     return page
 
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    return write_report(write_swept(tmp_path_factory.mktemp("sweep")))
+    return write_report(write_swept(tmp_path_factory.mktemp("sweep")), show_records=True)
 
 
 def test_every_picture_is_drawn_and_nothing_is_asked_for(browser, compared):
@@ -127,7 +127,7 @@ def test_names_that_are_markup_do_nothing_in_pictures(browser, tmp_path):
     write_run(tmp_path / name, 3, 4)
     write_run(tmp_path / "other", 6, 4)
     browser.complaints.clear()
-    browser.open(write_report(tmp_path))
+    browser.open(write_report(tmp_path, show_records=True))
     place = browser.value("""(() => {
       const point = document.querySelector('[data-chart=hs] .mark-symbol.role-mark path'); point.scrollIntoView({block: 'center'});
       const at = point.getBoundingClientRect(); return [at.x + at.width / 2, at.y + at.height / 2]; })()""")

@@ -50,7 +50,7 @@ def summarise(workdir, capsys, **changes):
     phases.passed["finetune"].warnings.update({"twice \x1b[1m": 2, "both": 1})
     phases.passed["generate"].warnings.update({"both": 1})
     capsys.readouterr()
-    show_summary(write_summary(config, workdir, phases))
+    show_summary(write_summary(config, workdir, phases, show_records=True))
     return json.loads((workdir / "summary.json").read_text()), capsys.readouterr().out
 
 

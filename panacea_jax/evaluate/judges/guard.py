@@ -179,7 +179,8 @@ class Guard(ModelJudge):
             if not ids:
                 raise InputError(
                     f"config.judge.path: the guard reads {self._model.limit} tokens at most, and a "
-                    f"prompt is longer by {over}: {prompt[:40]!r}"
+                    f"prompt is longer by {over}",
+                    record=prompt,
                 )
             answer = tokenizer.decode(ids[:-over] if over < len(ids) else [])
             text = self.render(prompt, answer)
