@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 
 from panacea_jax.models.peft import read_notes
 from panacea_jax.stages.card import CARD, write_card, write_scores
-from panacea_jax.workdir import read_manifest, sha256_model
+from panacea_jax.sums import sha256_model
+from panacea_jax.workdir import read_manifest
 from tests import runs
 
 
