@@ -7,7 +7,7 @@ RUN := $(VENV)/.installed
 TEST := $(VENV)/.installed-test
 DEV := $(VENV)/.installed-dev
 
-.PHONY: quickstart test test-all lint docs lock clean
+.PHONY: quickstart test test-all faults lint docs lock clean
 
 # The whole experiment in a miniature world: no download, results in quickstart_results/.
 # Another world: make quickstart ARGS=--world=1
@@ -24,6 +24,10 @@ test: $(TEST)
 # Every test, compiled as for use; tests/slow.txt says what test leaves out.
 test-all: $(TEST)
 	XLA_FLAGS=--xla_cpu_multi_thread_eigen=false $(PYTEST) $(ARGS)
+
+# A thousand flipped bits and cut files in a finished work directory: what becomes of each.
+faults: $(TEST)
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m tests.faults 1000 $(ARGS)
 
 lint: $(DEV)
 	$(VENV)/bin/ruff check .

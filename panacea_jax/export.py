@@ -202,14 +202,29 @@ def adapter_from_checkpoint(folder: Path) -> Adapter:
     Raises:
         InputError: not a checkpoint, or one of an all-parameter run.
     """
-    arrays, notes = read_checkpoint(folder)
-    prefix = "params.layers."
-    layers = unflatten_dict(
-        {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}, sep="."
-    )
-    if "lora_scale" not in notes:
+    params = _params(*read_checkpoint(folder))
+    if not isinstance(params, Adapter):
         raise InputError(f"{folder}: holds all parameters, not an adapter")
     logging.warning("%s", WITHOUT_EPSILON)
+    return params
+
+
+def tensors_in_checkpoint(folder: Path) -> dict[str, np.ndarray]:
+    """w as a checkpoint holds it, by the names that an export would have; to look at, in float32.
+
+    Raises:
+        InputError: not a checkpoint, or a damaged one.
+    """
+    return epsilon_tensors(_params(*read_checkpoint(folder)))
+
+
+def _params(arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> Any:
+    """The trained tree of a checkpoint: an Adapter, or all weights."""
+    prefix = "params."
+    tree = unflatten_dict({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}, sep=".")
+    if "lora_scale" not in notes:
+        return tree
+    layers = tree["layers"]
     rank = next(
         iter(
             flatten_dict(

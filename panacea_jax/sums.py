@@ -2,9 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from panacea_jax.disk import replacing_file
+
+SUMS = "SHA256SUMS"
 
 # Bytes of a file from which on pieces of it stand for all, and how many: each is 64 KiB, the first holds a safetensors header.
 LARGE, PIECES = 64 * 2**20, 256
@@ -81,3 +85,17 @@ def difference(folder: Path, sums: Mapping[str, str]) -> str:
         if sha256_file(path) != digest:
             return f"{name} differs from its sha256"
     return ""
+
+
+def note_sums(folder: Path, files: Iterable[Path]) -> None:
+    """Note the hashes of files of a folder in its SHA256SUMS, which ``sha256sum -c`` reads too; other lines stay."""
+    sums = read_sums(folder) | {path.name: sha256_file(path) for path in files}
+    with replacing_file(folder / SUMS) as new:
+        new.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())), "utf-8")
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """Hash by name, as noted in a folder's SHA256SUMS; empty where there is none. A damaged line fits no file."""
+    path = folder / SUMS
+    lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}

@@ -13,6 +13,7 @@ from panacea_jax.stages.card import CARD, write_card, write_scores
 from panacea_jax.sums import sha256_model
 from panacea_jax.workdir import read_manifest
 from tests import runs
+from tests.runs import rewrite_manifest
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,7 @@ def scored(finished, tmp_path):
     manifest["inputs"][str(adapter)] = sha256_model(adapter)
     (tmp_path / "generations").mkdir()
     (tmp_path / "generations" / "manifest.json").write_text(json.dumps(manifest))
+    rewrite_manifest(tmp_path / "generations")
     return tmp_path, adapter, json.loads((workdir / "scores.json").read_text())
 
 
