@@ -34,7 +34,12 @@ def replacing(target: Path) -> Iterator[Path]:
     place = target.parent / _NEXT
     processes.once(lambda: _emptied(place))
     new, old = place / target.name, place / f"{target.name}.old"
-    yield new
+    try:
+        yield new
+    except BaseException:
+        if processes.first():
+            shutil.rmtree(place, ignore_errors=True)
+        raise
 
     def swap() -> None:
         if target.exists():

@@ -224,7 +224,8 @@ def write_tensors(
             for start in range(0, len(values), rows):
                 part = values[start : start + rows]
                 block = np.empty(part.shape, tensor.dtype)
-                copy(block, part)
+                with np.errstate(over="ignore"):  # what does not fit becomes infinite
+                    copy(block, part)
                 _check_usable(block, tensor.name, file)
                 stream.write(block.reshape(-1).view(np.uint8).data)
 
