@@ -7,7 +7,7 @@ RUN := $(VENV)/.installed
 TEST := $(VENV)/.installed-test
 DEV := $(VENV)/.installed-dev
 
-.PHONY: quickstart test test-all fuzz lint docs lock clean
+.PHONY: quickstart test test-all fuzz faults kills lint docs lock clean
 
 # The whole experiment in a miniature world: no download, results in quickstart_results/.
 # Another world: make quickstart ARGS=--world=1
@@ -28,6 +28,14 @@ test-all: $(TEST)
 # Random input to every parser of strangers' files, under a limit of memory: make fuzz ARGS=--inputs=1000
 fuzz: $(TEST)
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m tests.fuzz $(ARGS)
+
+# A thousand flipped bits and cut files in a finished work directory: what becomes of each.
+faults: $(TEST)
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m tests.faults 1000 $(ARGS)
+
+# Two hundred SIGKILLs at random instants of whole runs, three methods: minutes to an hour.
+kills: $(TEST)
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m tests.kills 200 $(ARGS)
 
 lint: $(DEV)
 	$(VENV)/bin/ruff check .

@@ -51,7 +51,7 @@ def no_space(error: BaseException) -> tuple[str, str] | None:
         for number, reason in _FULL.items():
             if (isinstance(one, OSError) and one.errno == number) or reason in text:
                 named = getattr(one, "filename", None) or next(iter(_PATH.findall(text)), "")
-                return str(named), reason
+                return str(named), (isinstance(one, OSError) and one.strerror) or reason
     return None
 
 

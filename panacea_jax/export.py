@@ -1,6 +1,5 @@
 """What leaves a run: the adapter or model to deploy (ε applied), and ε on its own."""
 
-import functools
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from panacea_jax.models.families import config_from_dict
 from panacea_jax.models.model import Model
 from panacea_jax.models.names import to_ours
 from panacea_jax.models.peft import adapter_tensors, save_adapter
-from panacea_jax.models.tensorfile import Entry
+from panacea_jax.models.tensorfile import Entry, entries_of
 from panacea_jax.models.weights import entries, save_weights, write_file
 from panacea_jax.parallel import processes
 from panacea_jax.train.checkpoints import read_checkpoint
@@ -41,7 +40,7 @@ def export_adapter(result: Result, folder: str | Path, *, without_epsilon: bool 
         without_epsilon: write w alone; a warning is given.
 
     Raises:
-        InputError: all parameters were trained (use :func:`export_model`).
+        InputError: all parameters were trained (use :func:`export_model`), or a tensor is not finite; then what was there stays.
     """
     params, note = deployed(result, without_epsilon)
     if not isinstance(params, Adapter):
@@ -91,7 +90,7 @@ def save_model(model: Model, params: Any, folder: Path) -> None:
     """Merge ``params`` (an Adapter, all weights, or None) into the base and write a Hugging Face folder like the base's.
 
     Raises:
-        InputError: the model has no folder of origin to take its config and tokenizer from.
+        InputError: the model has no folder of origin to take its config and tokenizer from, or a tensor is not finite as it is written.
     """
     if model.folder is None:
         raise InputError(
@@ -102,8 +101,10 @@ def save_model(model: Model, params: Any, folder: Path) -> None:
     hf_config = read_config(model.folder)
     if config_from_dict(hf_config).tie_embeddings != model.config.tie_embeddings:
         hf_config["tie_word_embeddings"] = model.config.tie_embeddings  # as the files had it
-    save_weights(weights, folder, hf_config, adapter=adapter, dtype=stored_dtype(hf_config))
-    _bring_along(model, COMPANIONS, folder)
+    save_weights(
+        weights, folder, hf_config, adapter=adapter, dtype=stored_dtype(hf_config),
+        companions=lambda made: _bring_along(model, COMPANIONS, made),
+    )  # fmt: skip
 
 
 def stored_dtype(hf_config: Mapping[str, Any]) -> str:
@@ -131,13 +132,7 @@ def epsilon_tensors(epsilon: Any) -> dict[str, np.ndarray]:
 
 
 def _epsilon_entries(epsilon: Any) -> list[Entry]:
-    if not isinstance(epsilon, Adapter):
-        return list(entries(epsilon))
-    tensors = adapter_tensors(epsilon)
-    return [
-        Entry(name, x.shape, x.dtype, functools.partial(np.asarray, x))
-        for name, x in tensors.items()
-    ]
+    return entries_of(adapter_tensors(epsilon)) if isinstance(epsilon, Adapter) else list(entries(epsilon))
 
 
 def save_epsilon(epsilon: Any, path: Path, metadata: dict[str, str]) -> None:
@@ -212,14 +207,29 @@ def adapter_from_checkpoint(folder: Path) -> Adapter:
     Raises:
         InputError: not a checkpoint, or one of an all-parameter run.
     """
-    arrays, notes = read_checkpoint(folder)
-    prefix = "params.layers."
-    layers = unflatten_dict(
-        {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}, sep="."
-    )
-    if "lora_scale" not in notes:
+    params = _params(*read_checkpoint(folder))
+    if not isinstance(params, Adapter):
         raise InputError(f"{folder}: holds all parameters, not an adapter")
     logging.warning("%s", WITHOUT_EPSILON)
+    return params
+
+
+def tensors_in_checkpoint(folder: Path) -> dict[str, np.ndarray]:
+    """w as a checkpoint holds it, by the names that an export would have; to look at, in float32.
+
+    Raises:
+        InputError: not a checkpoint, or a damaged one.
+    """
+    return epsilon_tensors(_params(*read_checkpoint(folder)))
+
+
+def _params(arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> Any:
+    """The trained tree of a checkpoint: an Adapter, or all weights."""
+    prefix = "params."
+    tree = unflatten_dict({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}, sep=".")
+    if "lora_scale" not in notes:
+        return tree
+    layers = tree["layers"]
     rank = next(
         iter(
             flatten_dict(

@@ -8,7 +8,6 @@ import contextlib
 import datetime
 import fcntl
 import functools
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -21,8 +20,10 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
+from panacea_jax.disk import replacing_file
 from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
+from panacea_jax.sums import difference, sha256_folder, sha256_json, sums_of
 from panacea_jax.untrusted import guarded, read_json_value
 
 MANIFEST, LOCK = "manifest.json", ".lock"
@@ -30,8 +31,6 @@ MANIFEST, LOCK = "manifest.json", ".lock"
 LOCK_PATIENCE = 100.0
 # Seconds until a process must see what another one wrote: clients of NFS remember for a while that a file was not there.
 VISIBLE = 60.0
-# Bytes of a file from which on pieces of it stand for all, and how many: each is 64 KiB, the first holds a safetensors header.
-LARGE, PIECES = 64 * 2**20, 256
 PACKAGES = (
     "panacea_jax",
     "jax",
@@ -92,8 +91,13 @@ class StageFolder:
         """Whether the stage is done; that it can be written, if it is not there."""
         # unlike Path.exists, False where a folder above is closed to us
         if os.path.exists(self._path):
-            return self._compare(read_manifest(self.folder))
-        if os.path.isdir(self.folder) and any(p.name != LOCK for p in self.folder.iterdir()):
+            manifest = read_manifest(self.folder)
+            done = self._compare(manifest)
+            if done and (wrong := difference(self.folder, manifest.get("files", {}))):
+                raise InputError(f"{self.folder}: not as it was made ({wrong}); put that right, or remove the folder to make it again")
+            return done
+        # a kill before there was a manifest may leave the lock, and the file that was to become one
+        if os.path.isdir(self.folder) and any(not p.name.startswith((LOCK, f".{MANIFEST}.")) for p in self.folder.iterdir()):
             raise InputError(
                 f"{self.folder}: not empty and without a {MANIFEST}: not ours, left alone"
             )
@@ -179,7 +183,10 @@ class StageFolder:
             "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
             "processes": jax.process_count(),
             "outcome": plain(outcome),
+            "made_by": _makers(self._inputs),
+            "files": {} if status == "running" else sums_of(self.folder, MANIFEST),
         }
+        manifest["sha256"] = sha256_json(manifest)
         write_text(self._path, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 
@@ -221,17 +228,52 @@ def try_lock(file: IO[Any], what: Path) -> bool:
     return True
 
 
+def _makers(inputs: Mapping[str, str]) -> dict[str, str]:
+    """Of each input that a stage left, the hash of that stage's manifest, which names the hashes of its own: the link of a chain."""
+    manifests = {name: made.get("sha256", "") for name in inputs if (made := _manifest_of(Path(name)))}
+    return {name: digest for name, digest in manifests.items() if digest}
+
+
+def _manifest_of(left: Path) -> dict[str, Any]:
+    """The manifest of the stage that left a folder, e.g. ``STAGE/adapter``; empty where none of ours tells."""
+    with contextlib.suppress(InputError):
+        return read_manifest(left.parent)
+    return {}
+
+
+def check_as_made(left: Path) -> None:
+    """Make sure that what a stage left, e.g. ``STAGE/adapter``, is still that, before anything is made of it; nothing where no manifest
+    tells.
+
+    Raises:
+        InputError: a file of it differs or is missing.
+    """
+    files = _manifest_of(left).get("files", {})
+    own = {name: digest for name, digest in files.items() if name.startswith(f"{left.name}/")}
+    if wrong := difference(left.parent, own):
+        raise InputError(f"{left}: not as the stage made it ({wrong})")
+
+
+def run_id(manifest: Mapping[str, Any]) -> str:
+    """Which run a stage's manifest is of: a hash of its configuration and of what it reads."""
+    return sha256_json([manifest["config"], manifest["inputs"]])
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a stage's folder.
 
     Raises:
-        InputError: missing, or not one of ours.
+        InputError: missing, not one of ours, or changed since it was written.
     """
     path = folder / MANIFEST
     problem = "not a manifest of ours"
     manifest = read_json_value(path, problem)
     with guarded(path, problem):
         manifest["stage"], manifest["status"], manifest["config"], manifest["inputs"]
+    # Manifests from before had no hash; a damaged name of the key leaves "made_by", which is as old.
+    signed = "sha256" in manifest or "made_by" in manifest
+    if signed and manifest.get("sha256") != sha256_json({k: v for k, v in manifest.items() if k != "sha256"}):
+        raise InputError(f"{path}: differs from its own hash: damaged, or changed by hand")
     return dict(manifest)
 
 
@@ -247,9 +289,8 @@ def first_day(workdir: Path) -> str:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    with replacing_file(path) as new:
+        new.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -277,35 +318,6 @@ def versions() -> dict[str, str]:
 def _code() -> str:
     """Hash of the package's own files: versions tell development states apart by chance only."""
     return sha256_folder(Path(__file__).parent, ("**/*.py",))
-
-
-def sha256_json(value: Any) -> str:
-    """Hash of a JSON value, independent of the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def sha256_folder(folder: Path, patterns: tuple[str, ...]) -> str:
-    """Hash over the names, sizes and contents of the files of a folder; of files from 64 MiB on over pieces of the contents.
-
-    Hashing a 7B folder would take longer than loading it, and a copy of it on another machine, with other times, is the same.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(p for pattern in patterns for p in folder.glob(pattern) if p.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            if size < LARGE:
-                digest.update(file.read())
-                continue
-            for start in range(0, size, size // PIECES):
-                file.seek(start)
-                digest.update(file.read(2**16))
-    return digest.hexdigest()
-
-
-def sha256_model(folder: Path) -> str:
-    """Hash of a model or an adapter: its configuration and its weights."""
-    return sha256_folder(folder, ("*.json", "*.safetensors"))
 
 
 def plain(value: Any) -> Any:

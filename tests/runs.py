@@ -12,6 +12,8 @@ import absl.logging
 import pytest
 
 from panacea_jax import cli
+from panacea_jax.sums import sha256_json
+from panacea_jax.workdir import write_json
 from tests.reads import only_what_help_names
 from tests.tiny import write_model, write_pairs
 
@@ -91,6 +93,13 @@ def _logging_as_it_was() -> Iterator[None]:
         absl.logging.set_verbosity(verbosity)
         root.handlers[:] = handlers
         root.setLevel(level)
+
+
+def rewrite_manifest(stage: Path, **changes: object) -> None:
+    """Change what the manifest of a stage says, as if it had been written so."""
+    path = stage / "manifest.json"
+    manifest = {k: v for k, v in json.loads(path.read_text("utf-8")).items() if k != "sha256"} | changes
+    write_json(path, manifest | {"sha256": sha256_json(manifest)})
 
 
 def _once(name: str, tmp_path_factory: pytest.TempPathFactory, *more: str) -> tuple[Place, Path]:

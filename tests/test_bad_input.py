@@ -618,8 +618,7 @@ def test_judging_needs_whole_answers(refused, finished, tmp_path):
     assert "pairs.jsonl:1: damaged line" in refused("judge", *place.flags(), f"--workdir={workdir}")
     answers.write_text(text.replace('"response": "', '"response": "w1 ', 1))
     assert "pairs.refusal.jsonl:1" in refused("judge", *place.flags(), f"--workdir={workdir}")
-    manifest = workdir / "generations" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"done"', '"running"'))
+    runs.rewrite_manifest(workdir / "generations", status="running")
     assert "not finished yet" in refused("judge", *place.flags(), f"--workdir={workdir}")
 
 
@@ -645,8 +644,7 @@ def without_arrays(folder: Path) -> None:
 
 def mark_as_running(workdir: Path) -> None:
     """As a killed run leaves it."""
-    manifest = workdir / "finetune" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"done"', '"running"'))
+    runs.rewrite_manifest(workdir / "finetune", status="running")
 
 
 @pytest.mark.parametrize("damage", [corrupt, empty, without_arrays])
@@ -655,7 +653,7 @@ def test_damaged_checkpoints(damage, refused, finished, tmp_path):
     newest = workdir / "finetune" / "checkpoints" / str(runs.STEPS)
     damage(newest)
     mark_as_running(workdir)
-    line = refused("finetune", *again(finished), f"--workdir={workdir}")
+    line = refused("finetune", *again(finished), f"--workdir={workdir}", "--config.checkpoint.on_damage=stop")
     assert str(newest) in line and "checkpoint" in line
     line = refused("layers", f"--checkpoint={newest}")
     assert str(newest) in line and "checkpoint" in line
@@ -676,10 +674,18 @@ def test_a_damaged_checkpoint_seen_from_outside(finished, tmp_path):
         "from panacea_jax import cli; cli.main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", code, "finetune", *again(finished), f"--workdir={workdir}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *more], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+
+    done = run("--config.checkpoint.on_damage=stop")
     assert done.returncode == 2, done.stderr
     assert done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith(f"panacea: {newest}: damaged checkpoint")
+    done = run()
+    assert done.returncode == 0, done.stderr
+    named, resumed, *rest = done.stderr.splitlines()
+    assert named.startswith(f"WARNING: {newest}: damaged checkpoint") and resumed.startswith("resumed from") and not rest, done.stderr
 
 
 def test_layers_without_epsilon(refused, finished, tmp_path):

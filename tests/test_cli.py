@@ -219,3 +219,26 @@ def test_mistakes_are_answered_without_loading_the_models():
         cwd=Path(__file__).parents[1],
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+INTERRUPTED = """
+import os, signal, sys, time
+from panacea_jax.cli import commands, main
+def hang(values, config):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    finally:  # as a save that does not end
+        if sys.argv[1] == "twice":
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+commands.COMMANDS["doctor"] = commands.COMMANDS["doctor"]._replace(run=hang)
+main(["doctor"])
+"""
+
+
+@pytest.mark.parametrize("times", ["once", "twice"])
+def test_a_second_interrupt_leaves_at_once(times):
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, times], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+    assert ("interrupted; the same command goes on" in done.stderr) == (times == "once")

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import logging
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +23,7 @@ from panacea_jax import export
 from panacea_jax.config import get_config
 from panacea_jax.errors import InputError
 from panacea_jax.models.peft import adapter_tensors, read_notes
+from panacea_jax.models.tensorfile import Entry, write_tensors
 from panacea_jax.stages import train as stage
 from panacea_jax.stages.layers import from_checkpoint
 from panacea_jax.stages.lineage import Start
@@ -152,6 +156,66 @@ def test_a_defence_without_epsilon_warns_of_nothing(result, tmp_path, caplog):
         stage.export(get_config(), tmp_path / "s", Start("base"), plain)
     assert not caplog.records and "epsilon" not in read_notes(tmp_path / "a")
     assert not list((tmp_path / "s").glob("epsilon*"))
+
+
+# ---------------------------------------------------------------- nothing ruined, nothing by halves
+
+
+def ruined(params, value):
+    """The last layer's B of q with one such number in it."""
+    layers = jax.tree.map(jnp.asarray, params.layers)
+    q = layers["self_attn"]["q_proj"]
+    q["b"] = q["b"].at[1, 0, 3].set(value)
+    return dataclasses.replace(params, layers=layers)
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [(np.nan, "holds nan in float32"), (-np.inf, "holds -inf in float32"), (3e38, "its norm overflows (largest value 3e+38) in float32")],
+)
+def test_a_ruined_adapter_is_not_exported(result, adapters, tmp_path, value, why):
+    stage.export(get_config(), tmp_path, Start("base"), result)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    bad = dataclasses.replace(result, deployed=ruined(adapters[0], value))
+    with pytest.raises(InputError) as error:
+        stage.export(get_config(), tmp_path, Start("base"), bad)
+    assert "tensor base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight " + why in str(error.value)
+    assert {p: p.read_bytes() for p in before} == before, "an older export stays"
+    with pytest.raises(InputError, match="lora_B"):
+        pj.export_adapter(bad, tmp_path / "adapter")
+    assert {p: p.read_bytes() for p in before} == before
+    with pytest.raises(InputError, match=r"tensor model.layers.1.self_attn.q_proj.weight"):
+        pj.export_model(bad, tmp_path / "m")
+    assert not (tmp_path / "m").exists() and not list(tmp_path.glob(".m.*"))
+
+
+def test_what_a_narrower_dtype_cannot_hold_is_not_written(tmp_path):
+    """1e5 is finite in float32, and is not in the float16 that the file is written in."""
+    wide = Entry("w", (2,), np.dtype(np.float16), lambda: np.array([1.0, 1e5], np.float32))
+    with pytest.raises(InputError, match=r"x.safetensors: not written: tensor w holds inf in float16"):
+        write_tensors(tmp_path / "x.safetensors", [wide])
+    assert not list(tmp_path.iterdir())
+
+
+SAVE = """
+import sys
+import numpy as np
+from pathlib import Path
+from panacea_jax.models.adapter import Adapter
+from panacea_jax.models.peft import save_adapter
+pair = {"a": np.ones((1, 3, 2), np.float32), "b": np.ones((1, 2, 3), np.float32)}
+save_adapter(Adapter({"self_attn": {"q_proj": pair}}, 2, 4.0), Path(sys.argv[1]), "base", {"epsilon": "applied", "zoo": "1", "a": "2"})
+"""
+
+
+def test_two_processes_write_the_same_bytes(tmp_path):
+    """Whatever seeds their hashes; readable by whom the umask lets."""
+    for name in ("one", "two"):
+        environment = os.environ | {"PYTHONHASHSEED": str(len(name) + ord(name[0]))}
+        subprocess.run([sys.executable, "-c", SAVE, str(tmp_path / name)], env=environment, check=True, umask=0o022)
+    one, two = (tmp_path / name / "adapter_model.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    assert [p.stat().st_mode & 0o777 for p in sorted(one.parent.iterdir())] == [0o644, 0o644]
 
 
 # ---------------------------------------------------------------- peft and transformers

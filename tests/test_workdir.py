@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 from panacea_jax import workdir as workdirs
 from panacea_jax.errors import InputError
 from panacea_jax.records.jsonl import Writer
-from panacea_jax.workdir import StageFolder, read_manifest, sha256_folder, sha256_json, write_text
+from panacea_jax.sums import sha256_folder, sha256_json
+from panacea_jax.workdir import StageFolder, read_manifest, write_text
 
 CONFIG = {"lora": {"rank": 2, "targets": ("q", "v")}, "seed": 0, "path": Path("base")}
 INPUTS = {"pairs@a.jsonl": "12ab"}

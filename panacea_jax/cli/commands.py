@@ -274,8 +274,8 @@ COMMANDS = {
         reads=("judge", "eval.tasks", "generate.max_new_tokens", "data.format", "data.columns"),
     ),
     "verify": Command(
-        "whether a judged model keeps the bounds of a gate: exit code 0 or 3, and verdict.json", _verify,
-        ("workdir", "gate", "against", "aligned", "undefended"), reads=("gate",),
+        "whether a model is as it was made and judged, ε applied, and keeps a gate's bounds: exit code 0 or 3, and verdict.json", _verify,
+        ("workdir", "gate", "against", "aligned", "undefended"), reads=("gate", "model.path"),
     ),
     "try": Command(
         "answers to prompts that are typed or piped in, of two models side by side", _try,

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ EXIT_FAILED, EXIT_BAD_INPUT, EXIT_GATE, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2,
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``panacea``; ends the process with the command's exit code."""
+    signal.signal(signal.SIGINT, _interrupted)
     with contextlib.ExitStack() as together:
         code = run(sys.argv[1:] if argv is None else argv, together)
         if code:
@@ -109,6 +111,12 @@ def _run_command(name: str, arguments: Sequence[str], together: contextlib.ExitS
     if path is not None and processes.first():
         print(os.path.relpath(path))
     return 0
+
+
+def _interrupted(*_: object) -> None:
+    """The first Ctrl-C ends the command by way of what it has open, such as a checkpoint that is being saved; the second leaves at once."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
+    raise KeyboardInterrupt
 
 
 def _log_plainly() -> None:

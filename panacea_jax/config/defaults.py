@@ -116,7 +116,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "poison_ratio": 0.1,  # of fine-tuning
         },
         "mesh": {"replica": 0, "data": 1, "fsdp": -1, "tensor": 1},
-        "checkpoint": {"every": 500, "keep": 2},
+        "checkpoint": {"every": 500, "keep": 2, "on_damage": "fallback"},
         "track": {
             "to": ("tensorboard",),  # who is told the metrics beside metrics.jsonl: tensorboard, wandb, mlflow
             "project": "panacea",  # of wandb, experiment of mlflow, that a run belongs to

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from panacea_jax.errors import InputError
 from panacea_jax.models.adapter import BLOCK_OF, Adapter
@@ -22,9 +22,11 @@ from panacea_jax.models.model import Model, abstract_model
 from panacea_jax.models.peft_base import check_copy, lost_factors
 from panacea_jax.models.peft_config import CONFIG_FILE, PeftConfig, read_peft_config
 from panacea_jax.models.precision import wide
+from panacea_jax.models.tensorfile import FORMAT, entries_of, write_tensors
 from panacea_jax.parallel import processes
 from panacea_jax.parallel.sharding import adapter_shardings
 from panacea_jax.progress import Progress
+from panacea_jax.workdir import write_text
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _FACTOR = re.compile(
@@ -64,6 +66,9 @@ def save_adapter(
         base: path or hub id of the base model, noted in the config.
         notes: further metadata of the safetensors file, see ``read_notes``.
         nested: the base has a vision tower beside the decoder, so transformers' modules have other names.
+
+    Raises:
+        InputError: a factor is not finite, see ``tensorfile.write_tensors``.
     """
     tensors = adapter_tensors(adapter)  # in every process: each may hold a part
     if not processes.first():
@@ -93,8 +98,8 @@ def save_adapter(
         "init_lora_weights": True,
         "use_rslora": adapter.rslora,
     }
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt", **(notes or {})})
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_tensors(folder / WEIGHTS_FILE, entries_of(tensors), {**FORMAT, **(notes or {})})
+    write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 
 def read_notes(folder: str | PurePath) -> dict[str, str]:

@@ -9,6 +9,7 @@ process's memory until the kernel takes them back. Nothing here can run code fro
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from panacea_jax.disk import check_room, replacing_file
 from panacea_jax.errors import InputError
 from panacea_jax.untrusted import MIB, guarded, opened, parse_json
 
@@ -198,12 +200,22 @@ class Entry(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def entries_of(arrays: Mapping[str, np.ndarray]) -> list[Entry]:
+    """Arrays on the host as what is to be written."""
+    return [Entry(name, array.shape, array.dtype, functools.partial(np.asarray, array)) for name, array in arrays.items()]
+
+
 def write_tensors(
     file: Path,
     tensors: Iterable[Entry],
     metadata: Mapping[str, str] = FORMAT,
 ) -> None:
-    """Write tensors one after the other, and ``metadata`` into the header."""
+    """Write tensors one after the other, and ``metadata`` into the header. The file appears whole or not at all.
+
+    Raises:
+        InputError: a tensor that no arithmetic can use, see :func:`_check_usable`.
+        OSError: there is no room for the file, or it cannot be written.
+    """
     tensors = list(tensors)
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -217,7 +229,8 @@ def write_tensors(
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # readers expect the data to be aligned
-    with file.open("wb") as stream:
+    check_room(file.parent, 8 + len(encoded) + offset)
+    with replacing_file(file) as new, new.open("wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors:
             values = tensor.values()
@@ -227,8 +240,27 @@ def write_tensors(
             for start in range(0, len(values), rows):
                 part = values[start : start + rows]
                 block = np.empty(part.shape, tensor.dtype)
-                copy(block, part)
+                with np.errstate(over="ignore"):  # what does not fit becomes infinite
+                    copy(block, part)
+                _check_usable(block, tensor.name, file)
                 stream.write(block.reshape(-1).view(np.uint8).data)
+
+
+def _check_usable(block: np.ndarray, name: str, file: Path) -> None:
+    """That rows of a tensor, as they are about to be written, are finite, and that in the arithmetic of models (float32, of float64
+    itself) their norm is: with 3e38 in it every product overflows.
+
+    Raises:
+        InputError: they are not; says whether the numbers themselves or their norm.
+    """
+    flat = block.reshape(-1).astype(np.promote_types(block.dtype, np.float32), copy=False)
+    with np.errstate(all="ignore"):
+        squared = np.dot(flat, flat)
+        if np.isfinite(squared):
+            return
+        finite = np.isfinite(flat)
+        why = f"its norm overflows (largest value {np.abs(flat).max():.3g})" if finite.all() else f"holds {flat[~finite][0]}"
+    raise InputError(f"{file}: not written: tensor {name} {why} in {block.dtype}")
 
 
 def copy(out: np.ndarray, source: np.ndarray) -> None:

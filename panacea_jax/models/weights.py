@@ -22,7 +22,7 @@ import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from panacea_jax.errors import InputError
+from panacea_jax.errors import InputError, no_space
 from panacea_jax.models import head, tensorfile
 from panacea_jax.models.adapter import Adapter, merged
 from panacea_jax.models.names import HARMLESS, VISION, alone, to_hf, to_ours
@@ -275,6 +275,7 @@ def save_weights(
     adapter: Adapter | None = None,
     dtype: Any = None,
     max_shard_bytes: int = 5_000_000_000,
+    companions: Callable[[Path], None] = lambda _: None,
 ) -> Path:
     """Write a model as a Hugging Face folder, see :func:`save_tensors`.
 
@@ -285,12 +286,13 @@ def save_weights(
         adapter: merged into the weights on the way.
         dtype: dtype to convert to; as they are by default.
         max_shard_bytes: largest file, unless a single tensor is larger.
+        companions: writes what else belongs into the folder.
 
     Raises:
-        InputError: the folder exists and is not empty, or cannot be written.
+        InputError: see :func:`save_tensors`.
     """
     tensors = list(entries(weights, adapter, dtype))
-    return save_tensors(tensors, folder, hf_config, max_shard_bytes=max_shard_bytes)
+    return save_tensors(tensors, folder, hf_config, max_shard_bytes=max_shard_bytes, companions=companions)
 
 
 def save_tensors(
@@ -315,7 +317,8 @@ def save_tensors(
         companions: writes what else belongs into the folder.
 
     Raises:
-        InputError: the folder exists and is not empty, or cannot be written.
+        InputError: the folder exists and is not empty, or cannot be written; or a tensor is not finite.
+        OSError: there is no room for it.
     """
     target = Path(folder)
     # The first alone looks: the others may be late, and it may have written by then.
@@ -336,6 +339,8 @@ def save_tensors(
             companions(partial)
             os.replace(partial, target)
     except OSError as error:
+        if no_space(error):
+            raise
         raise InputError(f"{target}: cannot be written: {error.strerror}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

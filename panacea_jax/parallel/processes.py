@@ -93,8 +93,9 @@ class _Alone:
     def barrier(self) -> None:
         """Wait until every process is here."""
 
-    def agree(self, where: Path | str, facts: Mapping[str, Any]) -> None:
-        """Make sure that every process was started with the same."""
+    def heard(self, word: Any) -> list[Any]:
+        """What every process says."""
+        return [word]
 
     def stop_asked(self) -> bool:
         """Whether one of the processes was told to stop."""
@@ -118,7 +119,7 @@ class _Together(_Alone):
 
     def __init__(self) -> None:
         self.lifeline = Lifeline()
-        self._barriers = self._agreements = self._asked = 0
+        self._barriers = self._rounds = self._asked = 0
         self._stopping = False
         self.lifeline.start()
 
@@ -128,17 +129,13 @@ class _Together(_Alone):
         client().wait_at_barrier(f"panacea/barrier/{self._barriers}", int(1000 * PATIENCE))
         self.arrived(f"work after meeting {self._barriers}")
 
-    def agree(self, where: Path | str, facts: Mapping[str, Any]) -> None:
-        self._agreements += 1
-        folder = f"panacea/agree/{self._agreements}/"
-        client().key_value_set(f"{folder}{jax.process_index()}", json.dumps(facts, sort_keys=True))
+    def heard(self, word: Any) -> list[Any]:
+        self._rounds += 1
+        folder = f"panacea/heard/{self._rounds}/"
+        client().key_value_set(f"{folder}{jax.process_index()}", json.dumps(word, sort_keys=True))
         self.barrier()
-        said = {
-            int(k.rpartition("/")[2]): json.loads(v) for k, v in client().key_value_dir_get(folder)
-        }
-        for index in sorted(said):
-            if change := first_change(said[0], said[index]):
-                raise InputError(f"{where}: process {index} differs from process 0: {change}")
+        said = {int(k.rpartition("/")[2]): json.loads(v) for k, v in client().key_value_dir_get(folder)}
+        return [said[index] for index in sorted(said)]
 
     def stop_asked(self) -> bool:
         # Counted over the whole life of the process: jax agrees on one such number, once, which must still lie ahead.
@@ -251,7 +248,25 @@ def agree(where: Path | str, facts: Mapping[str, Any]) -> None:
     Raises:
         InputError: in every process, if one differs from the first; says which, and in what.
     """
-    _group.get().agree(where, facts)
+    first, *others = heard(facts)
+    for index, said in enumerate(others, start=1):
+        if change := first_change(first, said):
+            raise InputError(f"{where}: process {index} differs from process 0: {change}")
+
+
+def heard(word: Any) -> list[Any]:
+    """What every process says, in their order; all wait for all.
+
+    Args:
+        word: anything that JSON takes.
+    """
+    return _group.get().heard(word)
+
+
+def from_first(word: T) -> T:
+    """What the first process says, in every process; anything that JSON takes."""
+    told: T = heard(word)[0]
+    return told
 
 
 def first_change(old: Any, new: Any, prefix: str = "") -> str:

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
+from panacea_jax.disk import replacing
 from panacea_jax.errors import InputError
 from panacea_jax.export import WITHOUT_EPSILON, adapter_from_checkpoint, save_model
 from panacea_jax.models.families import config_from_folder
 from panacea_jax.models.hub import local_folder
 from panacea_jax.models.model import load
 from panacea_jax.models.peft import save_adapter
-from panacea_jax.stages import lineage
 from panacea_jax.stages.layers import subtree
 from panacea_jax.train.checkpoints import newest_checkpoint, read_checkpoint
 from panacea_jax.workdir import read_manifest
@@ -34,12 +34,12 @@ def write_bare(stage: Path, out: Path) -> Path:
     base = str(manifest["outcome"]["base"])
     full = manifest["config"]["train"]["full_parameters"]
     folder = out / ("model" if full else "adapter")
-    lineage.clear(folder)
-    if full:
-        arrays, _ = read_checkpoint(newest)
-        logging.warning("%s", WITHOUT_EPSILON)
-        save_model(load(base), jax.tree.map(jnp.asarray, subtree(arrays, "params.")), folder)
-    else:
-        nested = config_from_folder(local_folder(base)).nested
-        save_adapter(adapter_from_checkpoint(newest), folder, base, {"epsilon": "left out"}, nested=nested)
+    with replacing(folder) as new:
+        if full:
+            arrays, _ = read_checkpoint(newest)
+            logging.warning("%s", WITHOUT_EPSILON)
+            save_model(load(base), jax.tree.map(jnp.asarray, subtree(arrays, "params.")), new)
+        else:
+            nested = config_from_folder(local_folder(base)).nested
+            save_adapter(adapter_from_checkpoint(newest), new, base, {"epsilon": "left out"}, nested=nested)
     return folder

@@ -15,8 +15,9 @@ from panacea_jax.errors import InputError
 from panacea_jax.export import WITHOUT_EPSILON
 from panacea_jax.models.peft_config import CONFIG_FILE
 from panacea_jax.stages import lineage
+from panacea_jax.sums import sha256_model
 from panacea_jax.untrusted import read_object
-from panacea_jax.workdir import MANIFEST, read_manifest, sha256_model, versions, write_text
+from panacea_jax.workdir import MANIFEST, read_manifest, versions, write_text
 
 CARD = "README.md"
 LICENCE = "license:"

@@ -34,7 +34,7 @@ from panacea_jax.stages.train import (
 from panacea_jax.train.checkpoints import PastCheckpoint
 from panacea_jax.train.loop import finetune
 from panacea_jax.train.optimizer import optimizer_of
-from panacea_jax.workdir import StageFolder, read_manifest, write_json, write_text
+from panacea_jax.workdir import StageFolder, read_manifest, run_id, write_json, write_text
 
 CURVE = "curve.json"
 _KEY = "config.eval.every"
@@ -94,7 +94,7 @@ def curve_stage(config: ConfigDict, workdir: Path, start: Start, tuned: Path | N
             if not stage.done:
                 opened = opened or _open(config, tuned, start)
                 stage.begin()
-                _export(config, stage.folder, opened, PastCheckpoint(tuned / "checkpoints", step), step)
+                _export(config, stage.folder, opened, PastCheckpoint(tuned / "checkpoints", step, run_id(read_manifest(tuned))), step)
                 stage.finish({"base": made["base"], "steps": step})
     with config.unlocked():
         config.generate.adapter = ""

@@ -36,7 +36,8 @@ from panacea_jax.records.journal import Answers
 from panacea_jax.stages import lineage
 from panacea_jax.stages.lineage import Start
 from panacea_jax.stages.rendering import decisive_for_prompts, make_template
-from panacea_jax.workdir import StageFolder, sha256_model
+from panacea_jax.sums import sha256_model
+from panacea_jax.workdir import StageFolder
 
 
 def eval_records(config: ConfigDict, spec: str) -> list[Record]:

@@ -18,6 +18,7 @@ from panacea_jax.config import defence_section, make_defence
 from panacea_jax.data.sources import fingerprint
 from panacea_jax.defences import Ascent
 from panacea_jax.defences.spec import Part, parse_stack, slug
+from panacea_jax.disk import replacing
 from panacea_jax.errors import InputError
 from panacea_jax.healing import table
 from panacea_jax.healing.methods import BRINGS, allowed, lacking
@@ -103,8 +104,8 @@ def heal_stage(config: ConfigDict, workdir: Path, start: Start | None = None) ->
         lines = table.lines_below(best, rows, allowed(there))
         made = tried.folders.get(best.method)
         source = made / "heal" / kind if made else Path(start.adapter or local_folder(start.base))
-        lineage.clear(out)
-        processes.once(lambda: shutil.copytree(source, out))
+        with replacing(out) as new:
+            processes.once(lambda: shutil.copytree(source, new))
         if processes.first():
             found = table.rows_as_json(rows, best, budget)
             write_json(stage.folder / "heal.json", found | {"records": set_sizes(sets), "data": allowed(there)})

@@ -26,7 +26,7 @@ from panacea_jax.progress import say
 from panacea_jax.stages import lineage
 from panacea_jax.stages.lineage import Start
 from panacea_jax.stages.streams import defender_records, training_records
-from panacea_jax.workdir import sha256_json
+from panacea_jax.sums import sha256_json
 
 _KEY, _SHARE = "config.heal.sets", "config.heal.held_out"
 

@@ -22,6 +22,7 @@ from panacea_jax.records.judged import (
     read_generations,
 )
 from panacea_jax.stages.card import write_scores
+from panacea_jax.sums import note_sums
 from panacea_jax.workdir import write_json
 
 # Answers judged between two flushes to disk: enough for full batches of any length.
@@ -73,6 +74,7 @@ def judge_stage(config: ConfigDict, workdir: Path, specs: Sequence[str] | None =
         judge.self_test()
     for s in sets:
         _judge(s, judge)
+    note_sums(workdir / "judgements", [s.path for s in sets])
 
     # ---- scores
     version = {"name": judge.name, "version": judge.version}

@@ -1,7 +1,6 @@
 """What a stage starts from: the base, the adapter on it, or all weights. Decided here, once, from configuration and work directory."""
 
 import dataclasses
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,16 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from panacea_jax.disk import replacing
 from panacea_jax.errors import InputError
 from panacea_jax.models import lora
 from panacea_jax.models.adapter import layer_numbers, layers_text
 from panacea_jax.models.full import full_parameters
 from panacea_jax.models.model import Model, load
-from panacea_jax.parallel import make_mesh, processes
+from panacea_jax.parallel import make_mesh
 from panacea_jax.stages.convert import write_merged
-from panacea_jax.workdir import StageFolder, read_manifest, sha256_model
+from panacea_jax.sums import sha256_model
+from panacea_jax.workdir import StageFolder, check_as_made, read_manifest
 
 BARE_BASE = "none"
 
@@ -42,7 +43,7 @@ class Start:
         """Fingerprints of what is read, for the manifest.
 
         Raises:
-            InputError: there is no base.
+            InputError: there is no base, or what another stage left is no longer as it made it.
         """
         if not self.base:
             raise InputError("config.model.path is not set: give a Hugging Face folder or a hub id")
@@ -50,6 +51,8 @@ class Start:
         found = {str(folder): folder} if folder.is_dir() else {}
         if self.adapter:
             found[self.adapter] = Path(self.adapter)
+        for path in found.values():
+            check_as_made(path)
         return {name: sha256_model(path) for name, path in found.items()}
 
     def open_model(self, config: ConfigDict, mesh: Mesh | None = None) -> Model:
@@ -248,12 +251,7 @@ def merged_first(config: ConfigDict, start: Start, workdir: Path) -> Start:
         folder = stage.folder / "model"
         if not stage.done:
             stage.begin()
-            clear(folder)
-            write_merged(start.base, start.adapter, None, folder, make_mesh(**config.mesh))
+            with replacing(folder) as new:
+                write_merged(start.base, start.adapter, None, new, make_mesh(**config.mesh))
             stage.finish({})
     return dataclasses.replace(start, base=str(folder), adapter="")
-
-
-def clear(folder: Path) -> None:
-    """Remove what an earlier try, cut short, left of an export."""
-    processes.once(lambda: shutil.rmtree(folder, ignore_errors=True))

@@ -20,7 +20,8 @@ from panacea_jax.records.jsonl import encode_line
 from panacea_jax.stages import lineage
 from panacea_jax.stages.generate import read_prompts
 from panacea_jax.stages.rendering import decisive_for_prompts, make_template
-from panacea_jax.workdir import StageFolder, sha256_folder, write_bytes
+from panacea_jax.sums import sha256_folder
+from panacea_jax.workdir import StageFolder, write_bytes
 
 # What decides the ids of a prompt and where an answer ends; a hub id is fetched without its weights.
 ASKED_WITH = ("*.json", "tokenizer*", "*.jinja")

@@ -26,7 +26,7 @@ from panacea_jax.data.template import Template
 from panacea_jax.defences import Defence, Method
 from panacea_jax.errors import InputError
 from panacea_jax.healing.sets import Asked, without
-from panacea_jax.workdir import sha256_folder, sha256_model
+from panacea_jax.sums import sha256_folder, sha256_model
 
 
 class StreamSource(NamedTuple):

@@ -24,6 +24,7 @@ from panacea_jax.data.template import Template
 from panacea_jax.defences import Ascent, Defence, Method
 from panacea_jax.defences.ascent import AUTO
 from panacea_jax.defences.protocol import check_packing
+from panacea_jax.disk import replacing
 from panacea_jax.errors import InputError
 from panacea_jax.export import deployed, save_epsilon, save_model, write_adapter
 from panacea_jax.healing.auto import ascend_auto, at_chosen_radius
@@ -58,7 +59,7 @@ from panacea_jax.train.optimizer import learning_rate, optimizer_of
 from panacea_jax.train.shared import Shared
 from panacea_jax.train.trackers import Tracking, check_installed
 from panacea_jax.train.watch import Profile
-from panacea_jax.workdir import StageFolder, plain
+from panacea_jax.workdir import StageFolder, plain, read_manifest, run_id
 
 # Which configuration sections decide the outcome of a stage: a change of any other may resume it.
 DECISIVE = ("seed", "model", "lora", "data", "defence", "optimizer", "train", "export")
@@ -297,8 +298,9 @@ def _train(
     every = config.train.validate_every or streams["user"].steps_per_epoch
     steps, rate = steps_and_rate(config, defence, streams)
     checkpoints = Checkpoints(
-        folder / "checkpoints", config.checkpoint.every, config.checkpoint.keep, stay
-    )
+        folder / "checkpoints", config.checkpoint.every, config.checkpoint.keep, stay,
+        run=run_id(read_manifest(folder)), on_damage=config.checkpoint.on_damage,
+    )  # fmt: skip
     return finetune(
         opened.model, opened.params, defence, streams,
         optimizer=optimizer_of(config.optimizer, rate, defence), steps=steps, seed=config.seed, log_every=config.train.log_every,
@@ -329,11 +331,11 @@ def export(
     """Write what is deployed (w + ε unless told otherwise), and ε, into the stage's folder; returns whether ε is "applied" or "left out",
     "" where there is none."""
     params, note = deployed(result, config.export.without_epsilon)
-    if start.full_parameters:
-        lineage.clear(folder / "model")
-        save_model(result.model, params, folder / "model")
-    else:
-        write_adapter(result.model, params, folder / "adapter", start.base, note)
+    with replacing(folder / ("model" if start.full_parameters else "adapter")) as new:
+        if start.full_parameters:
+            save_model(result.model, params, new)
+        else:
+            write_adapter(result.model, params, new, start.base, note)
     for kind, epsilon in (("last", result.epsilon), ("mean", epsilon_mean)):
         if epsilon is not None:
             file = "epsilon.safetensors" if kind == "last" else "epsilon_mean.safetensors"

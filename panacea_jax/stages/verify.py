@@ -1,4 +1,5 @@
-"""The command ``verify``: whether a model that was judged keeps its bounds, for people and for the pipelines that deploy it."""
+"""The command ``verify``: whether a model is the one that was made and judged, and keeps its bounds, for people and for the pipelines that
+deploy it."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from panacea_jax.errors import GateNotMet, InputError
 from panacea_jax.evaluate.gate import MET, NOT_MEASURED, Finding, Gate, hold, parse_gate
 from panacea_jax.evaluate.scores import Judged
 from panacea_jax.records.judged import load_judged
+from panacea_jax.stages.trust import DIFFERS, Check, check_workdir
 from panacea_jax.terminal import safe_text
 from panacea_jax.untrusted import guarded, read_json_value, read_object
 from panacea_jax.workdir import MANIFEST, plain, read_manifest, write_json
@@ -19,21 +21,48 @@ from panacea_jax.workdir import MANIFEST, plain, read_manifest, write_json
 def verify_stage(
     config: ConfigDict, workdir: Path, file: Path | None, others: Mapping[str, Path]
 ) -> Path:
-    """Hold the figures of a work directory to a gate; writes ``WORKDIR/verdict.json``, prints a line a bound, and returns the file.
+    """Look whether a work directory is what it says (``trust.check_workdir``), and hold its figures to a gate if there is one; writes
+    ``WORKDIR/verdict.json``, prints a line a check and a bound, and returns the file.
 
     Figures come from the verdicts themselves, not from scores.json.
 
     Args:
-        config: its ``gate``, unless ``file`` is given.
+        config: its ``gate``, unless ``file`` is given, and ``model.path``, the base that the models are to be of, if it is set.
         workdir: the work directory.
         file: JSON with the keys of ``config.gate``.
         others: work directories of the models that bounds name, by ``gate.REFERENCES``.
 
     Raises:
-        InputError: no gate or two, one that cannot be read, no verdicts, or work directories that cannot be compared.
-        GateNotMet: a bound is not met; the file is written.
+        InputError: nothing to check and no gate, two gates, one that cannot be read, no verdicts, or work directories that cannot be
+            compared.
+        GateNotMet: a bound is not met, or a check does not hold; the file is written.
     """
     gate = _read_gate(config, file)
+    checks = check_workdir(workdir, config.model.path)
+    if gate is None and not checks:
+        raise InputError(
+            f"--gate is not set, and {workdir} holds no stage of ours to check: name a JSON file with bounds, or set config.gate.bounds"
+        )
+    for line in _check_lines(checks):
+        print(safe_text(line))
+    wrong = sum(check.outcome == DIFFERS for check in checks)
+    verdict: dict[str, Any] = {"met": not wrong, "checks": [check._asdict() for check in checks]}
+    missed, of = 0, 0
+    if gate is not None:
+        held = _hold_gate(gate, workdir, others)
+        missed, of = sum(finding["outcome"] != MET for finding in held["findings"]), len(held["findings"])
+        verdict |= held | {"met": not (wrong or missed)}
+    out = workdir / "verdict.json"
+    write_json(out, verdict)
+    if wrong or missed:
+        said = [f"gate not met: {missed} of {of}"] if missed else []
+        said += [f"{wrong} of {len(checks)} checks do not hold"] if wrong else []
+        raise GateNotMet(f"{'; '.join(said)} ({out})")
+    return out
+
+
+def _hold_gate(gate: Gate, workdir: Path, others: Mapping[str, Path]) -> dict[str, Any]:
+    """What becomes of the bounds of a gate; prints a line for each."""
     name = gate.judge or _judge_of_scores(workdir)
     loaded = {flag: _judged(path, name) for flag, path in (("workdir", workdir), *others.items())}
     for flag, path in others.items():
@@ -41,29 +70,21 @@ def verify_stage(
             raise InputError(f"--{flag}={path}: cannot be compared with itself")
     ours = loaded.pop("workdir")
     findings = hold(gate, ours, loaded)
-    missed = sum(finding.outcome != MET for finding in findings)
-    out = workdir / "verdict.json"
-    write_json(out, {
-        "met": not missed,
+    for line in _lines(findings):
+        print(safe_text(line))
+    return {
         "findings": [dataclasses.asdict(finding) for finding in findings],
         "gate": {**dataclasses.asdict(gate), "bounds": [bound.text for bound in gate.bounds]},
         "judge": ours.judge,
         "template": ours.template,
         "models": plain({"workdir": workdir, **others}),
         "answers": _answers_of(workdir),
-    })  # fmt: skip
-    for line in _lines(findings):
-        print(safe_text(line))
-    if missed:
-        raise GateNotMet(f"gate not met: {missed} of {len(findings)} ({out})")
-    return out
+    }
 
 
-def _read_gate(config: ConfigDict, file: Path | None) -> Gate:
+def _read_gate(config: ConfigDict, file: Path | None) -> Gate | None:
     if file is None:
-        if not config.gate.bounds:
-            raise InputError("--gate is not set: name a JSON file with bounds, or set config.gate.bounds")
-        return parse_gate(config.gate.to_dict(), "config.gate")
+        return parse_gate(config.gate.to_dict(), "config.gate") if config.gate.bounds else None
     if config.gate.bounds:
         raise InputError(f"--gate={file}: config.gate.bounds is set too; give one of them")
     try:
@@ -105,6 +126,12 @@ def _answers_of(workdir: Path) -> dict[str, Any] | None:
     manifest = read_manifest(folder)
     asked = manifest["config"]
     return {"model": asked.get("model"), "adapter": asked.get("adapter"), "inputs": manifest["inputs"]}
+
+
+def _check_lines(checks: Sequence[Check]) -> list[str]:
+    """A line a check: outcome, what was looked at, what was found."""
+    wide = max((len(check.what) for check in checks), default=0)
+    return [f"{c.outcome:<{len(NOT_MEASURED)}}  {c.what:<{wide}}  {c.why}" for c in checks]
 
 
 def _lines(findings: Sequence[Finding]) -> list[str]:

@@ -17,7 +17,8 @@ from panacea_jax.config.variation import Setting, written
 from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
 from panacea_jax.stages.run import decisive_for_run
-from panacea_jax.workdir import MANIFEST, read_manifest, sha256_json
+from panacea_jax.sums import sha256_json
+from panacea_jax.workdir import MANIFEST, read_manifest
 
 # Characters of the hash that a folder is called by. Should two ever share them, the second run is refused by the first one's manifest.
 NAME_LENGTH = 12

@@ -15,8 +15,9 @@ from panacea_jax.config.axes import OBJECTIVES, Axis, parse_axes
 from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
 from panacea_jax.stages.run import decisive_for_run
+from panacea_jax.sums import sha256_json
 from panacea_jax.sweep.plan import FINISHED, Run, make_folder, make_run, status_of
-from panacea_jax.workdir import lock, plain, read_manifest, sha256_json
+from panacea_jax.workdir import lock, plain, read_manifest
 
 if TYPE_CHECKING:
     import optuna

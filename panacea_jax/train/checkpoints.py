@@ -1,20 +1,36 @@
-"""Checkpoints by orbax: asynchronous, the newest N kept, restored onto whatever mesh is in use."""
+"""Checkpoints by orbax: asynchronous, the newest N kept, restored onto whatever mesh is in use, and believed only as they were saved.
+
+Notes are saved with the arrays: a checksum of each, which run they are of, and a hash of the notes themselves. All of that is in the
+checkpoint before orbax gives it its name, so a kill leaves none without.
+"""
 
 import contextlib
+import json
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 
+from panacea_jax.disk import check_room
 from panacea_jax.errors import InputError, no_space
+from panacea_jax.parallel import processes
 from panacea_jax.progress import say
+from panacea_jax.sums import sha256_json
+from panacea_jax.train.checksums import checksums
 from panacea_jax.train.step import TrainState
+
+FALLBACK = "fallback"
+# Notes of ours beside those of the loop.
+_RUN, _CHECKSUMS, _HASH = "run", "checksums", "sha256"
+# How the words begin that threads and tasks of orbax say after a failure.
+_LATE = ("Event loop is closed", "Encountered error while reading array")
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -28,7 +44,9 @@ def flatten(tree: Any) -> dict[str, Any]:
 class Checkpoints:
     """The checkpoints of one stage, ``<folder>/<step>/``."""
 
-    def __init__(self, folder: Path, every: int = 0, keep: int = 2, stay: int = 0) -> None:
+    def __init__(
+        self, folder: Path, every: int = 0, keep: int = 2, stay: int = 0, *, run: str = "", on_damage: str = FALLBACK
+    ) -> None:  # fmt: skip
         """Open or create the folder.
 
         Args:
@@ -36,56 +54,95 @@ class Checkpoints:
             every: save each so many steps; 0 saves only when asked (at the end, on SIGTERM).
             keep: number of newest checkpoints kept.
             stay: save each so many steps too, and keep these all; 0: none.
+            run: of which these are, ``workdir.run_id``; "": not told, and not asked for.
+            on_damage: of a checkpoint that cannot be believed, ``"fallback"``: name it and go on from the one before; ``"stop"``.
         """
         self.folder, self.every, self._stay = folder, every, stay
+        self._run, self._on_damage = run, on_damage
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=stay or None, create=True)
         self._silence = contextlib.ExitStack()
         self._silence.enter_context(_one_voice())
-        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+        with _quiet():
+            self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
 
     def latest(self) -> int | None:
-        """Newest complete step, or None."""
-        step = self._manager.latest_step()
-        return None if step is None else int(step)
+        """Newest step, or None; whether it can be believed is seen when it is restored."""
+        return max(self._steps(), default=None)
+
+    def _steps(self) -> list[int]:
+        """Steps that there is a checkpoint of; as the first process sees it, since clients of NFS see a new one late."""
+        return list(processes.from_first(_steps_in(self.folder)))
 
     def due(self, step: int) -> bool:
         """Whether the state after ``step`` steps is to be saved."""
         return any(every > 0 and step % every == 0 for every in (self.every, self._stay))
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Start saving; the arrays are copied off the device before this returns, so the state may be donated afterwards."""
-        step = int(state.step)
-        if step == self.latest():
+        """Start saving; the arrays are copied off the device before this returns, so the state may be donated afterwards.
+
+        Raises:
+            OSError: there is no room for it, said before anything is written.
+        """
+        step, arrays = int(state.step), flatten(state)
+        if step == self._manager.latest_step():
             return
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(flatten(state)), meta=ocp.args.JsonSave(meta)
-        )
+        check_room(self.folder, sum(x.nbytes for x in arrays.values()))
+        notes = _signed(meta | {_RUN: self._run, _CHECKSUMS: checksums(arrays)})
+        args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(notes))
         self._manager.save(step, args=args)
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest checkpoint, in the shapes, dtypes and shardings of ``state``, and what was noted with it.
+        """The newest checkpoint that can be believed, in the shapes, dtypes and shardings of ``state``, and what was noted with it.
+
+        Those after it are renamed to ``<step>.damaged``, and a warning names them.
 
         Raises:
-            InputError: the checkpoint is damaged, or belongs to other shapes.
+            InputError: it is damaged, of another run or of other shapes, and so are those before it or ``on_damage`` is ``"stop"``;
+                then nothing is changed.
         """
-        step = self.latest()
-        target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), flatten(state)
-        )
+        damaged: dict[int, str] = {}
+        for step in sorted(self._steps(), reverse=True):
+            arrays, notes, why = self._read(step, flatten(state))
+            if not why:
+                self._set_aside(damaged)
+                say(f"resumed from {self.folder / str(step)}")
+                return jax.tree.unflatten(jax.tree.structure(state), [arrays[name] for name in flatten(state)]), notes
+            damaged[step] = why
+            if self._on_damage != FALLBACK:
+                break
+        step, why = next(iter(damaged.items()))
+        rest = ", and none before it is better" if self._on_damage == FALLBACK else "; remove that folder to go on from an older one"
+        raise InputError(f"{self.folder / str(step)}: damaged checkpoint, or one of another run ({why}){rest}")
+
+    def _read(self, step: int, like: Mapping[str, jax.Array]) -> tuple[dict[str, Any], dict[str, Any], str]:
+        """Arrays, notes, and why they cannot be believed; every process comes to the same."""
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), dict(like))
+        arrays: dict[str, Any] = {}
+        notes: dict[str, Any] = {}
         try:
-            args = ocp.args.Composite(
-                state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore()
-            )
-            with _quiet():
-                found = self._manager.restore(step, args=args)
+            arrays, notes = _restore(self.folder / str(step), target)
+            why = _disbelieved(notes, self._run)
         except Exception as error:  # orbax and tensorstore raise many kinds for a broken file
-            raise InputError(
-                f"{self.folder / str(step)}: damaged checkpoint, or one of another model or adapter "
-                f"({_first_line(error)}); remove that folder to go on from an older one"
-            ) from error
-        say(f"resumed from {self.folder / str(step)}")
-        leaves = [found.state[name] for name in flatten(state)]
-        return jax.tree.unflatten(jax.tree.structure(state), leaves), found.meta
+            self._silence.pop_all()  # to stay: what is left of their threads speaks later still
+            why = _first_line(error)
+        why = next(filter(None, processes.heard(why)), "")  # each reads its part only, and checksums are taken together
+        return arrays, notes, why or _changed(arrays, notes)
+
+    def _set_aside(self, damaged: Mapping[int, str]) -> None:
+        """Rename checkpoints that nobody is to go on from, and let orbax look again."""
+        if not damaged:
+            return
+
+        def rename() -> None:
+            for step, why in damaged.items():
+                path = self.folder / str(step)
+                aside = next(p for n in range(1000) if not (p := path.with_name(f"{step}.damaged{n or ''}")).exists())
+                path.rename(aside)
+                absl_logging.warning("%s: damaged checkpoint (%s); it is kept as %s, and the one before is used", path, why, aside.name)
+
+        processes.once(rename)
+        with _quiet():
+            self._manager.reload()
 
     def close(self) -> None:
         """Wait for pending saves."""
@@ -97,18 +154,18 @@ class Checkpoints:
 class PastCheckpoint(Checkpoints):
     """One of the checkpoints that a stage kept, in the place of all: training to that step resumes from it, and saves nothing."""
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, run: str = "") -> None:
         """
         Args:
             folder: ``WORKDIR/<stage>/checkpoints``.
             step: which.
+            run: see ``Checkpoints``.
         """
-        super().__init__(folder)
+        super().__init__(folder, run=run, on_damage="stop")
         self._step = step
 
-    def latest(self) -> int | None:
-        """The step."""
-        return self._step
+    def _steps(self) -> list[int]:
+        return [self._step]
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Nothing."""
@@ -116,29 +173,73 @@ class PastCheckpoint(Checkpoints):
 
 def newest_checkpoint(stage: Path) -> Path | None:
     """The newest of ``STAGE/checkpoints/<step>/``; None where none is left."""
-    found = [path for path in (stage / "checkpoints").glob("*") if path.name.isdigit()]
-    return max(found, key=lambda path: int(path.name), default=None)
+    folder = stage / "checkpoints"
+    return max((folder / str(step) for step in _steps_in(folder)), key=lambda path: int(path.name), default=None)
 
 
-def read_checkpoint(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _steps_in(folder: Path) -> list[int]:
+    """Steps in the names of a folder of checkpoints; what orbax has not finished, or we set aside, is called otherwise."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+
+
+def read_checkpoint(folder: Path, run: str = "") -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Every array of one checkpoint folder (``…/checkpoints/<step>``) on the host by dotted path, and what was noted with it.
 
+    Args:
+        folder: of the checkpoint.
+        run: that it is to be of, see ``Checkpoints``.
+
     Raises:
-        InputError: not a checkpoint, or a damaged one.
+        InputError: not a checkpoint, a damaged one, or one of another run.
     """
     if not (folder / "state").is_dir():
         raise InputError(f"{folder}: not a checkpoint of ours (no 'state' in it)")
-    folder = folder.resolve()
     try:
-        with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as arrays:
-            metadata = arrays.metadata(folder / "state").item_metadata.tree
-            target = {k: np.zeros(m.shape, m.dtype) for k, m in metadata.items()}
-            state = arrays.restore(folder / "state", args=ocp.args.StandardRestore(target))
-        with _quiet(), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as notes:
-            meta = notes.restore(folder / "meta", args=ocp.args.JsonRestore())
+        with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as stored:
+            metadata = stored.metadata(folder.resolve() / "state").item_metadata.tree
+        arrays, notes = _restore(folder, {k: np.zeros(m.shape, m.dtype) for k, m in metadata.items()})
+        why = _disbelieved(notes, run) or _changed(arrays, notes)
     except Exception as error:  # as above
-        raise InputError(f"{folder}: damaged checkpoint ({_first_line(error)})") from error
-    return {name: np.asarray(value) for name, value in state.items()}, meta
+        why = _first_line(error)
+    if why:
+        raise InputError(f"{folder}: damaged checkpoint ({why})")
+    return {name: np.asarray(value) for name, value in arrays.items()}, notes
+
+
+def _restore(folder: Path, target: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arrays as ``target`` has them, and notes. By orbax's handlers alone: its manager lets processes wait for each other, so that one
+    which meets damage would leave the others waiting."""
+    folder = folder.resolve()
+    with _quiet():
+        arrays = ocp.StandardCheckpointHandler().restore(folder / "state", args=ocp.args.StandardRestore(target))
+        notes = ocp.JsonCheckpointHandler().restore(folder / "meta", args=ocp.args.JsonRestore())
+    return dict(arrays), dict(notes)
+
+
+def _signed(notes: dict[str, Any]) -> dict[str, Any]:
+    """Notes with their own hash."""
+    notes = json.loads(json.dumps(notes))  # as they will be read
+    return notes | {_HASH: sha256_json(notes)}
+
+
+def _disbelieved(notes: Mapping[str, Any], run: str) -> str:
+    """Why notes are not those that were saved, or not of this run; "" where nothing speaks against them."""
+    if _HASH not in notes and _CHECKSUMS not in notes:  # saved before there were any
+        return ""
+    if notes.get(_HASH) != sha256_json({k: v for k, v in notes.items() if k != _HASH}):
+        return "its notes differ from their hash"
+    return "it is of another run" if run and notes[_RUN] not in ("", run) else ""
+
+
+def _changed(arrays: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
+    """Which array differs from what was saved; "" for none, or where that was not noted."""
+    if _CHECKSUMS not in notes:
+        return ""
+    noted = notes[_CHECKSUMS]
+    found = checksums(arrays)
+    wrong = [name for name in noted if noted[name] != found.get(name)]
+    more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    return f"array {wrong[0]}{more} differs from its checksum" if wrong else ""
 
 
 @contextlib.contextmanager
@@ -181,11 +282,12 @@ def _one_voice() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_late_words() -> Iterator[None]:
-    """tensorstore's threads come back to an event loop that the first failure has closed; after one that stays unprinted."""
+    """tensorstore's threads come back to an event loop that the first failure has closed, and reads that nobody waits for any more are told
+    to end; after a failure that stays unprinted."""
     previous = sys.unraisablehook
 
     def hook(event: "sys.UnraisableHookArgs") -> None:
-        if str(event.exc_value) != "Event loop is closed":
+        if not str(event.exc_value).startswith(_LATE):
             previous(event)
 
     sys.unraisablehook = hook

@@ -7,7 +7,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from panacea_jax.errors import InputError
 from panacea_jax.train.trackers import TRACKERS, Background, Tracking
+from panacea_jax.workdir import write_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -21,8 +23,8 @@ class MetricsWriter:
     def __init__(self, folder: Path, start_step: int = 0, tracking: Tracking | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS_FILE
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= start_step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        kept = [line for line in _lines(path) if _row(path, line)["step"] <= start_step]
+        write_text(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
         tracking = tracking or Tracking()
         self._trackers = [
@@ -48,7 +50,17 @@ class MetricsWriter:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """What was logged in a stage's folder, a dictionary a step; none where nothing was."""
-    return [json.loads(line) for line in _lines(folder / METRICS_FILE)]
+    path = folder / METRICS_FILE
+    return [_row(path, line) for line in _lines(path)]
+
+
+def _row(path: Path, line: str) -> dict[str, Any]:
+    try:
+        row: dict[str, Any] = json.loads(line)
+        row["step"] + 0
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged: a line is no record of a step ({type(error).__name__})") from error
+    return row
 
 
 def _lines(path: Path) -> list[str]:

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -26,12 +27,14 @@ PRELOAD = [
 ]
 
 
-def _command(arguments: Sequence[str], log: str, files: Sequence[Path], kill_at: int) -> None:
+def _command(arguments: Sequence[str], log: str, files: Sequence[Path], kill_at: int, after: float) -> None:
     """What the child does: the command line, with its output in a file."""
     from panacea_jax import cli
 
     if kill_at:
         _kill_at(files, kill_at)
+    if after:
+        threading.Timer(after, os.kill, (os.getpid(), signal.SIGKILL)).start()
     with (
         open(log, "a") as stream,
         contextlib.redirect_stdout(stream),
@@ -62,11 +65,11 @@ class Commands:
         self._log = folder / "log"
 
     def __call__(
-        self, arguments: Sequence[str], files: Sequence[Path] = (), kill_at: int = 0
+        self, arguments: Sequence[str], files: Sequence[Path] = (), kill_at: int = 0, after: float = 0
     ) -> int:
-        """Run a command line; −9 if it was killed, which happens once ``files`` have ``kill_at`` lines (0: never)."""
+        """Run a command line; −9 if it was killed, which happens once ``files`` have ``kill_at`` lines, or ``after`` seconds (0: never)."""
         process = self._context.Process(
-            target=_command, args=(list(arguments), str(self._log), list(files), kill_at)
+            target=_command, args=(list(arguments), str(self._log), list(files), kill_at, after)
         )
         process.start()
         process.join()

@@ -10,8 +10,10 @@ from transformers import AutoTokenizer
 
 from panacea_jax.models.peft import read_notes
 from panacea_jax.stages.card import CARD, write_card, write_scores
-from panacea_jax.workdir import read_manifest, sha256_model
+from panacea_jax.sums import sha256_model
+from panacea_jax.workdir import read_manifest
 from tests import runs
+from tests.runs import rewrite_manifest
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,7 @@ def scored(finished, tmp_path):
     manifest["inputs"][str(adapter)] = sha256_model(adapter)
     (tmp_path / "generations").mkdir()
     (tmp_path / "generations" / "manifest.json").write_text(json.dumps(manifest))
+    rewrite_manifest(tmp_path / "generations")
     return tmp_path, adapter, json.loads((workdir / "scores.json").read_text())
 
 

@@ -1,0 +1,221 @@
+"""What ``verify`` looks at beside the figures: whether a work directory is still what its manifests say, and what is deployed is w + ε.
+
+Nothing is taken from a report: hashes are taken anew, checkpoints read, scores counted again.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from panacea_jax.data.sources import fingerprint
+from panacea_jax.errors import InputError
+from panacea_jax.export import tensors_in_checkpoint
+from panacea_jax.models.names import alone
+from panacea_jax.models.peft import WEIGHTS_FILE, read_notes
+from panacea_jax.models.peft_config import CONFIG_FILE, read_peft_config
+from panacea_jax.models.weights import find_tensors
+from panacea_jax.records.judged import load_judged
+from panacea_jax.stages import lineage
+from panacea_jax.sums import difference, read_sums, sha256_model
+from panacea_jax.train.checkpoints import read_checkpoint
+from panacea_jax.workdir import MANIFEST, read_manifest, run_id
+
+HOLDS, DIFFERS, UNKNOWN = "holds", "differs", "unknown"
+# How far a deployed tensor may be from w + ε, relative to its largest entry: float32 in another order of additions.
+_CLOSE = 1e-5
+
+
+class Check(NamedTuple):
+    """What was looked at, and how it was found.
+
+    Attributes:
+        what: such as "finetune: files".
+        outcome: ``HOLDS``, ``DIFFERS``, or ``UNKNOWN`` where nothing tells.
+        why: what differs, or what was compared.
+    """
+
+    what: str
+    outcome: str
+    why: str = ""
+
+
+def check_workdir(workdir: Path, base: str = "") -> list[Check]:
+    """Every check that a work directory has something for; none where no manifest is in it.
+
+    Args:
+        workdir: the work directory.
+        base: folder of the base that the models in it are to be of; "": whatever their manifests name.
+    """
+    stages = sorted(path.parent for path in workdir.glob(f"*/{MANIFEST}"))
+    found = [check for stage in stages for check in _of_stage(stage, base)]
+    if stages and (workdir / "judgements").is_dir():
+        found += [
+            _tried("judgements: files", lambda: _files(workdir / "judgements", read_sums(workdir / "judgements"))),
+            _tried("scores", lambda: _scores(workdir)),
+        ]  # fmt: skip
+    return found
+
+
+def _tried(what: str, check: Callable[[], tuple[str, str]]) -> Check:
+    """A check; what makes it impossible is a difference."""
+    try:
+        return Check(what, *check())
+    except (InputError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        said = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {str(error)[:200]}"
+        return Check(what, DIFFERS, " ".join(said.split()))
+
+
+def _of_stage(stage: Path, base: str) -> Iterator[Check]:
+    """The checks of one stage's folder."""
+    name = stage.name
+    try:
+        manifest = read_manifest(stage)
+    except InputError as error:
+        yield Check(f"{name}: manifest", DIFFERS, str(error))
+        return
+    if manifest["status"] != "done":
+        yield Check(f"{name}: files", UNKNOWN, f"status {manifest['status']}")
+    else:
+        yield _tried(f"{name}: files", lambda: _files(stage, manifest.get("files", {})))
+    if manifest["inputs"]:
+        yield _tried(f"{name}: inputs", lambda: _inputs(manifest))
+    if (stage / "checkpoints").is_dir():
+        yield _tried(f"{name}: checkpoints", lambda: _checkpoints(stage, run_id(manifest)))
+    if (stage / "adapter").is_dir() or ((stage / "model").is_dir() and name != "base"):
+        yield _tried(f"{name}: base", lambda: _base(stage, manifest, base))
+    if (stage / "epsilon.safetensors").is_file():
+        yield _tried(f"{name}: ε applied", lambda: _epsilon(stage, manifest))
+    if name == "generations":
+        yield _tried("answers", lambda: _answers(stage.parent, manifest))
+
+
+def _files(folder: Path, sums: Mapping[str, str]) -> tuple[str, str]:
+    if not sums:
+        return UNKNOWN, "made before hashes were kept"
+    wrong = difference(folder, sums)
+    return (DIFFERS, wrong) if wrong else (HOLDS, f"{len(sums)} files as they were written")
+
+
+def _inputs(manifest: Mapping[str, Any]) -> tuple[str, str]:
+    """That what a stage read is still there, the same, and made by the same."""
+    gone = []
+    for name, digest in manifest["inputs"].items():
+        path = Path(name)
+        if path.is_dir():
+            now = sha256_model(path)
+        elif "@" in name:
+            try:
+                now = fingerprint(name)
+            except InputError:
+                now = ""
+        else:
+            now = ""
+        if not now:
+            gone.append(name)
+        elif now != digest:
+            return DIFFERS, f"{name} is not what was read"
+    for name, digest in manifest.get("made_by", {}).items():
+        made = Path(name).parent
+        if made.is_dir() and read_manifest(made).get("sha256") != digest:
+            return DIFFERS, f"{made / MANIFEST} is another than that of the stage which made {name}"
+    if gone:
+        return UNKNOWN, f"{gone[0]} is not there any more"
+    return HOLDS, f"{len(manifest['inputs'])} inputs as they were read"
+
+
+def _checkpoints(stage: Path, run: str) -> tuple[str, str]:
+    steps = sorted(int(path.name) for path in (stage / "checkpoints").iterdir() if path.name.isdecimal())
+    old = 0
+    for step in steps:
+        old += "checksums" not in read_checkpoint(stage / "checkpoints" / str(step), run)[1]
+    if old:
+        return UNKNOWN, f"{old} of {len(steps)} made before checksums were kept"
+    return HOLDS, f"every array of {len(steps)} as it was saved"
+
+
+def _base(stage: Path, manifest: Mapping[str, Any], named: str) -> tuple[str, str]:
+    """That the weights say the base that they were trained on, and that it is the one which is named."""
+    base = str(manifest["outcome"].get("base") or manifest["config"]["model"]["path"])
+    if (stage / "adapter" / CONFIG_FILE).is_file():
+        said = str(json.loads((stage / "adapter" / CONFIG_FILE).read_text("utf-8"))["base_model_name_or_path"])
+        read_peft_config(stage / "adapter")
+        if said != base:
+            return DIFFERS, f"{stage / 'adapter' / CONFIG_FILE} says {said}, the manifest {base}"
+    if not named:
+        return HOLDS, base
+    known = manifest["inputs"].get(str(Path(base).expanduser()))
+    if known is None or not Path(named).is_dir():
+        same = named == base
+    else:
+        same = sha256_model(Path(named)) == known
+    return (HOLDS, base) if same else (DIFFERS, f"trained on {base}, which is not {named}")
+
+
+def _epsilon(stage: Path, manifest: Mapping[str, Any]) -> tuple[str, str]:
+    """That what is deployed is w + ε: w from the newest checkpoint, or for a method without steps from the adapter that it began with."""
+    adapter = stage / "adapter"
+    if adapter.is_dir() and (said := read_notes(adapter).get("epsilon")) != "applied":
+        return DIFFERS, f"{adapter} says: {said or 'nothing'}; w alone must not be deployed"
+    epsilon = load_file(stage / "epsilon.safetensors")
+    w, where = _before_epsilon(stage, manifest)
+    if not w:
+        return UNKNOWN, "no checkpoint is left to compare with"
+    deployed = _of_adapter(adapter) if adapter.is_dir() else _of_model(stage / "model")
+    for name, value in epsilon.items():
+        wanted, found = (w[name] + value).astype(deployed[name].dtype), deployed[name].astype(np.float32)
+        far = np.abs(found - wanted.astype(np.float32)).max(initial=0)
+        if not far <= _CLOSE * np.abs(found).max(initial=1e-30):
+            bare = "w alone" if np.array_equal(found, w[name].astype(deployed[name].dtype).astype(np.float32)) else "another"
+            return DIFFERS, f"tensor {name} is not w + ε of {where}, but {bare}"
+    return HOLDS, f"{len(epsilon)} tensors are w + ε, w of {where}"
+
+
+def _before_epsilon(stage: Path, manifest: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], str]:
+    """w by tensor name, and where it is from; empty where nothing has it."""
+    steps = [int(path.name) for path in (stage / "checkpoints").glob("*") if path.name.isdecimal()]
+    if steps:
+        folder = stage / "checkpoints" / str(max(steps))
+        return tensors_in_checkpoint(folder), str(folder)
+    began = str(manifest["config"].get("lora", {}).get("init_from", ""))
+    if began and (Path(began) / WEIGHTS_FILE).is_file():
+        return _of_adapter(Path(began)), began
+    return {}, ""
+
+
+def _of_adapter(folder: Path) -> dict[str, np.ndarray]:
+    """The factors of a PEFT folder, by the names that they have without a vision tower beside the decoder."""
+    return {name.replace(".language_model.", "."): x for name, x in load_file(folder / WEIGHTS_FILE).items()}
+
+
+def _of_model(folder: Path) -> dict[str, np.ndarray]:
+    """The tensors of a Hugging Face folder."""
+    files = {tensor.file for tensor in find_tensors(folder).values()}
+    return {alone(name): x for file in files for name, x in load_file(file).items()}
+
+
+def _answers(workdir: Path, manifest: Mapping[str, Any]) -> tuple[str, str]:
+    """That the answers are of the weights that the work directory would deploy, as they are now; of those that are named, where it has
+    none."""
+    answered = lineage.answered_by(manifest)
+    weights, known = lineage.newest(workdir) or Path(answered), manifest["inputs"].get(answered)
+    if known is None or not weights.is_dir():
+        return UNKNOWN, f"{answered or 'the weights'} cannot be compared"
+    same = sha256_model(weights) == known
+    return (HOLDS, f"of {weights} as it is") if same else (DIFFERS, f"they are of {answered} as it was then, not of {weights} as it is")
+
+
+def _scores(workdir: Path) -> tuple[str, str]:
+    """That the verdicts are on these answers, and that counting them again gives the scores."""
+    judges = load_judged(workdir)
+    again = {name: json.loads(json.dumps(judged.scores())) for name, judged in judges.items()}
+    compared = 0
+    for file in sorted(workdir.glob("scores*.json")):
+        found = json.loads(file.read_text("utf-8"))
+        if found != again[found["judge"]["name"]]:
+            return DIFFERS, f"{file} is not what the verdicts say"
+        compared += 1
+    return HOLDS, f"{compared} files are what the verdicts on these answers say"

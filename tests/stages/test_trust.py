@@ -1,0 +1,172 @@
+"""`panacea verify` without a gate: whether a work directory is what it says; and random damage to a finished one."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from panacea_jax.models.peft import read_notes
+from panacea_jax.models.tensorfile import entries_of, write_tensors
+from panacea_jax.stages.trust import DIFFERS, HOLDS, UNKNOWN, check_workdir
+from panacea_jax.sums import sums_of
+from panacea_jax.workdir import MANIFEST, read_manifest
+from tests import runs
+from tests.faults import FOUND, HARMLESS, Faults
+from tests.runs import panacea, rewrite_manifest
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return runs.finished_run(tmp_path_factory)
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+    """A copy; what its manifests name lies where the run was."""
+    return shutil.copytree(finished[1], tmp_path / "run")
+
+
+def outcomes(workdir, **more):
+    return {check.what: check.outcome for check in check_workdir(workdir, **more)}
+
+
+def wrong(workdir, **more):
+    return {check.what: check.why for check in check_workdir(workdir, **more) if check.outcome == DIFFERS}
+
+
+def flip(path, at=-9):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+def test_a_sound_run(finished, capsys):
+    place, workdir = finished
+    before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+    assert panacea("verify", f"--workdir={workdir}", f"--config.model.path={place.base}") == 0
+    said = capsys.readouterr().out.splitlines()
+    verdict = json.loads((workdir / "verdict.json").read_text())
+    (workdir / "verdict.json").unlink()
+    assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()} == before
+    assert verdict["met"] and "findings" not in verdict
+    found = {check["what"]: check["outcome"] for check in verdict["checks"]}
+    assert len(said) == len(found) + 1 and set(found.values()) == {HOLDS}
+    wanted = ("align: files", "finetune: checkpoints", "finetune: ε applied", "heal: ε applied", "heal: base", "answers", "scores",
+              "judgements: files", "generations: inputs")  # fmt: skip
+    assert set(wanted) <= found.keys()
+    # The chain: each stage names the manifest of the one whose adapter it took up.
+    made = read_manifest(workdir / "heal")["made_by"]
+    assert made == {str(workdir / "finetune" / "adapter"): read_manifest(workdir / "finetune")["sha256"]}
+
+
+def test_epsilon_left_out(workdir):
+    """w alone in place of w + ε, under a manifest that fits it."""
+    stage = workdir / "finetune"
+    path, epsilon = stage / "adapter" / "adapter_model.safetensors", load_file(stage / "epsilon.safetensors")
+    tensors = load_file(path)
+    w = {name: np.asarray(x - epsilon[name]) for name, x in tensors.items()}
+    write_tensors(path, entries_of(w), {"format": "pt"} | read_notes(stage / "adapter"))
+    rewrite_manifest(stage, files=sums_of(stage, MANIFEST))
+    assert "is not w + ε" in wrong(workdir)["finetune: ε applied"]
+    write_tensors(path, entries_of(tensors), {"format": "pt", "epsilon": "left out"})
+    assert "says: left out; w alone must not be deployed" in wrong(workdir)["finetune: ε applied"]
+
+
+def test_another_base(workdir, finished, tmp_path):
+    other = shutil.copytree(finished[0].base, tmp_path / "other")
+    assert wrong(workdir, base=str(other)) == {}  # a copy is the same
+    flip(other / "model.safetensors")
+    assert set(wrong(workdir, base=str(other))) == {"align: base", "finetune: base", "heal: base"}
+    path = workdir / "heal" / "adapter" / "adapter_config.json"
+    path.write_text(path.read_text().replace(str(finished[0].base), str(other)))
+    found = wrong(workdir)
+    assert "adapter/adapter_config.json differs" in found["heal: files"] and str(other) in found["heal: base"]
+
+
+def test_one_flipped_bit(workdir, capsys):
+    path = workdir / "heal" / "adapter" / "adapter_model.safetensors"
+    flip(path)
+    assert wrong(workdir)["heal: files"] == "adapter/adapter_model.safetensors differs from its sha256"
+    assert panacea("verify", f"--workdir={workdir}") == 3
+    said = capsys.readouterr()
+    assert "differs       heal: files" in said.out and said.err.startswith("panacea: ") and "checks do not hold" in said.err
+    flip(path)
+    flip(workdir / "finetune" / "checkpoints" / "4" / "state" / "_METADATA", 0)
+    assert "4: damaged checkpoint" in wrong(workdir)["finetune: checkpoints"]
+
+
+def test_scores_of_another_adapter(workdir, finished):
+    """Answers of the model before healing; and scores that were changed."""
+    assert outcomes(workdir)["answers"] == HOLDS
+    shutil.rmtree(workdir / "heal")
+    assert "not of" in wrong(workdir)["answers"]
+    scores = json.loads((workdir / "scores.json").read_text())
+    (workdir / "scores.json").write_text(json.dumps(scores | {"hs": 0.0, "empty": 1.0}))
+    assert "is not what the verdicts say" in wrong(workdir)["scores"]
+
+
+def test_a_checkpoint_of_another_run(workdir):
+    shutil.copytree(workdir / "align" / "checkpoints" / "3", workdir / "finetune" / "checkpoints" / "9")
+    assert "9: damaged checkpoint (it is of another run)" in wrong(workdir)["finetune: checkpoints"]
+
+
+def test_from_before_there_were_hashes(workdir):
+    """It goes on working, and says what it cannot know."""
+    for path in workdir.glob("*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        path.write_text(json.dumps({k: v for k, v in manifest.items() if k not in ("sha256", "files", "made_by")}))
+    for path in workdir.glob("*/checkpoints/*/meta/metadata"):
+        notes = json.loads(path.read_text())
+        path.write_text(json.dumps({k: v for k, v in notes.items() if k not in ("sha256", "checksums", "run")}))
+    (workdir / "judgements" / "SHA256SUMS").unlink()
+    found = outcomes(workdir)
+    for what in ("finetune: files", "finetune: checkpoints", "judgements: files"):
+        assert found[what] == UNKNOWN
+    assert found["finetune: ε applied"] == found["scores"] == HOLDS
+
+
+def test_a_stage_that_is_no_longer_what_it_was_is_not_gone_on_from(workdir, finished, capsys):
+    """Neither healed, nor answered with, nor skipped as done."""
+    flags = finished[0].flags(f"--workdir={workdir}")
+    flip(workdir / "finetune" / "adapter" / "adapter_model.safetensors")
+    shutil.rmtree(workdir / "heal")
+    shutil.rmtree(workdir / "generations")
+    for command, more in (
+        ("heal", ("--config.defence.name=random_perturbation", "--config.defence.rho=0.25")),
+        ("generate", ()),
+        ("finetune", (f"--config.lora.init_from={read_manifest(workdir / 'finetune')['config']['lora']['init_from']}",)),
+    ):
+        assert panacea(command, *finished[0].flags(*more, f"--workdir={workdir}")) == 2, flags
+        err = capsys.readouterr().err.splitlines()[-1]
+        assert "adapter/adapter_model.safetensors differs from its sha256" in err
+    assert not (workdir / "heal").exists() and not (workdir / "generations").exists()
+
+
+def test_a_run_goes_on_from_the_checkpoint_before(workdir, finished, capsys):
+    """Cut short after its last checkpoint, which then was damaged: the same bytes in the end."""
+    stage = workdir / "finetune"
+    exports = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "epsilon.safetensors", "epsilon_mean.safetensors")
+    before = {name: (stage / name).read_bytes() for name in exports}
+    began = read_manifest(stage)["config"]["lora"]["init_from"]
+    rewrite_manifest(stage, status="running", files={}, outcome={})
+    for name in exports:
+        (stage / name).unlink()
+    largest = max((stage / "checkpoints" / "4").rglob("d/*"), key=lambda p: p.stat().st_size)
+    flip(largest)
+    flags = finished[0].flags(f"--config.lora.init_from={began}", f"--workdir={workdir}")
+    assert panacea("finetune", *flags, "--config.checkpoint.on_damage=stop") == 2
+    assert "4: damaged checkpoint" in capsys.readouterr().err
+    assert panacea("finetune", *flags) == 0
+    err = capsys.readouterr().err
+    assert err.count("damaged checkpoint") == 1 and f"resumed from {stage / 'checkpoints' / '3'}" in err
+    assert {name: (stage / name).read_bytes() for name in exports} == before
+
+
+def test_random_damage_is_found_or_harmless(finished, tmp_path):
+    """Sixty of the thousand of `make faults`."""
+    faults = Faults(finished[1], tmp_path, seed=17)
+    drawn = [faults.draw(checkpoint=i % 3 == 0) for i in range(60)]
+    assert {outcome for _, _, outcome in drawn} <= {FOUND, HARMLESS}, drawn
+    assert sum(outcome == FOUND for _, _, outcome in drawn) > 40
