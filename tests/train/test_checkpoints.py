@@ -248,7 +248,7 @@ def test_no_room_is_said_before_anything_is_written(folder, monkeypatch):
     usage = shutil.disk_usage(folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
     checkpoints = Checkpoints(folder)
-    with pytest.raises(OSError, match=r"No space left on device: 1e-07 GB are left"):
+    with pytest.raises(OSError, match=r"No space left on device: 0.0 MB are left"):
         checkpoints.save(state_at(8), {})
     checkpoints.close()
     assert sorted(p.name for p in folder.iterdir()) == ["2", "4", "6"]
