@@ -20,7 +20,7 @@ def check_room(folder: Path, size: int) -> None:
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
     if size > free:
-        reason = f"{os.strerror(errno.ENOSPC)}: {free / 1e9:.3g} GB are left, {size / 1e9:.3g} GB are needed"
+        reason = f"{os.strerror(errno.ENOSPC)}: {free / 1e6:,.1f} MB are left, {size / 1e6:,.1f} MB are needed"
         raise OSError(errno.ENOSPC, reason, str(folder))
 
 

@@ -58,5 +58,5 @@ def test_no_room(tmp_path, monkeypatch):
     with pytest.raises(OSError) as error:
         check_room(tmp_path / "not" / "there", 5 * 10**9)
     assert error.value.errno == errno.ENOSPC
-    told = (str(tmp_path / "not" / "there"), "No space left on device: 2 GB are left, 5 GB are needed")
+    told = (str(tmp_path / "not" / "there"), "No space left on device: 2,000.0 MB are left, 5,000.0 MB are needed")
     assert no_space(error.value) == told

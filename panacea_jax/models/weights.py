@@ -22,7 +22,7 @@ import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from panacea_jax.errors import InputError, no_space
+from panacea_jax.errors import InputError
 from panacea_jax.models import head, tensorfile
 from panacea_jax.models.adapter import Adapter, merged
 from panacea_jax.models.names import HARMLESS, VISION, alone, to_hf, to_ours
@@ -318,7 +318,6 @@ def save_tensors(
 
     Raises:
         InputError: the folder exists and is not empty, or cannot be written; or a tensor is not finite.
-        OSError: there is no room for it.
     """
     target = Path(folder)
     # The first alone looks: the others may be late, and it may have written by then.
@@ -339,8 +338,6 @@ def save_tensors(
             companions(partial)
             os.replace(partial, target)
     except OSError as error:
-        if no_space(error):
-            raise
         raise InputError(f"{target}: cannot be written: {error.strerror}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

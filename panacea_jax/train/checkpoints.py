@@ -71,7 +71,7 @@ class Checkpoints:
 
     def _steps(self) -> list[int]:
         """Steps that there is a checkpoint of; as the first process sees it, since clients of NFS see a new one late."""
-        return list(processes.from_first(_steps_in(self.folder)))
+        return list(processes.from_first(checkpoint_steps(self.folder)))
 
     def due(self, step: int) -> bool:
         """Whether the state after ``step`` steps is to be saved."""
@@ -174,10 +174,10 @@ class PastCheckpoint(Checkpoints):
 def newest_checkpoint(stage: Path) -> Path | None:
     """The newest of ``STAGE/checkpoints/<step>/``; None where none is left."""
     folder = stage / "checkpoints"
-    return max((folder / str(step) for step in _steps_in(folder)), key=lambda path: int(path.name), default=None)
+    return max((folder / str(step) for step in checkpoint_steps(folder)), key=lambda path: int(path.name), default=None)
 
 
-def _steps_in(folder: Path) -> list[int]:
+def checkpoint_steps(folder: Path) -> list[int]:
     """Steps in the names of a folder of checkpoints; what orbax has not finished, or we set aside, is called otherwise."""
     return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
 

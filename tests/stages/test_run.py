@@ -214,8 +214,7 @@ def test_a_stage_that_was_cut_short_goes_on(place_and_run, tmp_path, capsys):
     place, workdir = place_and_run
     copy = tmp_path / "copy"
     shutil.copytree(workdir / "finetune", copy / "finetune")
-    manifest = copy / "finetune" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"done"', '"running"'))
+    runs.rewrite_manifest(copy / "finetune", status="running")
     shutil.rmtree(copy / "finetune" / "checkpoints" / "4")
     shutil.rmtree(copy / "finetune" / "adapter")
     aligned = f"--config.lora.init_from={workdir / 'align' / 'adapter'}"

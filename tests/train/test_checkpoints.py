@@ -18,6 +18,7 @@ from panacea_jax.train.checkpoints import (
 )
 from panacea_jax.train.checksums import checksums
 from panacea_jax.train.step import TrainState
+from tests.on_devices import on_devices
 
 STEPS = (2, 4, 6)
 
@@ -107,6 +108,11 @@ def test_every_bit_and_every_place_counts():
     seen.add(checksums({"x": array[::-1]})["x"])
     seen.add(checksums({"x": array[:, :, ::-1]})["x"])
     assert len(seen) == 35
+
+
+def test_eight_devices_find_the_same():
+    found = on_devices("tests.train.sharded_checksums")
+    assert len(found) == 6 and set(found.values()) == {by_hand(np.arange(16 * 24, dtype=np.float32))}
 
 
 # ---------------------------------------------------------------- damage
@@ -248,7 +254,7 @@ def test_no_room_is_said_before_anything_is_written(folder, monkeypatch):
     usage = shutil.disk_usage(folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
     checkpoints = Checkpoints(folder)
-    with pytest.raises(OSError, match=r"No space left on device: 1e-07 GB are left"):
+    with pytest.raises(OSError, match=r"No space left on device: 0.0 MB are left"):
         checkpoints.save(state_at(8), {})
     checkpoints.close()
     assert sorted(p.name for p in folder.iterdir()) == ["2", "4", "6"]
