@@ -68,7 +68,7 @@ _values = st.recursive(
 
 def changed(good: Any) -> st.SearchStrategy[Any]:
     """A good value with some parts exchanged for others or left out."""
-    if isinstance(good, dict):
+    if isinstance(good, dict) and good:
         one = st.one_of(*(changed(value).map(lambda new, key=key: good | {key: new}) for key, value in good.items()))
         all_of_it = st.fixed_dictionaries({}, optional={key: changed(value) for key, value in good.items()})
         less = st.sampled_from(list(good)).map(lambda left: {key: value for key, value in good.items() if key != left})
