@@ -167,7 +167,7 @@ def match_pattern(pattern: str, text: str, where: object, *, whole: bool = False
         raise InputError(f"{where}: the expression {pattern!r:.80} takes too long to match") from error
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _each_once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a key is there twice")

@@ -147,7 +147,7 @@ KINDS = {
     ),
     "adapter settings": Kind(
         "adapter/adapter_config.json", _CONVERT + "--config.lora.init_from={root}/adapter", "adapter_config.json",
-        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": "(\\w+)+!"}).encode(),
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": "(.|.)+\\d$"}).encode(),
     ),
     "adapter settings, infinite": Kind(
         "adapter/adapter_config.json", _CONVERT + "--config.lora.init_from={root}/adapter", "adapter_config.json",
