@@ -9,8 +9,9 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from panacea_jax.errors import InputError
 
@@ -55,7 +56,7 @@ def guarded(where: object, problem: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[BufferedReader]:
     """A regular file, for reading. A pipe or a device, on which reading may not end, is none.
 
     Raises:
@@ -165,6 +166,8 @@ def match_pattern(pattern: str, text: str, where: object, *, whole: bool = False
         return (regex.fullmatch if whole else regex.match)(pattern, text, timeout=SECONDS)
     except TimeoutError as error:
         raise InputError(f"{where}: the expression {pattern!r:.80} takes too long to match") from error
+    except regex.error as error:
+        raise InputError(f"{where}: {pattern!r:.80} is no expression ({error})") from error
 
 
 def _each_once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:

@@ -17,7 +17,7 @@ from panacea_jax.untrusted import guarded, match_pattern, read_object
 
 CONFIG_FILE = "adapter_config.json"
 # No adapter has more; names of modules, and characters of an expression.
-MOST_RANK, MOST_ALPHA, MOST_NAMES = 2**16, 1e9, 2**14
+MOST_RANK, MOST_ALPHA, MOST_NAMES = 2**16, 1e9, 2**12
 
 # What the product or the file's tensors depend on, and what is made of it.
 HANDLED = {
@@ -171,7 +171,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
             raise InputError(f"{path}: peft_type = {values['peft_type']!r:.80}: only LORA is supported")
         rank, alpha = int(values["r"]), float(values["lora_alpha"])
     if not 1 <= rank <= MOST_RANK:
-        raise InputError(f"{path}: r = {rank:.6g}: a rank is from 1 to {MOST_RANK}")
+        raise InputError(f"{path}: r = {str(rank)[:20]}: a rank is from 1 to {MOST_RANK}")
     if not math.isfinite(alpha):
         raise InputError(f"{path}: lora_alpha = {alpha}: not finite")
     for key, value in values.items():
