@@ -195,7 +195,7 @@ def _check_init(config: PeftConfig) -> None:
     plain = init.lower() if isinstance(init, str) else init
     if plain not in PLAIN_INITS and not config.changes_base:
         raise InputError(
-            f"{config.path}: init_lora_weights = {init!r} changes the base in a way that the file does not hold; {_ADVICE}"
+            f"{config.path}: init_lora_weights = {init!r:.80} changes the base in a way that the file does not hold; {_ADVICE}"
         )
 
 
@@ -205,7 +205,7 @@ def _check_modules(config: PeftConfig) -> None:
     for key, (kind, wanted) in _KINDS.items():
         value = values.get(key)
         if not kind(value) and (value is not None or key == "target_modules"):
-            raise InputError(f"{config.path}: {key} = {value!r}: expected {wanted}")
+            raise InputError(f"{config.path}: {key} = {value!r:.80}: expected {wanted}")
     for key in ("layers_to_transform", "layers_pattern"):
         if isinstance(values["target_modules"], str) and values.get(key) is not None:
             raise InputError(
