@@ -23,7 +23,9 @@ SEEDS: dict[str, list[Any]] = {
     "shard index": [b'{"weight_map": ' + _DEEP],
     "config": [
         json.dumps(_CONFIG | changes).encode()
-        for changes in ({"hidden_act": ["silu"]}, {"layer_types": [[], {}], "architectures": ["Gemma2ForCausalLM"]}, {"rope_theta": 10**400})
+        for changes in (
+            {"hidden_act": ["silu"]}, {"rope_theta": 10**400}, {"layer_types": [[], {}], "architectures": ["Gemma2ForCausalLM"]},
+        )
     ],
     "adapter settings": [
         json.dumps(_PEFT | changes).encode()
