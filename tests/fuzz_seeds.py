@@ -20,7 +20,7 @@ SEEDS: dict[str, list[Any]] = {
         _header(b'{"a": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 64]}}'),
         _header(b'{"a": {"dtype": "F32", "shape": [16], "data_offsets": [0, 1e999]}}'),
     ],
-    "shard index": [b'{"weight_map": ' + _DEEP],
+    "shard index": [b'{"weight_map": ' + _DEEP, json.dumps({"weight_map": {"model.norm.weight": 10**400}}).encode()],
     "config": [
         json.dumps(_CONFIG | changes).encode()
         for changes in (
