@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
+from panacea_jax.data.tokenizer import TOKENIZER_FILES
 from panacea_jax.errors import InputError
 from panacea_jax.models.adapter import BLOCK_OF, Adapter
 from panacea_jax.models.config import read_config
@@ -25,8 +26,7 @@ from panacea_jax.train.checkpoints import read_checkpoint
 from panacea_jax.train.loop import Result
 from panacea_jax.untrusted import guarded
 
-# What of a Hugging Face folder travels with an exported adapter, and everything that is not weights and travels with an exported model.
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "added_tokens.json")
+# Everything of a Hugging Face folder that is not weights and travels with an exported model; with an adapter only the tokenizer's.
 COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
 WITHOUT_EPSILON = "exporting w without ε: w alone can be MORE harmful than plain fine-tuning; deploy w + ε instead"
 

@@ -166,9 +166,11 @@ def match_pattern(pattern: str, text: str, where: object, *, whole: bool = False
         return (regex.fullmatch if whole else regex.match)(pattern, text, timeout=SECONDS)
     except TimeoutError as error:
         raise InputError(f"{where}: the expression {pattern!r:.80} takes too long to match") from error
+    except regex.error as error:
+        raise InputError(f"{where}: {pattern!r:.80} is no expression ({error})") from error
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _each_once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a key is there twice")

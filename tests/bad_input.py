@@ -147,7 +147,7 @@ KINDS = {
     ),
     "adapter settings": Kind(
         "adapter/adapter_config.json", _CONVERT + "--config.lora.init_from={root}/adapter", "adapter_config.json",
-        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": "(\\w+)+!"}).encode(),
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": "(.|.)+\\d$"}).encode(),
     ),
     "adapter settings, infinite": Kind(
         "adapter/adapter_config.json", _CONVERT + "--config.lora.init_from={root}/adapter", "adapter_config.json",
@@ -171,7 +171,9 @@ KINDS = {
     "list of records": Kind("rows.json", f"{_ASK}pairs@{{root}}/rows.json", "rows.json", _DEEP),
     "sheet": Kind("rows.csv", f"{_ASK}pairs@{{root}}/rows.csv", "rows.csv", b"instruction,output\n" + b"w1 " * (3 * 2**20) + b",w2\n"),
     "packed records": Kind("rows.jsonl.gz", f"{_ASK}pairs@{{root}}/rows.jsonl.gz", "rows.jsonl.gz", gzip.compress(b"\n" * 300 * 2**20)),
-    "parquet": Kind("rows.parquet", f"{_ASK}pairs@{{root}}/rows.parquet", "rows.parquet", _parquet()),
+    "parquet": Kind(  # which is told by its last bytes
+        "rows.parquet", f"{_ASK}pairs@{{root}}/rows.parquet", "rows.parquet", _parquet(), but=("flipped",)
+    ),
     "saved folder": Kind("saved/state.json", f"{_ASK}pairs@{{root}}/saved", "saved", b"[]"),
     "conversations": Kind("rows.jsonl", f"{_ASK}chat@{{root}}/rows.jsonl", "rows.jsonl", b'{"messages": [{"role": {}, "content": 1}]}'),
     "recipe": Kind("recipe.py", "run --workdir=new --config={root}/recipe.py", "recipe.py", b"def get_config(): return get_config()"),
@@ -185,11 +187,11 @@ KINDS = {
     ),
     "manifest": Kind(
         "judged/generations/manifest.json", "judge --workdir={root}/judged --config.eval.tasks=pairs@{root}/rows.jsonl", "judged",
-        b'{"stage": 1, "status": [], "config": 3, "inputs": ' + _DEEP, but=("missing",),
+        b'{"stage": 1, "status": [], "config": 3, "inputs": ' + _DEEP, but=("missing", "a folder", "a pipe"),  # answers may have none
     ),
     "answers": Kind(
         "judged/generations/pairs.jsonl", "judge --workdir={root}/judged --config.eval.tasks=pairs@{root}/rows.jsonl", "pairs.jsonl",
-        b'{"prompt": 1, "response": ["x"]}\n',
+        b'{"prompt": 1, "response": ["x"]}\n', but=("truncated",),  # a torn last line is what a kill leaves
     ),
     "answers made elsewhere": Kind(
         "pairs_other.json", "score --workdir=new --generations={root}/pairs_other.json --config.eval.tasks=pairs@{root}/rows.jsonl",

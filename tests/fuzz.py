@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,7 +69,7 @@ _values = st.recursive(
 
 def changed(good: Any) -> st.SearchStrategy[Any]:
     """A good value with some parts exchanged for others or left out."""
-    if isinstance(good, dict):
+    if isinstance(good, dict) and good:
         one = st.one_of(*(changed(value).map(lambda new, key=key: good | {key: new}) for key, value in good.items()))
         all_of_it = st.fixed_dictionaries({}, optional={key: changed(value) for key, value in good.items()})
         less = st.sampled_from(list(good)).map(lambda left: {key: value for key, value in good.items() if key != left})
@@ -354,7 +355,7 @@ def main() -> None:
     asked = parser.parse_args()
     names = asked.only.split(",") if asked.only else list(TARGETS)
     whole = sum(1 / TARGETS[name].cost for name in names)
-    total = refused = 0
+    total, refused, failed = 0, 0, list[str]()
     for name in names:  # imports and good files first, which the limit shall not count
         fuzz(name, 5, asked.seed)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -362,11 +363,16 @@ def main() -> None:
     for name in names:
         begun, left, found = time.monotonic(), round(asked.inputs / whole / TARGETS[name].cost), 0
         for piece in range(0, left, PIECE):
-            found += fuzz(name, min(PIECE, left - piece), asked.seed * 1_000_003 + piece)
+            try:
+                found += fuzz(name, min(PIECE, left - piece), asked.seed * 1_000_003 + piece)
+            except Exception:
+                failed.append(name)
+                traceback.print_exc()
         total, refused = total + left, refused + found
         print(f"{name}: {left} inputs, {found} refused, {time.monotonic() - begun:.0f} s", flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    print(f"{total} inputs, {refused} refused, the others taken; at most {peak} MiB", file=sys.stdout)
+    print(f"{total} inputs, {refused} refused, the others taken; at most {peak} MiB")
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
 if __name__ == "__main__":

@@ -116,7 +116,10 @@ def good(tmp_path_factory) -> Path:
     (root / "adapter").mkdir()
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
     (root / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
-    save_file({"a": np.zeros(16, np.float32)}, root / "adapter" / "adapter_model.safetensors")
+    module = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    shapes = {"A": (2, 32), "B": (32, 2)}
+    factors = {module.format(layer, name): np.zeros(shape, np.float32) for layer in (0, 1) for name, shape in shapes.items()}
+    save_file(factors, root / "adapter" / "adapter_model.safetensors")
     save_file({"a": np.zeros(16, np.float32)}, root / "epsilon.safetensors")
     (root / "model.gguf").write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(16))
     (root / "recipe.py").write_text("from panacea_jax.config import get_config as defaults\nget_config = defaults(")

@@ -177,17 +177,19 @@ def test_exit_codes(error, code, monkeypatch, capsys):
 def test_a_warning_is_a_line_that_begins_with_its_level(monkeypatch):
     """Without absl's date, thread and file."""
     said = io.StringIO()
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
 
     def warn(values, config):
         handler = absl.logging.get_absl_handler()
         monkeypatch.setattr(handler.python_handler, "stream", said)
         logging.getLogger("panacea_jax.data").warning("%d records", 3)
         absl.logging.warning("the head is float32")
+        absl.logging.warning("%s holds \x1b[2J and %s", "a.json", "hf_secretsecret")
         absl.logging.info("not said")
 
     replace(monkeypatch, "doctor", warn)
     assert panacea("doctor") == 0
-    assert said.getvalue() == "WARNING: 3 records\nWARNING: the head is float32\n"
+    assert said.getvalue() == "WARNING: 3 records\nWARNING: the head is float32\nWARNING: a.json holds \\x1b[2J and …\n"
 
 
 def test_a_defect_of_ours_keeps_its_traceback(monkeypatch):

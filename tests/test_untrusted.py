@@ -88,8 +88,8 @@ def test_plain_yaml():
 
 def test_an_expression_that_takes_years():
     assert match_pattern(r"(a+)b", "aab", "file")[1] == "aa"
-    with pytest.raises(InputError, match=r"^file: the expression '\(\\\\w\+\)\+!' takes too long to match$"):
-        match_pattern(r"(\w+)+!", "w" * 60, "file")
+    with pytest.raises(InputError, match=r"^file: the expression '\(a\|a\)\+\$' takes too long to match$"):
+        match_pattern(r"(a|a)+$", "a" * 60 + "b", "file")
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", "\t=1", "\r=1", "=cmd|' /C calc'!A0"])

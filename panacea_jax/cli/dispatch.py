@@ -120,16 +120,20 @@ def _interrupted(*_: object) -> None:
 
 
 def _log_plainly() -> None:
-    """Warnings and errors on stderr, as a line that begins with their level."""
+    """Warnings and errors on stderr, as a line that begins with their level; nothing in them acts on a terminal, and no key is in them."""
     import logging
 
     import absl.logging
     from absl import flags
 
+    class Safe(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return safe_text(without_secrets(super().format(record)))
+
     flags.FLAGS.mark_as_parsed()  # ours are in a set of their own; absl's logging looks at the global one
     absl.logging.use_absl_handler()
     absl.logging.set_verbosity(absl.logging.WARNING)
-    absl.logging.get_absl_handler().setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    absl.logging.get_absl_handler().setFormatter(Safe("%(levelname)s: %(message)s"))
 
 
 def _written(arguments: Sequence[str]) -> str:

@@ -6,10 +6,8 @@ import re
 import sys
 
 from ml_collections import ConfigDict
-from ml_collections.config_flags import config_path
 
 from panacea_jax.config.axes import validate_sweep
-from panacea_jax.config.defaults import keys
 from panacea_jax.config.methods import (
     defence_section,
     make_defence,
@@ -39,7 +37,7 @@ CACHE_DTYPES = ("auto", "int8")
 WORLDS = ("", *SCALES)
 # Of whole numbers; of those that say how large an array is, with the ends of their keys.
 COUNT, SIZE = 2**31 - 1, 2**20
-_SIZES = ("batch_size", "max_length", "new_tokens", ".rank")
+_SIZES = ("batch_size", "max_length", "new_tokens", "rank")
 GUARD_TEMPLATES = ("llama_guard", "wildguard")
 
 
@@ -114,13 +112,14 @@ def validate(config: ConfigDict) -> None:
     validate_sweep(config)
 
 
-def _validate_sizes(config: ConfigDict) -> None:
+def _validate_sizes(section: ConfigDict, prefix: str = "") -> None:
     """No whole number is beyond what arrays are counted with, or what one of that size takes."""
-    for key in keys(config):
-        value = config_path.get_value(key, config)
-        if isinstance(value, int):
+    for key, value in section.items():
+        if isinstance(value, ConfigDict):
+            _validate_sizes(value, f"{prefix}{key}.")
+        elif isinstance(value, int):
             most = SIZE if key.endswith(_SIZES) else COUNT
-            require(abs(value) <= most, key, value, f"a whole number of at most {most}")
+            require(abs(value) <= most, f"{prefix}{key}", value, f"a whole number of at most {most}")
 
 
 def _validate_reading(data: ConfigDict) -> None:

@@ -140,6 +140,8 @@ def _json(path: Path, suffix: str) -> Iterator[tuple[str, Any]]:
         if suffix == ".json" and not number and content.lstrip().startswith("["):
             yield from _list(path, line, itertools.chain([content], (text for _, text in lines)))
             return
+        if len(content) > LINE:
+            raise InputError(f"{path}:{line}: a line of more than {LINE // MIB} MiB")
         number += 1
         yield f"{path}:{line}: record {number}", _parse(content.removesuffix("\n"), path, line)
 

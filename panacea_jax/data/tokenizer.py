@@ -13,7 +13,7 @@ from panacea_jax.untrusted import MIB, reason
 _log = logging.getLogger(__name__)
 
 # What belongs to a tokenizer, and bytes that none of it exceeds: Gemma 3 has 32 MiB.
-FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "added_tokens.json")
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "added_tokens.json")
 LARGEST = 256 * MIB
 # What ways to split text differ in: capitals, a number, several spaces, contractions, signs, accents, ends of lines.
 PROBE = "Two  words at the Mill's, 12 loaves:\n\ndéjà vu (3.50)   I'm done"
@@ -95,7 +95,7 @@ def _folder(where: str, key: str) -> Path | None:
 
 def _refuse_strange_files(folder: Path, key: str) -> None:
     """On a pipe the tokenizer's own reader would wait for ever, and of a huge file it makes more than the memory holds."""
-    for file in sorted(file for pattern in FILES for file in folder.glob(pattern)):
+    for file in sorted(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
         if not file.is_file():
             raise InputError(f"{key}: {file}: not a regular file")
         if file.stat().st_size > LARGEST:

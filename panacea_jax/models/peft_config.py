@@ -17,7 +17,7 @@ from panacea_jax.untrusted import guarded, match_pattern, read_object
 
 CONFIG_FILE = "adapter_config.json"
 # No adapter has more; names of modules, and characters of an expression.
-MOST_RANK, MOST_ALPHA, MOST_NAMES = 2**16, 1e9, 2**14
+MOST_RANK, MOST_ALPHA, MOST_NAMES = 2**16, 1e9, 2**12
 
 # What the product or the file's tensors depend on, and what is made of it.
 HANDLED = {
@@ -171,7 +171,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
             raise InputError(f"{path}: peft_type = {values['peft_type']!r:.80}: only LORA is supported")
         rank, alpha = int(values["r"]), float(values["lora_alpha"])
     if not 1 <= rank <= MOST_RANK:
-        raise InputError(f"{path}: r = {rank:.6g}: a rank is from 1 to {MOST_RANK}")
+        raise InputError(f"{path}: r = {str(rank)[:20]}: a rank is from 1 to {MOST_RANK}")
     if not math.isfinite(alpha):
         raise InputError(f"{path}: lora_alpha = {alpha}: not finite")
     for key, value in values.items():
@@ -195,7 +195,7 @@ def _check_init(config: PeftConfig) -> None:
     plain = init.lower() if isinstance(init, str) else init
     if plain not in PLAIN_INITS and not config.changes_base:
         raise InputError(
-            f"{config.path}: init_lora_weights = {init!r} changes the base in a way that the file does not hold; {_ADVICE}"
+            f"{config.path}: init_lora_weights = {init!r:.80} changes the base in a way that the file does not hold; {_ADVICE}"
         )
 
 
@@ -205,7 +205,7 @@ def _check_modules(config: PeftConfig) -> None:
     for key, (kind, wanted) in _KINDS.items():
         value = values.get(key)
         if not kind(value) and (value is not None or key == "target_modules"):
-            raise InputError(f"{config.path}: {key} = {value!r}: expected {wanted}")
+            raise InputError(f"{config.path}: {key} = {value!r:.80}: expected {wanted}")
     for key in ("layers_to_transform", "layers_pattern"):
         if isinstance(values["target_modules"], str) and values.get(key) is not None:
             raise InputError(

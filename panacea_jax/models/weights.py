@@ -32,6 +32,8 @@ from panacea_jax.untrusted import guarded, read_object
 
 Shapes = Mapping[str, tuple[int, ...]]
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# Characters of a file's name.
+LONGEST_NAME = 200
 _PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt)(\.index\.json)?$")
 # Bytes of a stacked array beyond which it goes to accelerators layer by layer; below, compiling for
 # its shape would take longer than loading it.
@@ -128,8 +130,8 @@ def find_tensors(folder: Path) -> dict[str, tensorfile.Tensor]:
         items = [(str(name), str(file)) for name, file in content["weight_map"].items()]
     found: dict[str, tensorfile.Tensor] = {}
     for file in sorted({file for _, file in items}):
-        if PurePath(file).name != file or file in ("", "..") or "\0" in file:
-            raise InputError(f"{index}: shard {file!r} is not a file of this folder")
+        if PurePath(file).name != file or file in ("", "..") or "\0" in file or len(file) > LONGEST_NAME:
+            raise InputError(f"{index}: shard {file!r:.80} is not a file of this folder")
         if not (folder / file).is_file():
             raise InputError(f"{folder / file}: missing; {_INDEX} lists it")
         found |= tensorfile.read_header(folder / file)

@@ -96,6 +96,8 @@ def _read_sets(specs: Sequence[str], workdir: Path, judge: str) -> list[_Set]:
             )
         task = parse_source(spec).scored_as
         generations = read_generations(source, task)
+        if not generations:
+            raise InputError(f"{source}: holds no record")
         digests = [digest(g["prompt"], g["response"]) for g in generations]
         path = workdir / "judgements" / f"{name}.{judge}.jsonl"
         sets.append(_Set(name, task, generations, digests, path))

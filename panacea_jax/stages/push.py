@@ -5,8 +5,9 @@ from pathlib import Path
 
 from absl import logging
 
+from panacea_jax.data.tokenizer import TOKENIZER_FILES
 from panacea_jax.errors import InputError, without_secrets
-from panacea_jax.export import TOKENIZER_FILES, WITHOUT_EPSILON
+from panacea_jax.export import WITHOUT_EPSILON
 from panacea_jax.models.hub import is_hub_id
 from panacea_jax.models.peft import WEIGHTS_FILE, read_notes
 from panacea_jax.models.peft_config import CONFIG_FILE
