@@ -11,7 +11,7 @@ from tests.runs import make_place
 
 
 @pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="needs Unix")
-@pytest.mark.parametrize(("method", "kills"), zip(METHODS, (8, 6, 6), strict=True))
+@pytest.mark.parametrize(("method", "kills"), [*zip(METHODS, (8, 6, 6), strict=True)])
 def test_a_killed_run_leaves_the_bytes_of_one_that_was_not(tmp_path, method, kills):
     killed = Killed(Commands(tmp_path), make_place(tmp_path / "place"), tmp_path, method)
     met, differ = killed.disturb(kills, random.Random(method))
