@@ -138,7 +138,7 @@ def show(found: dict[str, list[Path]]) -> None:
             theirs = [event for folder in found[UNTREATED] for event in events(folder, figure)]
             low, high = wilson(sum(ours), len(ours))
             cells += [
-                " ".join(f"{100 * np.mean(x):.1f}" for x in each), f"{100 * np.mean(ours):.1f} [{low:.1f}, {high:.1f}]",
+                " ".join(f"{100 * np.mean(x):.1f}" for x in each), f"{100 * np.mean(ours):.1f} [{100 * low:.1f}, {100 * high:.1f}]",
                 "–" if name == UNTREATED else f"{paired(ours, theirs).p:.2g}",
             ]  # fmt: skip
         print(f"| {' | '.join(cells)} |")
