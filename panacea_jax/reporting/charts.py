@@ -126,9 +126,9 @@ def line_chart(
         "encoding": {"y": vertical, "detail": _field("run", "nominal"), "tooltip": _tip(run="run", x=x, y=y)},
     }
     bar = {"mark": {"type": "rule", "opacity": 0.5}, "encoding": {"y": _field("low", "quantitative", y), "y2": {"field": "high"}}}
-    layers = [line, bar] if any(value.get("low") is not None for value in values) else [line]
+    layers: list[Spec] = [line, bar] if any(value.get("low") is not None for value in values) else [line]
     if marked is not None:
-        place = {"x": {"datum": marked, "type": "quantitative"}, "color": {"value": "#888888"}}
+        place: Spec = {"x": {"datum": marked, "type": "quantitative"}, "color": {"value": "#888888"}}
         layers.append({"mark": {"type": "rule", "strokeDash": [5, 4]}, "encoding": place})
     return {"data": {"values": list(values)}, "height": 220, "encoding": encoding, "layer": layers}
 
