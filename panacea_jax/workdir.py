@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
-from panacea_jax.untrusted import guarded, read_json_value
+from panacea_jax.untrusted import guarded, opened, read_json_value
 
 MANIFEST, LOCK = "manifest.json", ".lock"
 # Seconds to wait for a run that is just ending, or whose machine was lost: a server of files keeps its locks for a while.
@@ -291,9 +291,9 @@ def sha256_folder(folder: Path, patterns: tuple[str, ...]) -> str:
     """
     digest = hashlib.sha256()
     for path in sorted(p for pattern in patterns for p in folder.glob(pattern) if p.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
+        with opened(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{path.name}:{size}".encode())
             if size < LARGE:
                 digest.update(file.read())
                 continue

@@ -149,7 +149,7 @@ def test_files(kind, damage, good, refused, tmp_path):
         path.write_bytes(KINDS[kind].hostile)
     else:
         DAMAGES[damage](path)
-    refused(KINDS[kind].command.format(root=tmp_path).split(" "), KINDS[kind].names)
+    refused(KINDS[kind].command.format(root=tmp_path).split(), KINDS[kind].names)
 
 
 def test_there_are_rows_enough():
