@@ -25,7 +25,7 @@ from panacea_jax.models.weights import entries, save_weights, write_file
 from panacea_jax.parallel import processes
 from panacea_jax.train.checkpoints import read_checkpoint
 from panacea_jax.train.loop import Result
-from panacea_jax.untrusted import guarded
+from panacea_jax.untrusted import parsing
 
 # Everything of a Hugging Face folder that is not weights and travels with an exported model; with an adapter only the tokenizer's.
 COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
@@ -171,7 +171,7 @@ def load_epsilon(path: Path) -> dict[str, Any] | Adapter:
             notes = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read as safetensors ({error})") from error
-    with guarded(path, "not an exported ε"):
+    with parsing(path, "not an exported ε"):
         numbers = tuple(map(int, notes["layers"].split(","))) if "layers" in notes else None
         rank, alpha = int(notes.get("rank", 0)), float(notes.get("alpha", 0))
     rows: dict[str, dict[int | None, np.ndarray]] = {}

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
-from panacea_jax.untrusted import guarded, opened, read_json_value
+from panacea_jax.untrusted import opened, parsing, read_json_value
 
 MANIFEST, LOCK = "manifest.json", ".lock"
 # Seconds to wait for a run that is just ending, or whose machine was lost: a server of files keeps its locks for a while.
@@ -230,7 +230,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     problem = "not a manifest of ours"
     manifest = read_json_value(path, problem)
-    with guarded(path, problem):
+    with parsing(path, problem):
         manifest["stage"], manifest["status"], manifest["config"], manifest["inputs"]
     return dict(manifest)
 
