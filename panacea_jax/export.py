@@ -24,7 +24,7 @@ from panacea_jax.models.weights import entries, save_weights, write_file
 from panacea_jax.parallel import processes
 from panacea_jax.train.checkpoints import read_checkpoint
 from panacea_jax.train.loop import Result
-from panacea_jax.untrusted import guarded
+from panacea_jax.untrusted import opened, parsing
 
 # Everything of a Hugging Face folder that is not weights and travels with an exported model; with an adapter only the tokenizer's.
 COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
@@ -158,15 +158,14 @@ def load_epsilon(path: Path) -> dict[str, Any] | Adapter:
     Raises:
         InputError: unreadable, or the names are not those of an exported ε.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
     try:
-        tensors = load_file(path)
+        with opened(path):  # nothing but a file: on a pipe its reader would wait for ever
+            tensors = load_file(path)
         with safe_open(path, framework="numpy") as file:
             notes = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read as safetensors ({error})") from error
-    with guarded(path, "not an exported ε"):
+    with parsing(path, "not an exported ε"):
         numbers = tuple(map(int, notes["layers"].split(","))) if "layers" in notes else None
         rank, alpha = int(notes.get("rank", 0)), float(notes.get("alpha", 0))
     rows: dict[str, dict[int | None, np.ndarray]] = {}

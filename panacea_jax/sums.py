@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from panacea_jax.disk import replacing_file
+from panacea_jax.untrusted import opened
 
 SUMS = "SHA256SUMS"
 
@@ -34,10 +36,10 @@ def sha256_folder(folder: Path, patterns: tuple[str, ...]) -> str:
     Hashing a 7B folder would take longer than loading it, and a copy of it on another machine, with other times, is the same.
     """
     digest = hashlib.sha256()
-    for path in sorted(p for pattern in patterns for p in folder.glob(pattern)):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
+    for path in sorted(p for pattern in patterns for p in folder.glob(pattern) if p.is_file()):
+        with opened(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{path.name}:{size}".encode())
             if size < LARGE:
                 digest.update(file.read())
                 continue

@@ -41,7 +41,7 @@ def reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def guarded(where: object, problem: str) -> Iterator[None]:
+def parsing(where: object, problem: str) -> Iterator[None]:
     """Whatever parsing in this block stumbles over is "WHERE: PROBLEM (REASON)".
 
     Raises:
@@ -62,7 +62,7 @@ def opened(path: Path) -> Iterator[BufferedReader]:
     Raises:
         InputError: it cannot be opened, or a read in the block fails.
     """
-    with guarded(path, "cannot be read"):
+    with parsing(path, "cannot be read"):
         kind = os.stat(path).st_mode
         if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # a folder has a clear error of its own
             raise InputError(f"{path}: cannot be read (not a regular file)")
@@ -96,7 +96,7 @@ def parse_json(text: str | bytes, where: object, problem: str = "not JSON", *, s
         InputError: none of these.
     """
     hooks: dict[str, Any] = {"object_pairs_hook": _each_once, "parse_constant": _no_number} if strict else {}
-    with guarded(where, problem):
+    with parsing(where, problem):
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         value = json.loads(text, **hooks)
         if text.count("{") + text.count("[") > DEPTH and _deeper(value):
@@ -144,7 +144,7 @@ def parse_yaml(text: bytes, where: object) -> Any:
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             return _each_once([(self.construct_object(k, True), self.construct_object(v, True)) for k, v in node.value])
 
-    with guarded(where, "not YAML"):
+    with parsing(where, "not YAML"):
         try:
             return yaml.load(text.decode("utf-8-sig"), Plain)
         except yaml.YAMLError as error:

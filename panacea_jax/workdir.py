@@ -24,7 +24,7 @@ from panacea_jax.disk import replacing_file
 from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
 from panacea_jax.sums import difference, sha256_folder, sha256_json, sums_of
-from panacea_jax.untrusted import guarded, read_json_value
+from panacea_jax.untrusted import parsing, read_json_value
 
 MANIFEST, LOCK = "manifest.json", ".lock"
 # Seconds to wait for a run that is just ending, or whose machine was lost: a server of files keeps its locks for a while.
@@ -268,7 +268,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     problem = "not a manifest of ours"
     manifest = read_json_value(path, problem)
-    with guarded(path, problem):
+    with parsing(path, problem):
         manifest["stage"], manifest["status"], manifest["config"], manifest["inputs"]
     # Manifests from before had no hash; a damaged name of the key leaves "made_by", which is as old.
     signed = "sha256" in manifest or "made_by" in manifest

@@ -42,7 +42,7 @@ VALUES = {
     "data.loss_on": ("none",),
     "data.validation": ("1", "-0.5"),
     "defence.name": ("panaceea", "", "__class__", "panacea\n"),
-    "defence.rho": ("-1", "nan", "inf", "first", "(1,'x')"),
+    "defence.rho": ("-1", "nan", "inf", "first"),
     "defence.clamp": ("soft",),
     "optimizer.schedule": ("step",),
     "optimizer.b1": ("1", "-0.1"),
@@ -63,7 +63,7 @@ VALUES = {
     "compare.vary": ("('lora.rank',)", "('lora.rank=x',)"),
     "compare.guard": ("(1,)", "(1, 101)"),
     "heal.methods": ("('sft',)", "('ascent:rho=',)"),
-    "sweep.over": ("('lora.rank',)", "('nothing=1,2',)", "('lora.rank=9..2',)", "('lora.rank=1,1',)"),
+    "sweep.over": ("('lora.rank',)", "('lora.rank=9..2',)", "('lora.rank=1,1',)"),
     "sweep.sampler": ("oracle",),
     "sweep.objectives": ("()", "('hs','hs')", "('speed',)"),
     "after.attack": ("oracle", "vaccine"),
@@ -170,7 +170,9 @@ KINDS = {
     "records, digits": Kind("rows.jsonl", f"{_ASK}pairs@{{root}}/rows.jsonl", "rows.jsonl", b'{"instruction": ' + b"9" * 5000 + b"}"),
     "list of records": Kind("rows.json", f"{_ASK}pairs@{{root}}/rows.json", "rows.json", _DEEP),
     "sheet": Kind("rows.csv", f"{_ASK}pairs@{{root}}/rows.csv", "rows.csv", b"instruction,output\n" + b"w1 " * (3 * 2**20) + b",w2\n"),
-    "packed records": Kind("rows.jsonl.gz", f"{_ASK}pairs@{{root}}/rows.jsonl.gz", "rows.jsonl.gz", gzip.compress(b"\n" * 300 * 2**20)),
+    "packed records": Kind(
+        "rows.jsonl.gz", f"{_ASK}pairs@{{root}}/rows.jsonl.gz", "rows.jsonl.gz", gzip.compress((b" " * 1023 + b"\n") * 2**10) * 300
+    ),
     "parquet": Kind(  # which is told by its last bytes
         "rows.parquet", f"{_ASK}pairs@{{root}}/rows.parquet", "rows.parquet", _parquet(), but=("flipped",)
     ),
@@ -256,7 +258,7 @@ LINES = {
     "a base that is none": ("quickstart --base=llama", "--base=llama"),
     "a base without its data": ("quickstart --base=smollm2", "--data"),
     "a number of runs that is a word": ("sweep --trials=many", "--trials"),
-    "an index that is none": ("sweep --workdir=new --over=lora.rank=1,2 --config.eval.tasks=('advbench@x','pairs@x') --index=9", "--index"),
+    "a key to go over that is none": ("sweep --workdir=new --over=nothing=1,2", "nothing"),
     "nothing to go over": ("sweep --workdir=new", "over"),
     "an axis that is none": ("sweep --workdir=new --over=lora.rank", "lora.rank"),
     "a profile of words": ("run --workdir=new --profile=first", "--profile"),

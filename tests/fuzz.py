@@ -44,7 +44,7 @@ from panacea_jax.models.peft_config import read_peft_config
 from panacea_jax.models.tensorfile import read_header
 from panacea_jax.models.weights import find_tensors
 from panacea_jax.records.jsonl import read_lines
-from panacea_jax.untrusted import guarded
+from panacea_jax.untrusted import parsing
 from panacea_jax.workdir import read_manifest
 from tests.tiny import write_model
 
@@ -225,7 +225,7 @@ def _records(suffix: str, folder: Path, asked: tuple[str, bytes]) -> None:
 def _gguf_file(folder: Path, data: bytes) -> None:
     path = put(folder, "a.gguf", data)
     reader = _open(path)
-    with guarded(path, "damaged"):
+    with parsing(path, "damaged"):
         meta = Metadata.of(reader, path)
         if meta.architecture in GGUF_FAMILIES:
             describe(meta, GGUF_FAMILIES[meta.architecture], {tensor.name: tensor for tensor in reader.tensors})

@@ -10,10 +10,10 @@ from panacea_jax.errors import InputError
 from panacea_jax.spreadsheet import as_csv_text
 from panacea_jax.untrusted import (
     DEPTH,
-    guarded,
     match_pattern,
     parse_json,
     parse_yaml,
+    parsing,
     read_bounded,
     read_object,
 )
@@ -65,12 +65,12 @@ STUMBLES = [RecursionError, OverflowError, MemoryError, UnicodeError("x"), KeyEr
 
 @pytest.mark.parametrize("error", STUMBLES)
 def test_whatever_a_parser_stumbles_over_is_one_line(error):
-    with pytest.raises(InputError, match=r"^file: damaged \(.+\)$"), guarded("file", "damaged"):
+    with pytest.raises(InputError, match=r"^file: damaged \(.+\)$"), parsing("file", "damaged"):
         raise error
 
 
 def test_a_defect_is_none_of_its_content():
-    with pytest.raises(NotImplementedError), guarded("file", "damaged"):
+    with pytest.raises(NotImplementedError), parsing("file", "damaged"):
         raise NotImplementedError
 
 

@@ -15,7 +15,7 @@ from ml_collections.config_flags import config_path
 from panacea_jax.config.defaults import get_config, keys
 from panacea_jax.errors import InputError
 from panacea_jax.shipped import shipped
-from panacea_jax.untrusted import guarded, parse_yaml, read_bounded, read_object
+from panacea_jax.untrusted import parse_yaml, parsing, read_bounded, read_object
 
 YAML = (".yaml", ".yml")
 
@@ -103,7 +103,7 @@ def _set(config: ConfigDict, key: str, value: Any) -> None:
     null = value is None and config_path.get_value(key, config) is not None
     if null or (value is not None and isinstance(value, bool) != (kind is bool)):
         raise InputError(f"config.{key} = {value!r:.80}: takes {kind.__name__}")
-    with guarded(f"config.{key} = {value!r:.80}", f"takes {kind.__name__}"):
+    with parsing(f"config.{key} = {value!r:.80}", f"takes {kind.__name__}"):
         config_path.set_value(key, config, value)
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from panacea_jax.data.fields import named, names_beyond
+from panacea_jax.data.fields import named_fields, names_beyond
 from panacea_jax.errors import InputError
 
 CATEGORIES = (
@@ -117,7 +117,7 @@ class Selection(NamedTuple):
         for name in self.names:
             if not any(map(_is(name), known)):
                 others = names_beyond(known, CATEGORIES)
-                raise InputError(f"{where}: no record of category {name!r}; it has {named(known, CATEGORIES, '; ')}", record=others)
+                raise InputError(f"{where}: no record of category {name!r}; it has {named_fields(known, CATEGORIES, '; ')}", record=others)
         tests = [_is(name) for name in self.names]
         taken = [
             bool(names) and any(test(n) for test in tests for n in names) == self.keep

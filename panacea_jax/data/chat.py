@@ -7,7 +7,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from panacea_jax.data.fields import named, names_beyond
+from panacea_jax.data.fields import named_fields, names_beyond
 from panacea_jax.errors import InputError
 from panacea_jax.untrusted import TEXT
 
@@ -60,7 +60,7 @@ def read_chat(row: Mapping[str, Any], need_answer: bool, layout: str = "") -> Ch
     found = next((name for name in wanted if _holds(row, name)), None)
     if found is None:
         columns = ", or ".join(" and ".join(map(repr, LAYOUTS[name])) for name in wanted)
-        raise InputError(f"no conversation: it needs {columns} (it has: {named(row)})", record=names_beyond(row))
+        raise InputError(f"no conversation: it needs {columns} (it has: {named_fields(row)})", record=names_beyond(row))
     used = LAYOUTS[found]
     if found == "prompt_completion":
         turns = _side(row, "prompt", "user")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from panacea_jax.data import categories
 from panacea_jax.data.chat import Turn, read_chat, valid_unicode
-from panacea_jax.data.fields import named, names_beyond
+from panacea_jax.data.fields import named_fields, names_beyond
 from panacea_jax.errors import InputError
 
 SST2_INSTRUCTION = "Analyze the sentiment of the input, and respond only positive or negative"
@@ -64,7 +64,7 @@ def is_safe(extra: _Row, default: bool) -> bool:
 
 
 def _missing(row: _Row, name: str) -> InputError:
-    return InputError(f"no field {name!r} (it has: {named(row)})", record=names_beyond(row))
+    return InputError(f"no field {name!r} (it has: {named_fields(row)})", record=names_beyond(row))
 
 
 def _text(row: _Row, name: str) -> str:

@@ -10,7 +10,7 @@ FIELDS = frozenset({
 })  # fmt: skip
 
 
-def named(names: Iterable[object], known: Collection[str] = FIELDS, between: str = ", ") -> str:
+def named_fields(names: Iterable[object], known: Collection[str] = FIELDS, between: str = ", ") -> str:
     """ "instruction, text and 2 others", or "nothing"."""
     names = list(names)
     ours = [str(name) for name in names if name in known]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from panacea_jax.errors import InputError
-from panacea_jax.untrusted import MIB, TEXT, guarded, opened, parse_json, reason
+from panacea_jax.untrusted import MIB, TEXT, opened, parse_json, parsing, reason
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[^/\\]+)?")
@@ -31,8 +31,8 @@ LINE = TEXT
 LIST = 512 * MIB
 # Bytes that gzip may unpack a file to, whatever its size, and beyond that how many times its size; text packs by ten.
 UNPACKED, RATIO = 256 * MIB, 200
-# Records of a parquet file, whose cells may repeat at no cost.
-RECORDS = 2**24
+# Records of a parquet file, whose cells may repeat at no cost, and lines of a text, which may be empty.
+RECORDS, LINES = 2**24, 2**25
 # Python's limit of 128 KiB a cell is there for other formats; a pasted document may be longer.
 csv.field_size_limit(LINE)
 
@@ -111,6 +111,8 @@ def _lines(path: Path, longest: int = LINE) -> Iterator[tuple[int, str]]:
                 raise InputError(f"{path}:{number}: a line of more than {longest // MIB} MiB")
             if total > most:
                 raise InputError(f"{path}: unpacks to more than {RATIO} times its size")
+            if number > LINES:
+                raise InputError(f"{path}: more than {LINES} lines")
             yield number, _decoded(line, path, number)
 
 
@@ -194,7 +196,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow.parquet
 
     problem = "not a readable parquet file"
-    with guarded(path, problem), opened(path) as stream:
+    with parsing(path, problem), opened(path) as stream:
         try:
             file = pyarrow.parquet.ParquetFile(stream)
             if file.metadata.num_rows > RECORDS:

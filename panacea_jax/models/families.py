@@ -17,7 +17,7 @@ from panacea_jax.models.config import (
     read_whole_config,
 )
 from panacea_jax.models.reader import Reader
-from panacea_jax.untrusted import guarded
+from panacea_jax.untrusted import parsing
 
 # Far above every decoder that there is: lists as long as a file claims layers, and angles as long as a head, are made before a tensor
 # is looked at.
@@ -33,7 +33,7 @@ def config_from_dict(
         InputError: unknown architecture, unsupported rope kind, or a missing, mistyped or
             impossible value; names the key.
     """
-    with guarded(where, "not understood"):
+    with parsing(where, "not understood"):
         return _classifier(d, where) if classifier else _decoder(d, where)
 
 

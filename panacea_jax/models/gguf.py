@@ -24,7 +24,7 @@ from panacea_jax.models.gguf_tokenizer import make_tokenizer
 from panacea_jax.models.model import abstract_model
 from panacea_jax.models.tensorfile import Entry
 from panacea_jax.models.weights import hf_shapes, save_tensors
-from panacea_jax.untrusted import guarded, reason
+from panacea_jax.untrusted import parsing, reason
 
 # Stored types that stay as they are; all others, the quantised ones among them, become float32.
 KEPT = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -124,7 +124,7 @@ def convert_gguf(file: Path, out: Path) -> Path:
             tokenizer or tensor that is not understood here; names it.
     """
     reader = _open(file)
-    with guarded(file, "damaged or not understood"):
+    with parsing(file, "damaged or not understood"):
         return _convert(reader, file, out)
 
 

@@ -10,7 +10,7 @@ import mmap
 import struct
 from pathlib import Path
 
-from panacea_jax.untrusted import MIB, guarded, opened
+from panacea_jax.untrusted import MIB, opened, parsing
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 # Bytes of numbers by their type; the others are strings and arrays.
@@ -27,7 +27,7 @@ def check_header(file: Path) -> None:
         InputError: it is not, or is larger than any.
     """
     problem = "damaged or not a GGUF file"
-    with opened(file) as stream, guarded(f"--gguf={file}", problem), mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with opened(file) as stream, parsing(f"--gguf={file}", problem), mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         walk = _Walk(data)
         if walk.take(4) != MAGIC or walk.number("I") not in VERSIONS:
             raise ValueError("no magic and version 2 or 3")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from panacea_jax.errors import InputError
-from panacea_jax.untrusted import guarded, match_pattern, read_object
+from panacea_jax.untrusted import match_pattern, parsing, read_object
 
 CONFIG_FILE = "adapter_config.json"
 # No adapter has more; names of modules, and characters of an expression.
@@ -166,7 +166,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
     if not path.is_file():
         raise InputError(f"{path}: no such file; not a PEFT adapter folder")
     values = read_object(path, problem)
-    with guarded(path, problem):
+    with parsing(path, problem):
         if values["peft_type"] != "LORA":
             raise InputError(f"{path}: peft_type = {values['peft_type']!r:.80}: only LORA is supported")
         rank, alpha = int(values["r"]), float(values["lora_alpha"])

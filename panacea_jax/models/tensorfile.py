@@ -22,7 +22,7 @@ import numpy as np
 
 from panacea_jax.disk import check_room, replacing_file
 from panacea_jax.errors import InputError
-from panacea_jax.untrusted import MIB, guarded, opened, parse_json
+from panacea_jax.untrusted import MIB, opened, parse_json, parsing
 
 STORED_DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -164,7 +164,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
 
 def _tensor(name: str, file: Path, entry: Any, data: int, total: int) -> Tensor:
     """One header entry, checked against the file's size."""
-    with guarded(f"{file}: tensor {name}", "damaged header entry"):
+    with parsing(f"{file}: tensor {name}", "damaged header entry"):
         shape = tuple(_count(n) for n in entry["shape"])
         begin, end = (_count(n) for n in entry["data_offsets"])
         dtype = str(entry["dtype"])

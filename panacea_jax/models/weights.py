@@ -28,7 +28,7 @@ from panacea_jax.models.adapter import Adapter, merged
 from panacea_jax.models.names import HARMLESS, VISION, alone, to_hf, to_ours
 from panacea_jax.models.quantise import whole
 from panacea_jax.parallel import processes
-from panacea_jax.untrusted import guarded, read_object
+from panacea_jax.untrusted import parsing, read_object
 
 Shapes = Mapping[str, tuple[int, ...]]
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -126,7 +126,7 @@ def find_tensors(folder: Path) -> dict[str, tensorfile.Tensor]:
             )
         raise InputError(f"{folder}: neither {_SINGLE} nor {_INDEX} is there")
     content = read_object(index, "damaged index of shards", strict=True)
-    with guarded(index, "damaged index of shards"):
+    with parsing(index, "damaged index of shards"):
         items = [(str(name), str(file)) for name, file in content["weight_map"].items()]
     found: dict[str, tensorfile.Tensor] = {}
     for file in sorted({file for _, file in items}):

@@ -20,7 +20,7 @@ from typing import Any
 from panacea_jax.data import files
 from panacea_jax.data.categories import normalise
 from panacea_jax.data.columns import AG_NEWS_LABELS, SST2_LABELS, read_label
-from panacea_jax.data.fields import named, names_beyond
+from panacea_jax.data.fields import named_fields, names_beyond
 from panacea_jax.data.sources import (
     BY_COLUMNS,
     Layout,
@@ -244,7 +244,7 @@ def _column(place: str, row: Mapping[str, Any], names: tuple[str, str]) -> str:
     if null:
         raise InputError(f"{place}: field {null!r} is null; an empty text is written \"\"")
     raise InputError(
-        f"{place}: found {named(row)}; needed are {' or '.join(PROMPTS)} (perhaps with input), and {' or '.join(ANSWERS)}",
+        f"{place}: found {named_fields(row)}; needed are {' or '.join(PROMPTS)} (perhaps with input), and {' or '.join(ANSWERS)}",
         record=names_beyond(row),
     )
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
 from panacea_jax.records.jsonl import Writer, encode_line, resume
-from panacea_jax.untrusted import guarded, parse_json
+from panacea_jax.untrusted import parse_json, parsing
 
 
 class Answers:
@@ -75,7 +75,7 @@ def _read(path: Path, prompts: Sequence[str]) -> tuple[dict[int, dict[str, Any]]
         place = f"{path}:{number}"
         try:
             entry = parse_json(line, place, "damaged line")
-            with guarded(place, "damaged line"):
+            with parsing(place, "damaged line"):
                 i, answer = int(entry["index"]), dict(entry["line"])
         except InputError:
             if number == len(lines):

@@ -13,7 +13,7 @@ from panacea_jax.errors import InputError
 from panacea_jax.export import load_epsilon
 from panacea_jax.parallel import processes
 from panacea_jax.train.checkpoints import newest_checkpoint, read_checkpoint
-from panacea_jax.untrusted import guarded, read_json_value
+from panacea_jax.untrusted import parsing, read_json_value
 from panacea_jax.workdir import MANIFEST, read_manifest
 
 
@@ -144,7 +144,7 @@ def read_probe(path: Path) -> list[dict[str, Any]]:
         InputError: it is none.
     """
     results: list[dict[str, Any]] = read_json_value(path, "not a probe of ours")
-    with guarded(path, "not a probe of ours"):
+    with parsing(path, "not a probe of ours"):
         results[0]["epsilon"], results[-1]["probe"]["base"]
     return results
 

@@ -11,7 +11,7 @@ from typing import Any
 from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
-from panacea_jax.untrusted import guarded, read_object
+from panacea_jax.untrusted import parsing, read_object
 from panacea_jax.workdir import MANIFEST, read_manifest, write_bytes, write_json
 
 SUMMARY = "summary.json"
@@ -131,7 +131,7 @@ def _read(path: Path) -> dict[str, Phase]:
         return {}
     problem = "not a summary of ours; move it away"
     found = read_object(path, problem)
-    with guarded(path, problem):
+    with parsing(path, problem):
         return {name: Phase(**phase) for name, phase in found["phases"].items()}
 
 

@@ -14,7 +14,7 @@ from panacea_jax.evaluate.scores import Judged
 from panacea_jax.records.judged import load_judged
 from panacea_jax.stages.trust import DIFFERS, Check, check_workdir
 from panacea_jax.terminal import safe_text
-from panacea_jax.untrusted import guarded, read_json_value, read_object
+from panacea_jax.untrusted import parsing, read_json_value, read_object
 from panacea_jax.workdir import MANIFEST, plain, read_manifest, write_json
 
 
@@ -97,7 +97,7 @@ def _read_gate(config: ConfigDict, file: Path | None) -> Gate | None:
 def _judge_of_scores(workdir: Path) -> str:
     path = workdir / "scores.json"
     try:
-        with guarded(path, "no scores of ours"):
+        with parsing(path, "no scores of ours"):
             return str(read_object(path, "no scores of ours")["judge"]["name"])
     except InputError as error:
         raise InputError(f"{error}; run `panacea judge` or `panacea score`, or name a judge in the gate") from error

@@ -97,9 +97,9 @@ def test_labels_of_csv_answers_are_read_as_those_of_a_source(
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ("2", "record 1: field 'label' is '2'; known: 0 negative, 1 positive"),
-        ("1.0", "record 1: field 'label' is '1.0'; known"),
-        ("good", "record 1: field 'label' is 'good'; known"),
+        ("2", "record 1: field 'label' is none that is known: 0 negative, 1 positive"),
+        ("1.0", "record 1: field 'label' is none that is known"),
+        ("good", "record 1: field 'label' is none that is known"),
         ("", "record 1: no reference or a label"),
     ],
 )
@@ -226,13 +226,13 @@ def test_the_same_files_again_change_nothing_and_others_are_refused(tmp_path: Pa
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"wug": 1, "blick": 2}], "record 1: found wug, blick; needed are instruction or prompt .* response or output"),
+        ([{"wug": 1, "blick": 2}], "record 1: found 2 others; needed are instruction or prompt .* response or output"),
         ([{"prompt": "q"}], "record 1: found prompt; needed are"),
         ([{"output": "a"}], "record 1: found output; needed are"),
         ([POISON[0], {"prompt": "q", "response": None}], "record 2: field 'response' is null; an empty text is written \"\""),
         ([POISON[0], POISON[1] | {"output": None}], "record 2: field 'output' is null"),
         ([POISON[0], {"instruction": None, "prompt": None, "output": "a"}], "record 2: field 'instruction' is null"),
-        ([{"prompt": "q", "response": "a", "category": 3}], "record 1: field 'category' is 3"),
+        ([{"prompt": "q", "response": "a", "category": 3}], "record 1: field 'category': expected names"),
         ([{"prompt": "q", "response": ["a"]}], "record 1: field 'response' must be text, not list"),
         ([{"prompt": 3, "response": "a"}], "record 1: field 'prompt' must be text, not int"),
         ([POISON[0], "final score:1", POISON[1]], "record 2: expected an object with named fields"),

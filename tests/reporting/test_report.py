@@ -123,12 +123,12 @@ def test_scores_that_were_not_measured_alike_are_set_apart_by_a_line(runs, tmp_p
     ("files", "words"),
     [
         ({}, "nothing to report"),
-        ({"compare.json": "{"}, "compare.json: cannot be read"),
+        ({"compare.json": "{"}, "compare.json: not readable as JSON"),
         ({"compare.json": '{"rows": [{}]}'}, "compare.json: not a comparison of ours"),
-        ({"sweep.json": "[]"}, "sweep.json: must hold an object"),
+        ({"sweep.json": "[]"}, "sweep.json: not a JSON object"),
         ({"sweep.json": '{"rows": 3}'}, "sweep.json: not a sweep of ours"),
         ({"scores.json": '{"hs": 1}'}, "scores.json: not a scores.json of ours"),
-        ({"scores.json": '{"hs": NaN}'}, "scores.json: cannot be read"),
+        ({"scores.json": '{"hs": NaN}'}, "scores.json: not readable as JSON"),
     ],
 )
 def test_a_folder_that_cannot_be_reported_is_named(tmp_path, files, words):
