@@ -99,5 +99,5 @@ def note_sums(folder: Path, files: Iterable[Path]) -> None:
 def read_sums(folder: Path) -> dict[str, str]:
     """Hash by name, as noted in a folder's SHA256SUMS; empty where there is none. A damaged line fits no file."""
     path = folder / SUMS
-    lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
+    lines = path.read_text("utf-8", errors="replace").removesuffix("\n").split("\n") if path.is_file() else []
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}

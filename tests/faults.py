@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from panacea_jax.stages.trust import DIFFERS, check_workdir
+from panacea_jax.stages.trust import DIFFERS, HOLDS, check_workdir
 from panacea_jax.train.checkpoints import Checkpoints, flatten, newest_checkpoint, read_checkpoint
 from panacea_jax.train.step import TrainState
 from panacea_jax.workdir import read_manifest, run_id
@@ -40,6 +40,7 @@ class Faults:
         # Without checkpoints a look at all the rest takes milliseconds; they have a copy of their own.
         self._rest = place / "rest"
         shutil.copytree(finished, self._rest, ignore=shutil.ignore_patterns("checkpoints"))
+        self._sound = {check.what: check.outcome for check in check_workdir(self._rest)}
         self._stage = finished / "finetune"
         self._kept = {int(p.name): read_checkpoint(p)[0] for p in (self._stage / "checkpoints").iterdir()}
         newest = newest_checkpoint(self._stage)
@@ -70,12 +71,17 @@ class Faults:
         changed, how = self._damaged(whole)
         path.write_bytes(changed)
         try:
-            found = any(check.outcome == DIFFERS for check in check_workdir(self._rest))
+            found = self._noticed()
         finally:
             path.write_bytes(whole)
         if found:
             return _kind(path), how, FOUND
         return _kind(path), how, HARMLESS if _same_json(whole, changed) else f"{MISSED}: {path.relative_to(self._rest)}"
+
+    def _noticed(self) -> bool:
+        """Whether anything differs, or what was known is no longer."""
+        found = {check.what: check.outcome for check in check_workdir(self._rest)}
+        return any(outcome == DIFFERS or (outcome != HOLDS and self._sound.get(what) == HOLDS) for what, outcome in found.items())
 
     def _in_checkpoint(self) -> tuple[str, str, str]:
         folder = self._place / "checkpoints"
@@ -93,7 +99,7 @@ class Faults:
         arrays = flatten(state)
         aside = (folder / f"{self._newest}.damaged").is_dir()
         step = sorted(self._kept)[-2 if aside else -1]
-        same = all(np.array_equal(arrays[name], x) for name, x in self._kept[step].items())
+        same = all(np.asarray(arrays[name]).tobytes() == x.tobytes() for name, x in self._kept[step].items())
         outcome = (FOUND if aside else HARMLESS) if same else f"{MISSED}: {part.relative_to(self._checkpoint)}"
         return "checkpoint", how, outcome
 

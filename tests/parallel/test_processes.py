@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from panacea_jax.errors import InputError
 from panacea_jax.parallel import lifeline, processes
-from tests.runs import make_place
+from tests.runs import make_place, rewrite_manifest
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
@@ -207,8 +207,7 @@ def _cut(finished, workdir, step):
     for later in (s for s in _checkpoints(workdir) if s > step):
         shutil.rmtree(stage / "checkpoints" / str(later))
     shutil.rmtree(stage / "adapter")
-    manifest = json.loads((stage / "manifest.json").read_text())
-    (stage / "manifest.json").write_text(json.dumps(manifest | {"status": "running"}))
+    rewrite_manifest(stage, status="running")
     return workdir
 
 

@@ -11,7 +11,7 @@ from panacea_jax.data.template import Template
 from panacea_jax.errors import InputError
 from panacea_jax.generate.ends import eos_ids
 from panacea_jax.records.journal import Answers
-from tests.runs import finished_run, make_place, panacea
+from tests.runs import finished_run, make_place, panacea, rewrite_manifest
 
 SETS = ("advbench", "pairs", "xstest")
 
@@ -106,9 +106,9 @@ def test_several_adapters_in_one_go(run, tmp_path):
     assert alone["align"] != alone["heal"]
     assert panacea("judge", *run[0].flags(), f"--workdir={tmp_path / 'all' / 'heal'}") == 0
     # One that is missing is made without the others.
-    manifest = tmp_path / "all" / "finetune" / "generations" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"done"', '"running"'))
-    (manifest.parent / "pairs.jsonl").unlink()
+    folder = tmp_path / "all" / "finetune" / "generations"
+    rewrite_manifest(folder, status="running")
+    (folder / "pairs.jsonl").unlink()
     assert panacea("generate", *run[0].flags(*flags), f"--workdir={tmp_path / 'all'}") == 0
     assert answers(tmp_path / "all" / "finetune") == alone["finetune"]
 

@@ -123,8 +123,8 @@ def test_a_second_run_skips_all_stages_and_one_cut_short_goes_on(stacked, capsys
     stack, place, workdir = stacked
     stages = [s for s in ("align", "base", "finetune", "heal") if (workdir / s).is_dir()]
     times = {s: (workdir / s / "manifest.json").stat().st_mtime_ns for s in stages}
-    path, healed = workdir / "heal" / "manifest.json", deployed(workdir, "heal")
-    path.write_text(path.read_text().replace('"done"', '"running"'))
+    healed = deployed(workdir, "heal")
+    runs.rewrite_manifest(workdir / "heal", status="running")
     for part in ("adapter", "checkpoints/4"):
         shutil.rmtree(workdir / "heal" / part, ignore_errors=True)
     capsys.readouterr()
