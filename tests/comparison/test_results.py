@@ -147,7 +147,7 @@ def finished_cell(root, stages, monkeypatch):
             "outcome": {"steps": steps, "records": records, "step_bytes": held}, "inputs": {}, "stage": stage, "status": "done",
         }  # fmt: skip
         (folder / MANIFEST).write_text(json.dumps(manifest))
-        lines = [{"step": 10, "step_seconds": 9.0}, {"step": 10, "validation_loss": 1.0}, {"step": 20, "step_seconds": 0.5}] if steps else []
+        lines = [{"step": 9, "step_seconds": 9.0}, {"step": 9, "validation_loss": 1.0}, {"step": 20, "step_seconds": 0.5}] if steps else []
         (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     (root / "cell.json").write_text(json.dumps({"stages": where}))
     monkeypatch.setattr(results, "load_judged", lambda folder: {"any": Judged({}, (), "", None)})
