@@ -56,16 +56,21 @@ def parsing(where: object, problem: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[BufferedReader]:
+def opened(path: Path, where: object = None) -> Iterator[BufferedReader]:
     """A regular file, for reading. A pipe or a device, on which reading may not end, is none.
+
+    Args:
+        path: of the file.
+        where: what errors call it; by default its path.
 
     Raises:
         InputError: it cannot be opened, or a read in the block fails.
     """
-    with parsing(path, "cannot be read"):
+    where = path if where is None else where
+    with parsing(where, "cannot be read"):
         kind = os.stat(path).st_mode
         if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # a folder has a clear error of its own
-            raise InputError(f"{path}: cannot be read (not a regular file)")
+            raise InputError(f"{where}: cannot be read (not a regular file)")
         with open(path, "rb") as stream:
             yield stream
 

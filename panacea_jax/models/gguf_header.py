@@ -26,8 +26,8 @@ def check_header(file: Path) -> None:
     Raises:
         InputError: it is not, or is larger than any.
     """
-    problem = "damaged or not a GGUF file"
-    with opened(file) as stream, parsing(f"--gguf={file}", problem), mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    where, problem = f"--gguf={file}", "damaged or not a GGUF file"
+    with opened(file, where) as stream, parsing(where, problem), mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         walk = _Walk(data)
         if walk.take(4) != MAGIC or walk.number("I") not in VERSIONS:
             raise ValueError("no magic and version 2 or 3")

@@ -286,7 +286,7 @@ def test_radii_from_a_file_on_the_command_line(tmp_path, capsys):
 
 def test_files_are_looked_at_before_anything_is_loaded(tmp_path):
     file = tmp_path / "c.json"
-    with pytest.raises(InputError, match="rho_per_layer = .*c.json: No such file"):
+    with pytest.raises(InputError, match="rho_per_layer = .*c.json: cannot be read .No such file"):
         Panacea(rho_per_layer=str(file)).check(False)
     file.write_text(json.dumps([1.0, 2.0]))
     Panacea(rho_per_layer=str(file)).check(False)
