@@ -91,7 +91,10 @@ def difference(folder: Path, sums: Mapping[str, str]) -> str:
 
 def note_sums(folder: Path, files: Iterable[Path]) -> None:
     """Note the hashes of files of a folder in its SHA256SUMS, which ``sha256sum -c`` reads too; other lines stay."""
-    sums = read_sums(folder) | {path.name: sha256_file(path) for path in files}
+    noted = read_sums(folder)
+    sums = noted | {path.name: sha256_file(path) for path in files}
+    if sums == noted:
+        return
     with replacing_file(folder / SUMS) as new:
         new.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())), "utf-8")
 

@@ -176,9 +176,11 @@ def match_pattern(pattern: str, text: str, where: object, *, whole: bool = False
 
 
 def _each_once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key is there twice")
+    found: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {str(key)[:40]!r} is there twice")
+        found[key] = value
     return found
 
 

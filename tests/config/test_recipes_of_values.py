@@ -43,7 +43,7 @@ def test_it_is_the_default_with_these_values(name, text, tmp_path):
         ("lora: {rank: [4]}", "config.lora.rank = (4,): takes int"),
         ("data: {shuffle: 1}", "config.data.shuffle = 1: takes bool"),
         ("model: {path: 3}", "config.model.path = 3: takes str"),
-        ("seed: 1\nseed: 2", "a key is there twice"),
+        ("seed: 1\nseed: 2", "key 'seed' is there twice"),
         ("a: &x 1\nseed: *x", "an alias"),
         ("seed: !!python/object/apply:os.mkdir [new]", "tag:yaml.org,2002:python/object/apply:os.mkdir"),
         ("[1, 2]", "not an object of keys and values"),

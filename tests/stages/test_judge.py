@@ -55,9 +55,7 @@ def test_judges_stay_side_by_side(workdir, folders):
         assert (workdir / f"scores.{name}.json").read_text() == text
         assert json.loads(text)["judge"]["name"] == name
         kept[name] = text
-    assert {p.name for p in (workdir / "judgements").iterdir()} == {
-        f"advbench.{name}.jsonl" for name in kept
-    }
+    assert {p.name for p in (workdir / "judgements").iterdir()} == {"SHA256SUMS", *(f"advbench.{name}.jsonl" for name in kept)}
     assert all((workdir / f"scores.{name}.json").read_text() == kept[name] for name in kept)
     judge_stage(judging("refusal", folders), workdir)  # done already, now the latest word
     assert (workdir / "scores.json").read_text() == kept["refusal"]

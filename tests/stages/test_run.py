@@ -61,9 +61,7 @@ def test_every_file_of_the_contract_is_there(workdir):
         "manifest.json",
         *(f"{s}.jsonl" for s in sets),
     }
-    assert {p.name for p in (workdir / "judgements").iterdir()} == {
-        f"{s}.refusal.jsonl" for s in sets
-    }
+    assert {p.name for p in (workdir / "judgements").iterdir()} == {"SHA256SUMS", *(f"{s}.refusal.jsonl" for s in sets)}
     top = {
         "align",
         "finetune",

@@ -223,7 +223,8 @@ def test_bad_input_is_one_line(places, tmp_path, capsys):
     assert "compared with itself" in error(good, asked, f"--against={places['good']}/.")
     assert "no verdicts of judge guard, but of refusal" in error(good, gate(tmp_path, "hs <= 10", judge="guard"))
     bare = write_workdir(tmp_path / "bare", {"refusal": [False] * N})
-    assert "bare/scores.json: no scores of ours" in error(f"--workdir={bare}", gate(tmp_path, "hs <= 10"))
+    unread = "bare/scores.json: cannot be read (No such file or directory); run `panacea judge`"
+    assert unread in error(f"--workdir={bare}", gate(tmp_path, "hs <= 10"))
     other = write_workdir(tmp_path / "other", {"refusal": [False] * N}, more={"template": "chat-1"})
     line = error(good, gate(tmp_path, "hs <= against"), f"--against={other}")
     assert "--workdir and --against cannot be compared: the template is alpaca-1 in the one and chat-1" in line

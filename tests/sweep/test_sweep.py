@@ -10,6 +10,7 @@ from panacea_jax.errors import InputError
 from panacea_jax.sweep import plan
 from panacea_jax.sweep.plan import make_run, plan_runs
 from panacea_jax.sweep.run import list_runs, sweep
+from tests.runs import rewrite_manifest
 from tests.sweep.worker import figures, recorded, settings
 
 RHOS, LAMS, SEEDS = (0.1, 2.0, 5.0), (1e-4, 1e-2), (0, 1)
@@ -99,10 +100,10 @@ def test_a_folder_is_called_by_what_decides():
 def test_a_folder_of_another_configuration_is_an_error(tmp_path):
     keys = {"over": ("defence.rho=0.5,1",)}
     swept(tmp_path, **keys)
-    path = tmp_path / "runs" / begun(tmp_path)[1] / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["config"]["finetune"]["defence"]["rho"] = 7.0
-    path.write_text(json.dumps(manifest))
+    stage = tmp_path / "runs" / begun(tmp_path)[1]
+    config = json.loads((stage / "manifest.json").read_text())["config"]
+    config["finetune"]["defence"]["rho"] = 7.0
+    rewrite_manifest(stage, config=config)
     with pytest.raises(InputError, match=r"made by another run \(config finetune.defence.rho: 7.0 there, 1.0 now\)"):
         swept(tmp_path, **keys)
 
