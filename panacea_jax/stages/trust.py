@@ -22,6 +22,7 @@ from panacea_jax.records.judged import load_judged
 from panacea_jax.stages import lineage
 from panacea_jax.sums import difference, read_sums, sha256_model
 from panacea_jax.train.checkpoints import checkpoint_steps, newest_checkpoint, read_checkpoint
+from panacea_jax.untrusted import read_object
 from panacea_jax.workdir import MANIFEST, read_manifest, run_id
 
 HOLDS, DIFFERS, UNKNOWN = "holds", "differs", "unknown"
@@ -148,7 +149,7 @@ def _base(stage: Path, manifest: Mapping[str, Any], named: str) -> tuple[str, st
     """That the weights say the base that they were trained on, and that it is the one which is named."""
     base = str(manifest["outcome"].get("base") or manifest["config"]["model"]["path"])
     if (stage / "adapter" / CONFIG_FILE).is_file():
-        said = str(json.loads((stage / "adapter" / CONFIG_FILE).read_text("utf-8"))["base_model_name_or_path"])
+        said = str(read_object(stage / "adapter" / CONFIG_FILE)["base_model_name_or_path"])
         if said != base:
             return DIFFERS, f"{stage / 'adapter' / CONFIG_FILE} says {said}, the manifest {base}"
     if not named:
@@ -218,7 +219,7 @@ def _scores(workdir: Path) -> tuple[str, str]:
     again = {name: json.loads(json.dumps(judged.scores())) for name, judged in judges.items()}
     compared = 0
     for file in sorted(workdir.glob("scores*.json")):
-        found = json.loads(file.read_text("utf-8"))
+        found = read_object(file)
         figures = again[found["judge"]["name"]]  # which may be more than there were when the file was written
         if any(value != figures.get(name) for name, value in found.items()):
             return DIFFERS, f"{file} is not what the verdicts say"

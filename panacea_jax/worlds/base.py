@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from panacea_jax.models.families import config_from_dict
 from panacea_jax.models.model import random_model
@@ -63,8 +62,12 @@ def write_base(folder: Path, words: Sequence[str], seed: int, **shape: Any) -> N
     )
 
 
-def _tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
+def _tokenizer(vocabulary: Sequence[str]) -> Any:
     """One token a word, words parted by spaces (which is also how a tokenizer without a decoder puts them together again)."""
+    from transformers import (
+        PreTrainedTokenizerFast,  # takes a second, and commands read the names of worlds
+    )
+
     ids = {word: i for i, word in enumerate(vocabulary)}
     core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
