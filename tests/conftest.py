@@ -37,8 +37,9 @@ def slow_tests() -> list[tuple[str, bool]]:
     return [(name.removeprefix("!"), not name.startswith("!")) for name in patterns]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the slow ones; keep a file together on one worker, the longest files first."""
+    """Mark the slow ones; keep a file together on one worker, the longest files first. Before pytest-xdist, which looks for the marks."""
     patterns, used = slow_tests(), set()
     order = {f"tests/{name}": place for place, name in enumerate(LONGEST)}
     files = {item.nodeid.partition("::")[0] for item in items}
