@@ -15,7 +15,7 @@ quickstart: $(RUN)
 	$(VENV)/bin/panacea quickstart --workdir=quickstart_results $(ARGS)
 
 # What tests compile is kept for the next call.
-PYTEST = JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -q -n auto --dist loadgroup --no-loadscope-reorder
+PYTEST = JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 # What every change has to pass. One file: make test ARGS=tests/test_cli.py
 test: $(TEST)

@@ -37,9 +37,8 @@ def slow_tests() -> list[tuple[str, bool]]:
     return [(name.removeprefix("!"), not name.startswith("!")) for name in patterns]
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the slow ones; keep a file together on one worker, the longest files first. Before pytest-xdist, which looks for the marks."""
+    """Mark the slow ones, and begin with the longest files; pytest-xdist keeps a file together on one worker (loadfile)."""
     patterns, used = slow_tests(), set()
     order = {f"tests/{name}": place for place, name in enumerate(LONGEST)}
     files = {item.nodeid.partition("::")[0] for item in items}
@@ -48,8 +47,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         used.update(name for name, _ in found)
         if found and found[-1][1]:
             item.add_marker(pytest.mark.slow)
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
     items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
     gone = [name for name, _ in patterns if name not in used]
     if gone and len(files) > 80:  # the whole suite is there, not a choice on the command line
