@@ -60,7 +60,6 @@ def test_stop_and_resume_is_bit_for_bit(model, name, tmp_path):
         assert_equal(whole.state, resumed.state)
 
 
-@pytest.mark.xdist_group("eight devices")
 def test_eight_devices_train_what_one_does(tmp_path):
     """mesh fsdp = 4, tensor = 2: the same adapters and states, and the same weights where all are trained."""
     folder = write_model(tmp_path / "base")

@@ -214,7 +214,6 @@ def test_impossible_values_name_the_key(key, bad):
         TVaccine(**{key: bad})
 
 
-@pytest.mark.xdist_group("eight devices")
 def test_eight_devices_train_what_one_does(tmp_path):
     """Mesh fsdp 4 × tensor 2."""
     folder = write_model(tmp_path / "base")

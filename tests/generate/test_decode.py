@@ -344,7 +344,6 @@ def test_bad_input(small, prompts, settings, message):
         _ours(small, prompts, **settings)
 
 
-@pytest.mark.xdist_group("eight devices")
 def test_ids_on_a_mesh(tmp_path):
     """Rows and heads over devices, with a shared beginning and a cache that grows: the same ids everywhere, those of transformers."""
     theirs = build("llama3.1", seed=5)

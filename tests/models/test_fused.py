@@ -110,7 +110,6 @@ def test_cudnn_wiring_equals_plain(plain, monkeypatch):
         assert_same(logits_and_gradients(model, packed), logits_and_gradients(plain, packed))
 
 
-@pytest.mark.xdist_group("eight devices")
 def test_splash_over_eight_devices(tmp_path):
     """Rows and heads split; the key/value heads too, or on every device where there is but one."""
     for family in ("gemma", "gemma2"):

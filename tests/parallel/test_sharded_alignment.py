@@ -1,12 +1,10 @@
 """Booster, Booster + Vaccine, RepNoise and TAR on fsdp 4 × tensor 2 train what one device does, Booster with LoRA dropout."""
 
-import pytest
 
 from tests.on_devices import on_devices
 from tests.tiny import write_model
 
 
-@pytest.mark.xdist_group("eight devices")
 def test_eight_devices_train_what_one_does(tmp_path):
     folder = write_model(tmp_path / "base")
     found = on_devices("tests.parallel.sharded_alignment", folder)

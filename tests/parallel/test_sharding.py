@@ -128,7 +128,6 @@ def test_bytes_per_device():
     assert bytes_per_device(sharding, (3, 32, 64), 2) == 3 * 16 * 16 * 2
 
 
-@pytest.mark.xdist_group("eight devices")
 def test_eight_devices_train_what_one_does(tmp_path):
     """Ten Panacea steps on six meshes: the same adapter and ε; on 2×2×2 the same greedy answers, and a quarter of a matrix a device."""
     folder = write_model(tmp_path / "base")
@@ -157,7 +156,6 @@ def test_eight_devices_train_what_one_does(tmp_path):
     assert found["answers"][0] == found["answers"][1]
 
 
-@pytest.mark.xdist_group("eight devices")
 def test_eight_devices_heal_as_one_does(tmp_path):
     """mesh fsdp = 4, tensor = 2: every healing method deploys what it does on one device."""
     write_model(tmp_path / "base")

@@ -15,7 +15,6 @@ from panacea_jax.stages import ask
 from tests import runs
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.xdist_group("tests/stages/test_run.py")  # which makes the same run
 
 
 @pytest.fixture(scope="module")

@@ -105,7 +105,6 @@ def test_sigmoid_keeps_its_dtype():
     np.testing.assert_allclose(sigmoid(x), 1 / (1 + np.exp(-x.astype(np.float64))), atol=1e-7)
 
 
-@pytest.mark.xdist_group("eight devices")
 def test_eight_devices_judge_as_one(tmp_path):
     write_classifier(tmp_path / "beaver")
     found = on_devices("tests.evaluate.judges.sharded", tmp_path / "beaver")
