@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from panacea_jax.data.files import sha256
 from panacea_jax.disk import replacing_file
 from panacea_jax.untrusted import opened
 
@@ -22,12 +23,6 @@ _CHANGING_FOLDERS = {"checkpoints", "wandb", "mlruns"}
 def sha256_json(value: Any) -> str:
     """Hash of a JSON value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def sha256_file(path: Path) -> str:
-    """Hash of a file, all of it."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_folder(folder: Path, patterns: tuple[str, ...]) -> str:
@@ -61,7 +56,7 @@ def sums_of(folder: Path, manifest: str) -> dict[str, str]:
         folder: of a stage.
         manifest: name of the file that tells a stage's folder; of other such folders below nothing is looked at, nor is the file itself.
     """
-    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(_files(folder, manifest))}
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(_files(folder, manifest))}
 
 
 def _files(folder: Path, manifest: str) -> Iterator[Path]:
@@ -84,7 +79,7 @@ def difference(folder: Path, sums: Mapping[str, str]) -> str:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if sha256_file(path) != digest:
+        if sha256(path) != digest:
             return f"{name} differs from its sha256"
     return ""
 
@@ -92,7 +87,7 @@ def difference(folder: Path, sums: Mapping[str, str]) -> str:
 def note_sums(folder: Path, files: Iterable[Path]) -> None:
     """Note the hashes of files of a folder in its SHA256SUMS, which ``sha256sum -c`` reads too; other lines stay."""
     noted = read_sums(folder)
-    sums = noted | {path.name: sha256_file(path) for path in files}
+    sums = noted | {path.name: sha256(path) for path in files}
     if sums == noted:
         return
     with replacing_file(folder / SUMS) as new:

@@ -160,4 +160,3 @@ def _notes(config: ConfigDict, method: Stack, norms: Sequence[float]) -> list[st
     if not (config.data.attack or config.compare.world):
         lines.append("p is 0 because nothing was mixed into the user's records; what they hold themselves is not known here.")
     return lines
-
