@@ -160,8 +160,7 @@ class Cells:
         start = lineage.named(main)
         if self.aligns:
             stages["align"] = near / "align"
-            shared = of_alignment(cell.method.align or _SFT, cell.setting)
-            alone = stage_config(self._of_cell(cell._replace(setting=shared)), "align")
+            alone = stage_config(self._of_cell(cell._replace(setting=self._until_aligned(cell))), "align")
             # The ratio is none of alignment's business: all ratios share it.
             alone.data.poison_ratio = self._config.data.poison_ratio
             aligned = train_stage(alone, near, "align", shared=self._shared)
@@ -171,8 +170,9 @@ class Cells:
         left = start
         if cell.ratio is not None:
             stages["finetune"] = self._finetune_folder(cell)
+            alone = stage_config(self._of_cell(cell._replace(setting=self._until_tuned(cell))), "finetune")
             tuned = train_stage(
-                main, stages["finetune"].parent, "finetune", start, shared=self._shared
+                alone, stages["finetune"].parent, "finetune", start, shared=self._shared
             )
             left = _left(start, write_bare(tuned.parent, folder / "bare") if cell.bare else tuned)
         if cell.method.heal:
@@ -212,16 +212,24 @@ class Cells:
 
     def _start_folder(self, cell: Cell) -> Path:
         """Where all that starts from one alignment lies, or from the model as it came if there is none."""
-        align = cell.method.align or _SFT
-        start = slug(align) if self.aligns else "unaligned"
-        if setting := of_alignment(align, cell.setting) if self.aligns else of_base(cell.setting):
+        start = slug(cell.method.align or _SFT) if self.aligns else "unaligned"
+        if setting := self._until_aligned(cell):
             start = f"{start}-{folder_name(setting)}"
         return self.root / "shared" / f"seed{cell.seed}" / start
 
     def _finetune_folder(self, cell: Cell) -> Path:
-        setting = folder_name(of_finetuning(cell.setting))  # "" of none
-        near = self._start_folder(cell) / f"p{cell.ratio:g}" / setting
-        return near / slug(cell.method.finetune or _SFT) / "finetune"
+        finetune = cell.method.finetune or _SFT
+        setting = folder_name(of_finetuning(finetune, cell.setting))  # "" of none
+        return self._start_folder(cell) / f"p{cell.ratio:g}" / setting / slug(finetune) / "finetune"
+
+    def _until_aligned(self, cell: Cell) -> Setting:
+        """What of a setting the model that is fine-tuned notices."""
+        return of_alignment(cell.method.align or _SFT, cell.setting) if self.aligns else of_base(cell.setting)
+
+    def _until_tuned(self, cell: Cell) -> Setting:
+        """Likewise the fine-tuned one."""
+        read = {*self._until_aligned(cell), *of_finetuning(cell.method.finetune or _SFT, cell.setting)}
+        return tuple(pair for pair in cell.setting if pair in read)
 
     def _of_cell(self, cell: Cell) -> ConfigDict:
         """The ordinary configuration of one cell."""

@@ -50,9 +50,10 @@ def of_alignment(align: Part, setting: Setting) -> Setting:
     return tuple((key, value) for key, value in setting if key == WORLD or _SETS.get(key) in read)
 
 
-def of_finetuning(setting: Setting) -> Setting:
-    """What fine-tuning notices: nothing that is said of later stages."""
-    return _without(setting, "heal.", "after.")
+def of_finetuning(finetune: Part, setting: Setting) -> Setting:
+    """What fine-tuning notices beside its alignment: nothing that is said of later stages, or of sets that it does not read."""
+    read = _read_by(finetune)
+    return tuple((key, value) for key, value in _without(setting, "heal.", "after.") if _SETS.get(key) in (None, *read))
 
 
 def of_healing(setting: Setting) -> Setting:

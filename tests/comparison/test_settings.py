@@ -33,7 +33,9 @@ def test_no_further_steps_have_no_poison():
 def test_stages_share_what_does_not_concern_them():
     assert settings.of_alignment(Part("sft"), ALL) == (ALIGNMENT,)
     assert settings.of_alignment(Part("booster"), ALL) == (HARMFUL, ALIGNMENT)
-    assert settings.of_finetuning(ALL) == (HARMFUL, STEPS, ALIGNMENT)
+    assert settings.of_finetuning(Part("sft"), ALL) == (STEPS,)
+    assert settings.of_finetuning(Part("panacea"), ALL) == (HARMFUL, STEPS)
+    assert settings.of_finetuning(Part("vlguard"), ALL) == (STEPS, ALIGNMENT)
     assert settings.of_healing(ALL) == (HARMFUL, STEPS, HEAL, ALIGNMENT)
 
 

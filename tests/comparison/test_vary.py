@@ -27,7 +27,7 @@ def swept(tmp_path_factory):
 
 
 def test_sft_is_not_run_for_each_harmful_set(swept):
-    """It reads none; both methods' fine-tuning is plain, and that is run for each learning rate and, where it could matter, each set."""
+    """It reads none; both methods' fine-tuning is plain, and that is run once for each learning rate."""
     _, out, _ = swept
     assert len(list(out.glob("cells/sft/*/cell.json"))) == 2
     assert len(list(out.glob("cells/antidote/*/cell.json"))) == 4
@@ -35,7 +35,9 @@ def test_sft_is_not_run_for_each_harmful_set(swept):
     assert {(n["optimizer.learning_rate"], n["data.num_harmful"]) for n in notes} == {
         (r, n) for r in (0.001, 0.05) for n in (2, 0)
     }
-    for path in out.glob("shared/seed0/unaligned/p0.25/*/sft/finetune/manifest.json"):
+    tuned = list(out.glob("shared/seed0/unaligned/p0.25/*/sft/finetune/manifest.json"))
+    assert len(tuned) == 2
+    for path in tuned:
         config = json.loads(path.read_text())["config"]
         assert f"learning_rate={config['optimizer']['learning_rate']}" in path.parts[-4]
 
