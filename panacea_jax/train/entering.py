@@ -5,7 +5,7 @@ A step that is given them computes nothing below.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,26 +63,39 @@ def with_entering(
         defence: whose passes are counted.
         streams: those that it draws on.
         steps: of the whole run, so that one that is resumed decides the same.
-        known: by tokens, what earlier runs on these frozen layers left; it grows. None: there are no other runs.
+        known: by tokens, what earlier runs on these frozen layers left;
+            this run's is added, and the oldest of theirs makes room. None: there are no other runs.
     """
     out, passes = dict(streams), passes_of(defence)
     if not isinstance(params, Adapter) or not params.lowest or defence.reads_every_layer:
         return out
     rows = {} if known is None else known
+    asked: set[bytes] = set()
     for name, stream in streams.items():
         interval = defence.streams[name].interval if name in defence.streams else 1
         taken = stream.taken(-(-steps // interval))
         times = passes[name] * steps * stream.batch_size / len(taken)
         new = {e.tokens.tobytes(): len(e.tokens) for e in (stream.examples[i] for i in taken)}
         size = sum(n for tokens, n in new.items() if tokens not in rows) * model.config.hidden_size * model.dtype.itemsize
-        held = sum(row.nbytes for row in rows.values())
+        held = sum(row.nbytes for tokens, row in rows.items() if tokens in asked or tokens in new)
         if (times < 2 and known is None) or held + size > LIMIT:
             why = f"needs {size / 2**20:.0f} MiB" if held + size > LIMIT else f"each record is passed {times:.1f} times"
             logging.info("stream %r: nothing kept of the frozen layers: %s", name, why)
             continue
+        asked |= new.keys()
+        _forget(rows, asked, LIMIT - size)
         logging.info("stream %r: %.0f MiB of what enters layer %d kept", name, size / 2**20, params.lowest)
         out[name] = computed(model, params, stream, taken, rows)
     return out
+
+
+def _forget(rows: dict[bytes, np.ndarray], asked: Container[bytes], limit: int) -> None:
+    """Leave out what this run has not asked for, what was known first before the rest, until the others are no larger than a limit."""
+    held = sum(row.nbytes for row in rows.values())
+    for tokens in [tokens for tokens in rows if tokens not in asked]:
+        if held <= limit:
+            return
+        held -= rows.pop(tokens).nbytes
 
 
 def computed(model: Model, params: Adapter, stream: Stream, taken: Sequence[int], rows: dict[bytes, np.ndarray]) -> Stream:

@@ -97,6 +97,18 @@ def test_what_is_kept(folder, monkeypatch):
     assert kept(Panacea(), 5) == ["user"]
 
 
+def test_what_was_known_first_makes_room(folder, monkeypatch):
+    model = load(folder, dtype="float32")
+    some, given, known = adapter_of(model, "upper:2"), streams(), {}
+    entering.with_entering(model, some, Sft(), {"user": given["user"]}, 5, known)
+    first = list(known)
+    asked = {e.tokens.tobytes(): len(e.tokens) for e in (given["harmful"].examples[i] for i in given["harmful"].taken(5))}
+    size = sum(row.nbytes for row in known.values()) + sum(n for tokens, n in asked.items() if tokens not in known) * 32 * 4
+    monkeypatch.setattr(entering, "LIMIT", size - 1)
+    entering.with_entering(model, some, Sft(), {"user": given["harmful"]}, 5, known)
+    assert set(first) | set(asked) == {first[0], *known} and first[0] not in known
+
+
 @pytest.mark.parametrize(("dtype", "rounding"), [("float32", 2e-6), ("bfloat16", 2**-6)])
 def test_it_is_what_enters(folder, dtype, rounding):
     """Padding aside: what transformers calls hidden state 1, in batches of other rows and packed."""
