@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -244,3 +245,14 @@ def test_a_second_interrupt_leaves_at_once(times):
     done = subprocess.run([sys.executable, "-c", INTERRUPTED, times], capture_output=True, text=True, timeout=50)
     assert done.returncode == 130 and "Traceback" not in done.stderr
     assert ("interrupted; the same command goes on" in done.stderr) == (times == "once")
+
+
+def test_a_reader_that_leaves_is_no_error_to_trace():
+    """As in `panacea run --help | head -1`."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(
+        [sys.executable, "-c", "from panacea_jax import cli; cli.main(['run', '--help'])"], stdout=writes, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (1, "")

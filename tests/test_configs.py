@@ -43,7 +43,7 @@ def load(recipe: str, *overrides: str) -> ConfigDict:
 
 
 def test_every_recipe_is_tested():
-    others = {"paper", "compare", "defences", "chat_models", "robustness", "panacea_variants", "smollm2", "experiments"}
+    others = {"paper", "compare", "defences", "chat_models", "robustness", "panacea_variants", "smollm2", "experiments", "own"}
     assert {path.stem for path in CONFIGS.glob("*.py")} == {*BASES, *others}
 
 
@@ -68,6 +68,15 @@ def test_recipe_has_the_papers_numbers(name: str, variant: str):
     assert (c.align.optimizer.learning_rate, c.align.optimizer.weight_decay) == (5e-4, 0.1)
     assert (c.align.train.epochs, c.align.train.batch_size) == (20, 10)
     assert (c.model.dtype, c.model.remat) == ("bfloat16", "full")
+
+
+def test_ones_own_data_is_not_attacked():
+    """Nor is any of it left out, or anything read that is not named."""
+    c = load("own.py")
+    config.validate(c)
+    d = c.data
+    assert (d.attack, d.user, d.harmful, d.num_examples, d.num_harmful, c.eval.tasks, c.model.path) == ("", "", "", 0, 0, (), "")
+    assert (d.template, c.align.defence.name, c.defence.name, c.defence.rho) == ("chat", "", "panacea", "auto")
 
 
 @pytest.mark.parametrize("task", ["sst2", "ag_news"])

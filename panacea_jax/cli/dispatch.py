@@ -23,7 +23,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``panacea``; ends the process with the command's exit code."""
     signal.signal(signal.SIGINT, _interrupted)
     with contextlib.ExitStack() as together:
-        code = run(sys.argv[1:] if argv is None else argv, together)
+        try:
+            code = run(sys.argv[1:] if argv is None else argv, together)
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read along, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = EXIT_FAILED
         if code:
             _abandon(code)
     if code == EXIT_FAILED:  # threads of a failed write may be left, whose last words are tracebacks

@@ -57,7 +57,7 @@ def read_chat(row: Mapping[str, Any], need_answer: bool, layout: str = "") -> Ch
         InputError: no such columns, or turns that are none; names the column and the turn.
     """
     wanted = [layout] if layout else list(LAYOUTS)
-    found = next((name for name in wanted if _holds(row, name)), None)
+    found = next((name for name in wanted if _holds(row, name, need_answer)), None)
     if found is None:
         columns = ", or ".join(" and ".join(map(repr, LAYOUTS[name])) for name in wanted)
         raise InputError(f"no conversation: it needs {columns} (it has: {named_fields(row)})", record=names_beyond(row))
@@ -80,8 +80,9 @@ def read_chat(row: Mapping[str, Any], need_answer: bool, layout: str = "") -> Ch
     return Chat(tuple(before), answer, used)
 
 
-def _holds(row: Mapping[str, Any], layout: str) -> bool:
-    return row.get(LAYOUTS[layout][0]) is not None and all(name in row for name in LAYOUTS[layout])
+def _holds(row: Mapping[str, Any], layout: str, need_answer: bool) -> bool:
+    first, *more = LAYOUTS[layout]
+    return row.get(first) is not None and (not need_answer or all(name in row for name in more))
 
 
 def _side(row: Mapping[str, Any], column: str, role: str) -> list[Turn]:

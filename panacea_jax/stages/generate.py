@@ -51,6 +51,11 @@ def eval_records(config: ConfigDict, spec: str) -> list[Record]:
     records = take(load_records(spec, key, layout=layout_of(config.data)), spec, config.eval.num_examples)
     if not records:
         raise InputError(f"{key}: {spec} holds no record to evaluate")
+    source = parse_source(spec)
+    compared = source.task == "chat" and not source.prompts_only
+    if compared and (without := [i for i, record in enumerate(records, 1) if not record.reference]):
+        where = f"{key}: {spec}: record {without[0]}"
+        raise InputError(f"{where} has no answer to compare with; prompts alone are asked as chat:harmful@… or chat:benign@…")
     return records
 
 

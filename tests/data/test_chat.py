@@ -272,6 +272,16 @@ def test_a_conversation_that_the_user_ends_is_a_prompt(tmp_path: Path):
     assert (trained.instruction, trained.output, trained.turns) == ("how many", "three", TURNS)
 
 
+def test_prompts_to_be_asked_need_no_answer(tmp_path: Path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "how many", "response": "three"}) + "\n")
+    for source in (f"chat@{path}", f"chat:harmful@{path}", f"chat:benign@{path}"):
+        [asked] = load_records(source, "config.eval.tasks")
+        assert (asked.instruction, asked.output) == ("how many", "")
+    with pytest.raises(InputError, match=r"'prompt' and 'completion' \(it has: prompt, response\)"):
+        load_records(f"chat@{path}", "config.data.user", need_output=True)
+
+
 def test_layout_and_columns_may_be_named(tmp_path: Path):
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"messages": MESSAGES, "prompt": "p", "completion": "c", "dialogue": MESSAGES[1:]}) + "\n")

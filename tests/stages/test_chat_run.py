@@ -46,6 +46,17 @@ def test_a_run_on_conversations(place, tmp_path: Path):
     assert first["template"] == manifest(tmp_path / "w" / "finetune")["outcome"]["template"]
 
 
+def test_prompts_alone_have_no_fine_tuning_accuracy(place, tmp_path: Path, capsys):
+    """Rather than one of 0: found before anything is trained."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "w1 w2"}\n')
+    flags = place.flags(f"--config.eval.tasks=('chat@{prompts}',)")
+    assert panacea("run", *flags, f"--workdir={tmp_path / 'w'}") == 2
+    says = "record 1 has no answer to compare with; prompts alone are asked as chat:harmful@… or chat:benign@…"
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == f"panacea: config.eval.tasks: chat@{prompts}: {says}" and not (tmp_path / "w").exists()
+
+
 def test_a_mixture_with_records_held_out(place, tmp_path: Path):
     chats = write_chats(tmp_path / "chats.jsonl", 20, turns=1)
     flags = place.flags(
