@@ -102,7 +102,7 @@ def test_bytes_by_kind(config: ConfigDict, folder: Path):
     """Against arithmetic, on a mesh of one device."""
     from panacea_jax.models.model import Model, abstract_model
     from panacea_jax.parallel import make_mesh
-    from panacea_jax.stages.doctor import resident_bytes
+    from panacea_jax.stages.doctor_model import resident_bytes
 
     mesh = make_mesh(1, 1, 1, jax.devices()[:1])
     model_config = config_from_folder(folder)
