@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     config.train.epochs, config.train.batch_size, config.train.harmful_batch_size = 3, 8, 8
     config.optimizer.learning_rate, config.optimizer.weight_decay = 2e-4, 0.01
     config.optimizer.schedule, config.optimizer.warmup_ratio = "cosine", 0.03
+    config.generate.max_new_tokens = 128  # a refusal shows in its first sentence; the published lengths are up to 512
     config.eval.perplexity = True  # what tells whether free answers were learnt; FA is equality
     config.defence.name, config.defence.rho, config.defence.final_epsilon = "panacea", "auto", "mean"
     return config

@@ -64,7 +64,8 @@ def is_safe(extra: _Row, default: bool) -> bool:
 
 
 def _missing(row: _Row, name: str) -> InputError:
-    return InputError(f"no field {name!r} (it has: {named_fields(row)})", record=names_beyond(row))
+    has = f"(it has: {named_fields(row)}); config.data.columns maps other names"
+    return InputError(f"no field {name!r} {has}", record=names_beyond(row))
 
 
 def _text(row: _Row, name: str) -> str:

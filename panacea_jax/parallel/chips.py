@@ -28,8 +28,8 @@ class Chip(NamedTuple):
 
 
 GB = 1e9
-# TPU: cloud.google.com/tpu/docs, pages "TPU v4" … "TPU7x" (interconnect figures there are both ways together). H100 SXM, H200, A100, L4:
-# NVIDIA's data sheets, dense figures, NVLink (L4: PCIe) halved likewise.
+# TPU: cloud.google.com/tpu/docs, pages "TPU v4" … "TPU7x" (interconnect figures there are both ways together). H100 SXM, H200, A100, L4
+# and B200 (an eighth of HGX B200): NVIDIA's data sheets, dense figures, NVLink (L4: PCIe) halved likewise.
 CHIPS = {
     "v4": Chip(275e12, 32 * 2**30, 1228 * GB, 150 * GB),
     "v5e": Chip(197e12, 16 * 2**30, 819 * GB, 100 * GB, 3.125 * GB),
@@ -40,4 +40,5 @@ CHIPS = {
     "a100": Chip(312e12, 80 * 2**30, 2039 * GB, 300 * GB, 0, 1, "gpu", "8.0"),
     "h100": Chip(989e12, 80 * 2**30, 3350 * GB, 450 * GB, 0, 1, "gpu", "9.0"),
     "h200": Chip(989e12, 141 * 2**30, 4800 * GB, 450 * GB, 0, 1, "gpu", "9.0"),
+    "b200": Chip(2250e12, 180e9, 7700 * GB, 900 * GB, 0, 1, "gpu", "10.0"),
 }

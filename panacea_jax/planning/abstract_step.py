@@ -16,7 +16,7 @@ from panacea_jax.defences import Defence
 from panacea_jax.errors import InputError
 from panacea_jax.models import lora, quantise
 from panacea_jax.models.config import ModelConfig
-from panacea_jax.models.fused import choose_backend
+from panacea_jax.models.fused import Backend, choose_backend
 from panacea_jax.models.model import Model, abstract_model
 from panacea_jax.parallel.chips import Chip
 from panacea_jax.parallel.sharding import (
@@ -42,7 +42,7 @@ class AbstractStep(NamedTuple):
     weights: Any
     batches: dict[str, Batch]
     key: Any
-    attention: str
+    attention: Backend
     remat: str
     accumulate: int = 1
 
@@ -89,7 +89,7 @@ def abstract_step(
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = _like(key.shape, key.dtype, replicated(mesh))
     weights = None if full else base
-    backend = choose_backend(c.attention, model, c.dtype, target or mesh.devices.flat[0]).name
+    backend = choose_backend(c.attention, model, c.dtype, target or mesh.devices.flat[0])
     return AbstractStep(
         static,
         defence,

@@ -188,7 +188,7 @@ def _of_a_pass(step: AbstractStep, batch: Batch) -> tuple[float, float]:
     heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     stream = tokens * c.hidden_size * width
     # A fused kernel holds no scores.
-    scores = tokens * length * c.num_heads / tensor * (4 + width) * (step.attention == "xla")
+    scores = tokens * length * c.num_heads / tensor * (4 + width) * (step.attention.name == "xla")
     inside = tokens * (2 * heads + 2 * kv + 3 * c.intermediate_size) / tensor * width
     inside += 4 * stream + scores
     if step.remat == "full":

@@ -1,6 +1,7 @@
-"""What a compiled program sends between devices, read from its text."""
+"""What a compiled program sends between devices, and what it calls, read from its text."""
 
 import re
+from collections import Counter
 from typing import NamedTuple
 
 _OP = re.compile(
@@ -70,6 +71,15 @@ def collectives(text: str, layers: int, devices: int, chunks: int = 1) -> list[C
             where,
         )
     return [c for c in found.values() if c.group > 1]
+
+
+def custom_calls(text: str) -> dict[str, int]:
+    """How often a compiled program calls each kernel that is no part of it, as its text has it: a call inside a loop is one.
+
+    Args:
+        text: ``compiled.as_text()``.
+    """
+    return dict(sorted(Counter(re.findall(r'custom_call_target="([^"]+)"', text)).items()))
 
 
 def _bytes(shape: str, started: bool) -> int:

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -29,7 +29,8 @@ from panacea_jax.parallel.mesh import make_mesh, stand_ins
 from panacea_jax.parallel.sharding import batch_rows, weight_sharding
 from panacea_jax.planning import cost_model
 from panacea_jax.planning.abstract_step import AbstractStep, abstract_step, resident
-from panacea_jax.planning.hlo import collectives
+from panacea_jax.planning.gpu_target import COMPILER_OPTIONS
+from panacea_jax.planning.hlo import collectives, custom_calls
 from panacea_jax.planning.topology import Topology
 from panacea_jax.progress import Progress
 from panacea_jax.train.step import make_step
@@ -50,6 +51,7 @@ class Plan:
         batch_size: records of the user's a step, without padding rows.
         rows: rows of the user's batch, with them.
         remat: see ``config.model.remat``.
+        attention: its back-end, and why that.
         resident: bytes by kind of what stays between steps, from shapes and shardings.
         arguments: the same, together with the batches, as the compiler lays it out; None without a compiler.
         temporary: bytes that come and go in a step: the compiler's figure, or the model's.
@@ -60,6 +62,7 @@ class Plan:
         sent_between: the same over the network between slices, by the model.
         seconds: least time of a step by what bounds it: compute, memory, links, network.
         compile_seconds: time to compile; None without a compiler.
+        calls: of a compiled program, how often it calls which kernel that is no part of it (cuDNN's, cuBLAS', Pallas'), in its text.
         refused: what the compiler said of a program that is too large for a device; "" if it compiled, or was not asked.
     """
 
@@ -68,6 +71,7 @@ class Plan:
     batch_size: int
     rows: int
     remat: str
+    attention: str
     resident: dict[str, int]
     arguments: int | None
     temporary: int
@@ -78,6 +82,7 @@ class Plan:
     sent_between: float
     seconds: dict[str, float]
     compile_seconds: float | None
+    calls: dict[str, int]
     refused: str = ""
 
     @property
@@ -131,14 +136,14 @@ def _plan(config: ConfigDict, model: ModelConfig, machine: Topology, compiled: b
     devices = stand_ins(machine.size) if machine.devices is None else machine.devices
     mesh = make_mesh(**config.mesh, devices=devices)
     chip = machine.chip
-    step = abstract_step(config, model, mesh, None if machine.devices else chip)
+    step = abstract_step(config, model, mesh, chip if chip.platform == "gpu" else None)
     kept, modelled = resident(step), cost_model.temporary(step)
     temporary, arguments, refused = sum(modelled.values()), None, ""
-    sent, taken = cost_model.sent(step), None
+    sent, taken, calls = cost_model.sent(step), None, {}
     if compiled and machine.devices is not None:
         start = time.perf_counter()
         try:
-            executable = _compile(step)
+            executable = _compile(step, COMPILER_OPTIONS if chip.platform == "gpu" else {})
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -152,21 +157,23 @@ def _plan(config: ConfigDict, model: ModelConfig, machine: Topology, compiled: b
             rows = step.batches["user"].tokens.shape[0] // batch_rows(mesh) // step.accumulate
             chunks = num_chunks(rows, config.data.max_length - 1)
             try:
-                found = collectives(executable.as_text(), model.num_layers, mesh.size, chunks)
-                sent = float(sum(c.sent for c in found))
+                text = executable.as_text()
+                sent = float(sum(c.sent for c in collectives(text, model.num_layers, mesh.size, chunks)))
+                calls = custom_calls(text)
             except jax.errors.JaxRuntimeError:  # libtpu compiles what this jaxlib cannot print
                 logging.warning("%s: the program cannot be read; sent is the model's", machine.name)
         taken = time.perf_counter() - start
     return Plan(
         machine.name, dict(mesh.shape), config.train.batch_size, step.batches["user"].tokens.shape[0], step.remat,
-        kept, arguments, temporary, modelled, _usable(chip) / chip.devices,
-        cost_model.flops(step), sent, cost_model.sent_between(step), cost_model.seconds(step, chip, sent), taken, refused,
+        f"{step.attention.name}: {step.attention.why}", kept, arguments, temporary, modelled, _usable(chip) / chip.devices,
+        cost_model.flops(step), sent, cost_model.sent_between(step), cost_model.seconds(step, chip, sent), taken, calls, refused,
     )  # fmt: skip
 
 
-def _compile(step: AbstractStep) -> Any:
+def _compile(step: AbstractStep, options: Mapping[str, int | bool]) -> Any:
     program = make_step(step.model, step.defence, step.optimizer, step.shardings, step.accumulate)
-    return program.lower(step.state, step.weights, step.batches, step.key).compile()  # type: ignore[attr-defined]
+    lowered = program.lower(step.state, step.weights, step.batches, step.key)  # type: ignore[attr-defined]
+    return lowered.compile(options)
 
 
 def _too_large(message: str) -> str:

@@ -10,6 +10,7 @@ import jax
 
 from panacea_jax.errors import InputError
 from panacea_jax.parallel.chips import CHIPS, Chip
+from panacea_jax.planning.gpu_target import gpu_devices
 
 GPUS = tuple(name for name, chip in CHIPS.items() if chip.platform == "gpu")
 
@@ -21,7 +22,7 @@ class Topology(NamedTuple):
         name: as the user wrote it.
         chip: data sheet.
         chips: how many, of all slices.
-        devices: those that a program can be compiled for, or None where only the memory model speaks (GPUs).
+        devices: those that a program can be compiled for, or None where only the memory model speaks (GPUs without their compiler).
         slices: of TPUs, joined by the data centre's network.
     """
 
@@ -54,7 +55,7 @@ def topology(name: str) -> Topology:
             raise InputError(
                 f"--topology={name}: known GPUs are {', '.join(GPUS)}, like gpu:h100x8"
             )
-        return Topology(name, CHIPS[gpu[1]], int(gpu[2]), None)
+        return Topology(name, CHIPS[gpu[1]], int(gpu[2]), gpu_devices(name, gpu[1], int(gpu[2])))
     tpu = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+){1,2})", name)
     kinds = [kind for kind in CHIPS if kind not in GPUS]
     if tpu is None or tpu[2] not in kinds:

@@ -192,7 +192,7 @@ def test_a_program_that_is_too_large_to_compile(tmp_path, capsys, monkeypatch):
         "(46.71G) exceeds available HBM (15.75G). HLO module: jit_step."
     )
 
-    def refuse(step):
+    def refuse(step, options):
         raise jax.errors.JaxRuntimeError(message)
 
     monkeypatch.setattr(plan, "_compile", refuse)
