@@ -50,10 +50,33 @@ class Head:
         """Logits of final hidden states, in at least float32."""
         with jax.named_scope("lm_head"):
             matrix = self.matrix.astype(x.dtype)
-            product = "...d,vd->...v" if self.tied else "...d,dv->...v"
-            out = jnp.einsum(product, x, matrix, preferred_element_type=wide(x.dtype))
+            out = (_logits if wide(x.dtype) == x.dtype else _narrow_logits)(x, matrix, self.tied)
             cap = self.softcap
             return out if cap is None else jnp.tanh(out / cap) * cap
+
+
+def _logits(x: Float[Array, "*N D"], matrix: Any, tied: bool) -> Float[Array, "*N V"]:
+    return jnp.einsum("...d,vd->...v" if tied else "...d,dv->...v", x, matrix, preferred_element_type=wide(x.dtype))
+
+
+# The gradient of wide logits times a narrow matrix would make a wide copy of the matrix, the largest there is; narrow, as activations' are,
+# it takes the matrix as it lies.
+_narrow_logits = jax.custom_vjp(_logits, nondiff_argnums=(2,))
+
+
+def _with_factors(x: Any, matrix: Any, tied: bool) -> tuple[Any, Any]:
+    return _logits(x, matrix, tied), (x, matrix)
+
+
+def _by_factors(tied: bool, factors: tuple[Any, Any], by: Float[Array, "*N V"]) -> tuple[Any, Any]:
+    x, matrix = factors
+    by = by.astype(x.dtype)
+    by_x = jnp.einsum("...v,vd->...d" if tied else "...v,dv->...d", by, matrix, preferred_element_type=wide(x.dtype))
+    by_matrix = jnp.einsum("...v,...d->vd" if tied else "...v,...d->dv", by, x, preferred_element_type=wide(x.dtype))
+    return by_x.astype(x.dtype), by_matrix.astype(matrix.dtype)
+
+
+_narrow_logits.defvjp(_with_factors, _by_factors)
 
 
 class Decoder(nnx.Module):

@@ -148,6 +148,25 @@ def _plain(matrix, x, targets, mask):
     return -jnp.where(mask, jnp.take_along_axis(logp, targets[..., None], -1)[..., 0], 0).sum()
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_in_bfloat16_the_gradient_takes_the_matrix_as_it_lies(tied):
+    """No float32 copy of it anywhere in the program, and the figures of float32 to bfloat16's rounding."""
+    rng = np.random.default_rng(2)
+    x, matrix = rng.normal(size=(3, 5, 8)), rng.normal(size=(60, 8) if tied else (8, 60))
+    by = rng.normal(size=(3, 5, 60)).astype(np.float32)
+
+    def gradients(dtype):
+        cast = jnp.asarray(matrix, dtype), jnp.asarray(x, dtype)
+        product = lambda m, x: jnp.vdot(Head(m, tied, None)(x), by)  # noqa: E731
+        return jax.make_jaxpr(jax.grad(product, (0, 1)))(*cast), jax.grad(product, (0, 1))(*cast)
+
+    program, found = gradients(jnp.bfloat16)
+    assert f"f32[{'60,8' if tied else '8,60'}] = convert_element_type" not in str(program)
+    for a, b in zip(found, gradients(jnp.float32)[1]):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype(np.float32), b, atol=2**-7 * float(jnp.abs(b).max()))
+
+
 def test_memory_at_a_vocabulary_of_256k(monkeypatch):
     """Compiled, not run: temporaries of a gradient at [4, 256] tokens are at least four times lower."""
     config = config_from_dict(SMALL | {"vocab_size": 256_000})
