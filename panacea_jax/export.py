@@ -213,13 +213,9 @@ def adapter_from_checkpoint(folder: Path) -> Adapter:
     return params
 
 
-def tensors_in_checkpoint(folder: Path) -> dict[str, np.ndarray]:
-    """w as a checkpoint holds it, by the names that an export would have; to look at, in float32.
-
-    Raises:
-        InputError: not a checkpoint, or a damaged one.
-    """
-    return epsilon_tensors(_params(*read_checkpoint(folder)))
+def tensors_in_checkpoint(arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """w as ``read_checkpoint`` read it, by the names that an export would have; to look at, in float32."""
+    return epsilon_tensors(_params(arrays, notes))
 
 
 def _params(arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> Any:

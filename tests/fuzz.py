@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from panacea_jax.config import get_config
@@ -52,6 +52,8 @@ from tests.tiny import write_model
 MEMORY, SECONDS = 2 * 2**30, 20
 # Inputs of one call of hypothesis, which remembers them.
 PIECE = 1000
+# Where files of inputs lie: making and removing folders on a disk takes longer than most parsers do.
+FOLDERS = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 # ---------------------------------------------------------------- strategies
 
@@ -321,7 +323,7 @@ def tried(target: Target, given_input: Any) -> bool:
     Raises:
         Exception: anything but ``InputError``, or an error of more than one line.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=FOLDERS) as folder:
         try:
             target.run(Path(folder), given_input)
         except InputError as error:
@@ -335,7 +337,9 @@ def fuzz(name: str, inputs: int, number: int) -> int:
     refused = 0
 
     @seed(number)
-    @settings(max_examples=inputs, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=inputs, database=None, deadline=None, phases=(Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck)
+    )  # fmt: skip
     @given(TARGETS[name].inputs())
     def run(given_input: Any) -> None:
         nonlocal refused

@@ -27,7 +27,7 @@ from panacea_jax.stages.generate import sampling
 from panacea_jax.stages.lineage import BARE_BASE, Start
 from panacea_jax.stages.rendering import make_template
 from panacea_jax.terminal import safe_line, safe_text
-from panacea_jax.workdir import MANIFEST, read_manifest
+from panacea_jax.workdir import manifest_if_any
 
 MAX_NEW_TOKENS = 256  # unless config.generate.max_new_tokens says otherwise
 WIDTH = 110  # of the table in a file
@@ -94,10 +94,8 @@ def _open(config: ConfigDict, workdir: Path | None, start: Start, model: Model) 
 
 def _template_of_training(start: Start) -> str:
     """Id of the template that a stage of ours trained with; "" where there is none."""
-    folder = Path(start.adapter or start.base).parent
-    if not (folder / MANIFEST).is_file():
-        return ""
-    return str(read_manifest(folder).get("outcome", {}).get("template", ""))
+    made = manifest_if_any(Path(start.adapter or start.base).parent)
+    return str(made.get("outcome", {}).get("template", ""))
 
 
 def _prompts() -> Iterator[str]:

@@ -17,7 +17,7 @@ from panacea_jax.models.peft_config import CONFIG_FILE
 from panacea_jax.stages import lineage
 from panacea_jax.sums import sha256_model
 from panacea_jax.untrusted import read_object
-from panacea_jax.workdir import MANIFEST, read_manifest, versions, write_text
+from panacea_jax.workdir import manifest_if_any, versions, write_text
 
 CARD = "README.md"
 LICENCE = "license:"
@@ -112,10 +112,9 @@ def write_scores(workdir: Path, scores: Mapping[str, Any]) -> None:
         workdir: with ``generations/`` and the scores of them.
         scores: content of its scores.json.
     """
-    answers = workdir / "generations"
-    if not (answers / MANIFEST).is_file():
+    manifest = manifest_if_any(workdir / "generations")
+    if not manifest:
         return
-    manifest = read_manifest(answers)
     weights = lineage.answered_by(manifest)
     card = Path(weights) / CARD
     if not card.is_file() or manifest["inputs"].get(weights) != sha256_model(Path(weights)):
