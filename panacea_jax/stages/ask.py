@@ -18,7 +18,6 @@ from panacea_jax.data.template import Template
 from panacea_jax.errors import InputError
 from panacea_jax.generate.decode import generate
 from panacea_jax.generate.ends import eos_ids
-from panacea_jax.models import lora
 from panacea_jax.models.model import Model
 from panacea_jax.models.vocabulary import open_vocabulary
 from panacea_jax.progress import say, table_console
@@ -88,7 +87,7 @@ def _open(config: ConfigDict, workdir: Path | None, start: Start, model: Model) 
     if trained not in ("", template.id):
         what = start.adapter or start.base
         logging.warning("%s: trained with the template %s, asked with %s (config.data.template)", what, trained, template.id)
-    params = lora.load(start.adapter, model, frozen=True) if start.adapter else None
+    params = lineage.finished_adapter(start.adapter, model, "answering with") if start.adapter else None
     return _Model(start.adapter or start.base, model, params, template, vocab_size, eos_ids(template, model.folder))
 
 

@@ -24,7 +24,7 @@ LICENCE = "license:"
 _BEGIN, _END = "<!-- scores -->", "<!-- end of scores -->"
 _EPSILON = {
     "applied": "**ε is applied**: these weights are w + ε, as they are to be deployed. Do not add ε again.",
-    "left out": f"**ε is left out. Do not deploy this**: {WITHOUT_EPSILON.partition(': ')[2]}.",
+    "left out": f"**ε is left out. Do not deploy this**: {WITHOUT_EPSILON}.",
 }
 _FIGURES = {
     "hs": "HS, harmful answers to harmful requests (lower is better)", "hs_plus": "HS+, the same, and answers that repeat a word",

@@ -214,7 +214,8 @@ def _before_epsilon(stage: Path, manifest: Mapping[str, Any], read: _Read) -> tu
     if newest := newest_checkpoint(stage):
         return tensors_in_checkpoint(*read(newest, run_id(manifest))), str(newest)
     began = str(manifest["config"].get("lora", {}).get("init_from", ""))
-    if began and (Path(began) / WEIGHTS_FILE).is_file():
+    stood = not manifest["outcome"].get("steps")  # else w is another by now
+    if stood and began and (Path(began) / WEIGHTS_FILE).is_file():
         return _of_adapter(Path(began)), began
     return {}, ""
 

@@ -208,6 +208,14 @@ def test_signatures_that_cannot_be_looked_at(finished, tmp_path, signed, monkeyp
     assert sorted(workdir.rglob("*")) == before
 
 
+def test_without_checkpoints(workdir):
+    """As they are deleted to save room: w of fine-tuning is known no longer, that of noise is what it was added to."""
+    for folder in workdir.glob("*/checkpoints"):
+        shutil.rmtree(folder)
+    found = outcomes(workdir)
+    assert found["finetune: ε applied"] == UNKNOWN and found["heal: ε applied"] == HOLDS and DIFFERS not in found.values()
+
+
 def test_from_before_there_were_hashes(workdir):
     """It goes on working, and says what it cannot know."""
     for path in workdir.glob("*/manifest.json"):
