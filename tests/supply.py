@@ -17,8 +17,8 @@ LOCK = ROOT / "requirements.txt"
 # Licences under which anything may be built upon a package and sold, by any of the names that packages give them.
 FREE = {
     "0BSD", "AFL-2.1", "Apache 2.0 License", "Apache License 2.0", "Apache Software License", "Apache-2.0", "BSD License",
-    "3-Clause BSD License", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "CNRI-Python", "ISC", "LLVM-exception", "MIT", "MIT License", "MIT-CMU",
-    "PSF-2.0", "Python Software Foundation License", "Unlicense", "Zlib",
+    "3-Clause BSD License", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "CNRI-Python", "ISC", "LLVM-exception", "MIT",
+    "MIT License", "MIT-CMU", "PSF-2.0", "Python Software Foundation License", "Unlicense", "Zlib",
 }  # fmt: skip
 # Others, looked at one by one: the licence and why it may be.
 LISTED = {"tqdm": ("MPL-2.0", "binds changes of its own files")}
