@@ -44,8 +44,10 @@ from panacea_jax.models.peft_config import read_peft_config
 from panacea_jax.models.tensorfile import read_header
 from panacea_jax.models.weights import find_tensors
 from panacea_jax.records.jsonl import read_lines
+from panacea_jax.signatures import signed_by
 from panacea_jax.untrusted import parsing
 from panacea_jax.workdir import read_manifest
+from tests.test_signatures import CONTENT, KEY, SIGNATURE
 from tests.tiny import write_model
 
 # Bytes beyond what the imports took, and seconds for one input.
@@ -134,6 +136,7 @@ ROWS = [
     {"question": "w1", "answer": "w2 #### 3", "sentence": "w1", "text": "w2", "refusal": "Question: w1\nAnswer: w2"},
 ]
 TASKS = ("pairs", "chat", "gsm8k", "sst2", "ag_news", "alpaca", "beavertails", "refusals", "xstest", "advbench")
+SIGNED = (KEY, CONTENT, SIGNATURE)
 MANIFEST = {"stage": "finetune", "status": "done", "config": {"lora": {"rank": 2}}, "inputs": {}, "outcome": {}}
 GATE = {"bounds": ["hs <= 10", "fa@pairs >= undefended - 2", "credited"], "judge": "refusal", "records": 3, "interval": True}
 OVERRIDES = {
@@ -240,6 +243,12 @@ def _tokenizer_files(folder: Path, files: tuple[bytes, bytes]) -> None:
     Template("alpaca", load_tokenizer(folder)).ids(["w1 w2"])
 
 
+def _signature(folder: Path, files: tuple[bytes, bytes]) -> None:
+    key, signature = files
+    put(folder, "manifest.json.minisig", signature)
+    signed_by(put(folder, "minisign.pub", key))(put(folder, "manifest.json", SIGNED[1].encode()))
+
+
 def _override(folder: Path, asked: tuple[str, str]) -> None:
     read_value(asked[1], asked[0], get_config(), "config.sweep.over")
 
@@ -297,6 +306,9 @@ TARGETS = {
     "answers": Target(_file_of("pairs.jsonl", read_lines), lambda: _jsonl),
     "manifest": Target(lambda folder, data: read_manifest(put(folder, "manifest.json", data).parent), lambda: _json_of(MANIFEST)),
     "gate": Target(lambda folder, content: parse_gate(content, "config.gate"), lambda: changed(GATE)),
+    "signature": Target(
+        _signature, lambda: st.tuples(*(st.one_of(st.just(text.encode()), torn(text.encode())) for text in (SIGNED[0], SIGNED[2])))
+    ),
     "gguf": Target(_gguf_file, lambda: torn(_gguf()), cost=4),
     "recipe of values": Target(
         lambda folder, asked: load_recipe(str(put(folder, f"recipe{asked[0]}", asked[1]))),

@@ -13,6 +13,7 @@ from panacea_jax.models.peft import read_notes
 from panacea_jax.models.tensorfile import entries_of, write_tensors
 from panacea_jax.signatures import signed_by
 from panacea_jax.stages import trust
+from panacea_jax.stages.bare import write_bare
 from panacea_jax.stages.trust import DIFFERS, HOLDS, UNKNOWN, check_workdir
 from panacea_jax.sums import sums_of
 from panacea_jax.train.checkpoints import read_checkpoint
@@ -77,6 +78,18 @@ def test_epsilon_left_out(workdir):
     assert "is not w + ε" in wrong(workdir)["finetune: ε applied"]
     write_tensors(path, entries_of(tensors), {"format": "pt", "epsilon": "left out"})
     assert "says: left out; w alone must not be deployed" in wrong(workdir)["finetune: ε applied"]
+
+
+def test_epsilon_left_out_of_all_weights(tmp_path_factory, tmp_path):
+    _, made = runs.finished_full_run(tmp_path_factory)
+    workdir = shutil.copytree(made, tmp_path / "run")
+    stage = workdir / "finetune"
+    assert outcomes(workdir)["finetune: ε applied"] == HOLDS
+    bare = write_bare(stage, tmp_path)
+    shutil.copy(bare / "model.safetensors", stage / "model" / "model.safetensors")
+    rewrite_manifest(stage, files=sums_of(stage, MANIFEST))
+    found = wrong(workdir)
+    assert found.keys() == {"finetune: ε applied"} and found["finetune: ε applied"].endswith("but w alone")
 
 
 def test_another_base(workdir, finished, tmp_path):
