@@ -415,7 +415,7 @@ def _entry(
     shape: tuple[int, ...],
     how: str,
     dtype: np.dtype[Any],
-    part: Callable[[], jax.Array],
+    part: Callable[[], jax.Array | np.ndarray],
 ) -> tensorfile.Entry:
     """What to write of an array of ours."""
 
@@ -426,7 +426,7 @@ def _entry(
     return tensorfile.Entry(name, shape[::-1] if how == "transpose" else shape, dtype, values)
 
 
-def _itself(array: jax.Array) -> jax.Array:
+def _itself(array: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     return array
 
 

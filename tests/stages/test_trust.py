@@ -84,7 +84,7 @@ def test_epsilon_left_out_of_all_weights(tmp_path_factory, tmp_path):
     _, made = runs.finished_full_run(tmp_path_factory)
     workdir = shutil.copytree(made, tmp_path / "run")
     stage = workdir / "finetune"
-    assert outcomes(workdir)["finetune: ε applied"] == HOLDS
+    assert wrong(workdir) == {} and outcomes(workdir)["finetune: ε applied"] == HOLDS
     bare = write_bare(stage, tmp_path)
     shutil.copy(bare / "model.safetensors", stage / "model" / "model.safetensors")
     rewrite_manifest(stage, files=sums_of(stage, MANIFEST))
