@@ -50,8 +50,8 @@ from panacea_jax.workdir import read_manifest
 from tests.test_signatures import CONTENT, KEY, SIGNATURE
 from tests.tiny import write_model
 
-# Bytes beyond what the imports took, and seconds for one input.
-MEMORY, SECONDS = 2 * 2**30, 20
+# Bytes beyond what the imports took; seconds of the processor for one input, and how many times that it may wait for one.
+MEMORY, SECONDS, WAITS = 2 * 2**30, 20, 30
 # Inputs of one call of hypothesis, which remembers them.
 PIECE = 1000
 # Where files of inputs lie: making and removing folders on a disk takes longer than most parsers do.
@@ -355,8 +355,10 @@ def fuzz(name: str, inputs: int, number: int) -> int:
     @given(TARGETS[name].inputs())
     def run(given_input: Any) -> None:
         nonlocal refused
-        signal.alarm(SECONDS)  # ends the process: an input on which a parser hangs
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # either ends the process: an input on which a parser hangs
+        signal.alarm(WAITS * SECONDS)
         refused += tried(TARGETS[name], given_input)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
 
     run()
