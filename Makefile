@@ -34,7 +34,7 @@ fuzz: $(TEST)
 faults: $(TEST)
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m tests.faults 1000 $(ARGS)
 
-# Two hundred SIGKILLs at random instants of whole runs, three methods: minutes to an hour.
+# Two hundred SIGKILLs at random instants of whole runs of three methods, a comparison and a sweep: an hour.
 kills: $(TEST)
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m tests.kills 200 $(ARGS)
 
