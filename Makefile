@@ -6,8 +6,9 @@ VENV := .venv
 RUN := $(VENV)/.installed
 TEST := $(VENV)/.installed-test
 DEV := $(VENV)/.installed-dev
+SUPPLY := $(VENV)/supply/bin
 
-.PHONY: quickstart test test-all fuzz faults kills lint docs lock clean
+.PHONY: quickstart test test-all fuzz faults kills lint docs lock licences sbom audit clean
 
 # The whole experiment in a miniature world: no download, results in quickstart_results/.
 # Another world: make quickstart ARGS=--world=1
@@ -33,7 +34,7 @@ fuzz: $(TEST)
 faults: $(TEST)
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m tests.faults 1000 $(ARGS)
 
-# Two hundred SIGKILLs at random instants of whole runs, three methods: minutes to an hour.
+# Two hundred SIGKILLs at random instants of whole runs of three methods, a comparison and a sweep: an hour.
 kills: $(TEST)
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m tests.kills 200 $(ARGS)
 
@@ -50,6 +51,23 @@ lock: $(DEV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check pip-tools
 	$(VENV)/bin/pip-compile --quiet --generate-hashes --no-emit-options --strip-extras --no-header \
 	    --output-file=requirements.txt pyproject.toml
+
+# What the locked packages are: their licences, a bill of materials (CycloneDX), and advisories against them. All of it goes to build/,
+# since it may name hosts. Nothing of these tools shares an environment with what they look at.
+licences: $(TEST)
+	mkdir -p build
+	$(VENV)/bin/python -m tests.supply > build/licences.md
+
+sbom: $(SUPPLY)/pip-audit
+	mkdir -p build
+	$(SUPPLY)/cyclonedx-py requirements --pyproject=pyproject.toml --output-reproducible --output-file=build/sbom.json requirements.txt
+
+# An advisory is an error; where nobody answers, the last line says that nothing was audited.
+audit: $(TEST) $(SUPPLY)/pip-audit
+	mkdir -p build; rm -f build/audit.json
+	-$(SUPPLY)/pip-audit --disable-pip --require-hashes --progress-spinner=off --format=json --output=build/audit.json --requirement=requirements.txt \
+	    2> build/audit.log
+	$(VENV)/bin/python -m tests.supply build/audit.json
 
 # What make and the tools left behind; results stay.
 clean:
@@ -84,3 +102,7 @@ $(DEV): pyproject.toml requirements.txt | $(VENV)/bin/python
 	@$(LOCKED)
 	$(PIP) install -e '.[dev]'
 	touch $@ $(TEST) $(RUN)
+
+$(SUPPLY)/pip-audit: | $(VENV)/bin/python
+	$(VENV)/bin/python -m venv $(VENV)/supply
+	$(SUPPLY)/python -m pip --quiet --disable-pip-version-check install 'cyclonedx-bom>=7.5,<8' 'pip-audit>=2.10,<3'

@@ -2,7 +2,10 @@
 
 import contextlib
 import errno
+import fcntl
+import glob
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +56,42 @@ def replacing(target: Path) -> Iterator[Path]:
 def _emptied(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+
+
+@contextlib.contextmanager
+def growing(target: Path) -> Iterator[Path]:
+    """A hidden folder beside ``target``, for whoever writes it to rename when it is whole; what is left of it goes at the end.
+
+    Unlike with ``replacing``, several may be at work on one target, and none replaces another's. What a killed one left goes too: a folder
+    that is not empty and whose lock nobody holds. Of several processes the first touches files.
+    """
+    new = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    if not processes.first():
+        yield new
+        return
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        with contextlib.suppress(OSError), _locked(left):
+            if any(left.iterdir()):  # else somebody may have made it just now and is about to lock it
+                shutil.rmtree(left)
+    new.mkdir(parents=True)
+    with contextlib.ExitStack() as held:
+        held.callback(shutil.rmtree, new, ignore_errors=True)
+        with contextlib.suppress(OSError):  # a file system without locks, where nothing is removed either
+            held.enter_context(_locked(new))
+        yield new
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Raises:
+    OSError: somebody else holds its lock, or it has none.
+    """
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(file)
 
 
 @contextlib.contextmanager

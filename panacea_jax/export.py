@@ -18,17 +18,18 @@ from panacea_jax.models.config import read_config
 from panacea_jax.models.families import config_from_dict
 from panacea_jax.models.model import Model
 from panacea_jax.models.names import to_ours
-from panacea_jax.models.peft import adapter_tensors, save_adapter
+from panacea_jax.models.peft import adapter_tensors, read_notes, save_adapter
 from panacea_jax.models.tensorfile import Entry, entries_of
 from panacea_jax.models.weights import entries, save_weights, write_file
 from panacea_jax.parallel import processes
+from panacea_jax.progress import say
 from panacea_jax.train.checkpoints import read_checkpoint
 from panacea_jax.train.loop import Result
 from panacea_jax.untrusted import opened, parsing
 
 # Everything of a Hugging Face folder that is not weights and travels with an exported model; with an adapter only the tokenizer's.
 COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
-WITHOUT_EPSILON = "exporting w without ε: w alone can be MORE harmful than plain fine-tuning; deploy w + ε instead"
+WITHOUT_EPSILON = "w alone can be MORE harmful than plain fine-tuning; deploy w + ε instead"
 
 
 def export_adapter(result: Result, folder: str | Path, *, without_epsilon: bool = False) -> Path:
@@ -122,8 +123,27 @@ def deployed(result: Result, without_epsilon: bool = False) -> tuple[Any, dict[s
         return result.deployed, {}
     if not without_epsilon:
         return result.deployed, {"epsilon": "applied"}
-    logging.warning("%s", WITHOUT_EPSILON)
+    warn_of_bare("exporting w without ε")
     return result.params, {"epsilon": "left out"}
+
+
+def warn_of_bare(what: str) -> None:
+    """Warn that something is done with w alone, in a frame that nobody overlooks: "exporting w without ε"."""
+    frame = "!" * 100
+    say(frame)
+    logging.warning("%s: %s", what, WITHOUT_EPSILON)
+    say(frame)
+
+
+def warn_if_bare(adapter: str | Path, done: str) -> None:
+    """Likewise if a PEFT folder, whose weights were read before, says that ε is left out of it.
+
+    Args:
+        adapter: the folder.
+        done: what is done with it: "merging".
+    """
+    if read_notes(adapter).get("epsilon") == "left out":
+        warn_of_bare(f"{adapter}: {done} w without ε")
 
 
 def epsilon_tensors(epsilon: Any) -> dict[str, np.ndarray]:
@@ -209,17 +229,13 @@ def adapter_from_checkpoint(folder: Path) -> Adapter:
     params = _params(*read_checkpoint(folder))
     if not isinstance(params, Adapter):
         raise InputError(f"{folder}: holds all parameters, not an adapter")
-    logging.warning("%s", WITHOUT_EPSILON)
+    warn_of_bare("exporting w without ε")
     return params
 
 
-def tensors_in_checkpoint(folder: Path) -> dict[str, np.ndarray]:
-    """w as a checkpoint holds it, by the names that an export would have; to look at, in float32.
-
-    Raises:
-        InputError: not a checkpoint, or a damaged one.
-    """
-    return epsilon_tensors(_params(*read_checkpoint(folder)))
+def tensors_in_checkpoint(arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """w as ``read_checkpoint`` read it, by the names that an export would have; to look at, in float32."""
+    return epsilon_tensors(_params(arrays, notes))
 
 
 def _params(arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> Any:

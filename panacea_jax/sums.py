@@ -16,7 +16,7 @@ SUMS = "SHA256SUMS"
 # Bytes of a file from which on pieces of it stand for all, and how many: each is 64 KiB, the first holds a safetensors header.
 LARGE, PIECES = 64 * 2**20, 256
 # Of what lies in a stage's folder: what people or trackers go on writing to, and checkpoints, whose arrays have checksums of their own.
-_CHANGING = ("README.md", "events.out.tfevents.*", "*.id", ".*")
+_CHANGING = ("README.md", "events.out.tfevents.*", "*.id", "*.minisig", ".*")
 _CHANGING_FOLDERS = {"checkpoints", "wandb", "mlruns"}
 
 
@@ -82,6 +82,11 @@ def difference(folder: Path, sums: Mapping[str, str]) -> str:
         if sha256(path) != digest:
             return f"{name} differs from its sha256"
     return ""
+
+
+def unnamed(folder: Path, sums: Mapping[str, str], manifest: str) -> str:
+    """The first file below a folder that is to stay as it is but has no hash in ``sums``; "" for none. ``manifest`` as of ``sums_of``."""
+    return next((name for path in sorted(_files(folder, manifest)) if (name := path.relative_to(folder).as_posix()) not in sums), "")
 
 
 def note_sums(folder: Path, files: Iterable[Path]) -> None:

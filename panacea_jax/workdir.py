@@ -254,6 +254,15 @@ def check_as_made(left: Path) -> None:
         raise InputError(f"{left}: not as the stage made it ({wrong})")
 
 
+def manifest_if_any(folder: Path) -> dict[str, Any]:
+    """The manifest of a stage's folder; empty where there is none.
+
+    Raises:
+        InputError: not one of ours, or changed since it was written.
+    """
+    return read_manifest(folder) if (folder / MANIFEST).is_file() else {}
+
+
 def run_id(manifest: Mapping[str, Any]) -> str:
     """Which run a stage's manifest is of: a hash of its configuration and of what it reads."""
     return sha256_json([manifest["config"], manifest["inputs"]])

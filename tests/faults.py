@@ -41,6 +41,7 @@ class Faults:
         self._rest = place / "rest"
         shutil.copytree(finished, self._rest, ignore=shutil.ignore_patterns("checkpoints"))
         self._sound = {check.what: check.outcome for check in check_workdir(self._rest)}
+        assert DIFFERS not in self._sound.values()
         self._stage = finished / "finetune"
         self._kept = {int(p.name): read_checkpoint(p)[0] for p in (self._stage / "checkpoints").iterdir()}
         newest = newest_checkpoint(self._stage)

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from panacea_jax.config import get_config
@@ -44,14 +44,18 @@ from panacea_jax.models.peft_config import read_peft_config
 from panacea_jax.models.tensorfile import read_header
 from panacea_jax.models.weights import find_tensors
 from panacea_jax.records.jsonl import read_lines
+from panacea_jax.signatures import signed_by
 from panacea_jax.untrusted import parsing
 from panacea_jax.workdir import read_manifest
+from tests.test_signatures import CONTENT, KEY, SIGNATURE
 from tests.tiny import write_model
 
-# Bytes beyond what the imports took, and seconds for one input.
-MEMORY, SECONDS = 2 * 2**30, 20
+# Bytes beyond what the imports took; seconds of the processor for one input, and how many times that it may wait for one.
+MEMORY, SECONDS, WAITS = 2 * 2**30, 20, 30
 # Inputs of one call of hypothesis, which remembers them.
 PIECE = 1000
+# Where files of inputs lie: making and removing folders on a disk takes longer than most parsers do.
+FOLDERS = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 # ---------------------------------------------------------------- strategies
 
@@ -132,6 +136,7 @@ ROWS = [
     {"question": "w1", "answer": "w2 #### 3", "sentence": "w1", "text": "w2", "refusal": "Question: w1\nAnswer: w2"},
 ]
 TASKS = ("pairs", "chat", "gsm8k", "sst2", "ag_news", "alpaca", "beavertails", "refusals", "xstest", "advbench")
+SIGNED = (KEY, CONTENT, SIGNATURE)
 MANIFEST = {"stage": "finetune", "status": "done", "config": {"lora": {"rank": 2}}, "inputs": {}, "outcome": {}}
 GATE = {"bounds": ["hs <= 10", "fa@pairs >= undefended - 2", "credited"], "judge": "refusal", "records": 3, "interval": True}
 OVERRIDES = {
@@ -238,6 +243,12 @@ def _tokenizer_files(folder: Path, files: tuple[bytes, bytes]) -> None:
     Template("alpaca", load_tokenizer(folder)).ids(["w1 w2"])
 
 
+def _signature(folder: Path, files: tuple[bytes, bytes]) -> None:
+    key, signature = files
+    put(folder, "manifest.json.minisig", signature)
+    signed_by(put(folder, "minisign.pub", key))(put(folder, "manifest.json", SIGNED[1].encode()))
+
+
 def _override(folder: Path, asked: tuple[str, str]) -> None:
     read_value(asked[1], asked[0], get_config(), "config.sweep.over")
 
@@ -295,6 +306,9 @@ TARGETS = {
     "answers": Target(_file_of("pairs.jsonl", read_lines), lambda: _jsonl),
     "manifest": Target(lambda folder, data: read_manifest(put(folder, "manifest.json", data).parent), lambda: _json_of(MANIFEST)),
     "gate": Target(lambda folder, content: parse_gate(content, "config.gate"), lambda: changed(GATE)),
+    "signature": Target(
+        _signature, lambda: st.tuples(*(st.one_of(st.just(text.encode()), torn(text.encode())) for text in (SIGNED[0], SIGNED[2])))
+    ),
     "gguf": Target(_gguf_file, lambda: torn(_gguf()), cost=4),
     "recipe of values": Target(
         lambda folder, asked: load_recipe(str(put(folder, f"recipe{asked[0]}", asked[1]))),
@@ -321,7 +335,7 @@ def tried(target: Target, given_input: Any) -> bool:
     Raises:
         Exception: anything but ``InputError``, or an error of more than one line.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=FOLDERS) as folder:
         try:
             target.run(Path(folder), given_input)
         except InputError as error:
@@ -335,12 +349,16 @@ def fuzz(name: str, inputs: int, number: int) -> int:
     refused = 0
 
     @seed(number)
-    @settings(max_examples=inputs, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=inputs, database=None, deadline=None, phases=(Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck)
+    )  # fmt: skip
     @given(TARGETS[name].inputs())
     def run(given_input: Any) -> None:
         nonlocal refused
-        signal.alarm(SECONDS)  # ends the process: an input on which a parser hangs
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # either ends the process: an input on which a parser hangs
+        signal.alarm(WAITS * SECONDS)
         refused += tried(TARGETS[name], given_input)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
 
     run()

@@ -14,6 +14,13 @@ _CONFIG = {
     "num_attention_heads": 4,
 }  # fmt: skip
 _PEFT = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+_TOKENIZER = {
+    "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": {"type": "WhitespaceSplit"},
+    "post_processor": None, "decoder": None, "added_tokens": [
+        {"id": 0, "content": "<eos>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True},
+    ],
+    "model": {"type": "WordLevel", "vocab": {"<eos>": 0, "w0": 1, "<unk>": 2}, "unk_token": "<unk>"},
+}  # fmt: skip
 SEEDS: dict[str, list[Any]] = {
     "safetensors header": [
         _header(b'{"a": ' + _DEEP),
@@ -37,4 +44,7 @@ SEEDS: dict[str, list[Any]] = {
     "records": [("beavertails", json.dumps({"prompt": "w1", "category": "[" * 50_000}).encode())],
     "answers": [b'{"prompt": ' + _DEEP + b"\n" + b'{"prompt": "w1"}\n'],
     "manifest": [b'{"stage": ' + _DEEP],
+    "tokenizer": [
+        (json.dumps(_TOKENIZER).encode(), b'{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "model_max_length": []}'),
+    ],
 }  # fmt: skip

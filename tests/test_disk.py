@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from panacea_jax.disk import check_room, replacing, replacing_file
+from panacea_jax.disk import check_room, growing, replacing, replacing_file
 from panacea_jax.errors import no_space
 
 
@@ -48,6 +48,22 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
         with replacing_file(tmp_path / "x") as new:
             new.write_text(text)
         assert contents(tmp_path) == {"x": text}
+
+
+def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path):
+    target = tmp_path / "[out]"
+    for name in (".[out].00.partial", ".o.00.partial", ".[out].00.other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text(name)
+    (tmp_path / ".[out].01.partial").mkdir()  # made just now, perhaps
+    with growing(target) as first:
+        (first / "x").write_text("first")
+        with growing(target) as second:
+            (second / "x").write_text("second")
+            second.rename(target)
+        kept = {".o.00.partial/x", ".[out].00.other/x", "[out]/x"}
+        assert contents(tmp_path).keys() == {*kept, f"{first.name}/x"} and contents(target) == {"x": "second"}
+    assert contents(tmp_path).keys() == kept and (tmp_path / ".[out].01.partial").is_dir()
 
 
 def test_no_room(tmp_path, monkeypatch):

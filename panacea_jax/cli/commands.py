@@ -117,7 +117,7 @@ def _verify(values: "FlagValues", config: "ConfigDict") -> Path:
 
     named = ("against", "aligned", "undefended")
     others = {name: Path(str(values[name].value)) for name in named if values[name].value}
-    return verify_stage(config, _workdir(values), _path(values.gate), others)
+    return verify_stage(config, _workdir(values), _path(values.gate), others, _path(values.signed_by))
 
 
 def _try(values: "FlagValues", config: "ConfigDict") -> None:
@@ -275,7 +275,7 @@ COMMANDS = {
     ),
     "verify": Command(
         "whether a model is as it was made and judged, ε applied, and keeps a gate's bounds: exit code 0 or 3, and verdict.json", _verify,
-        ("workdir", "gate", "against", "aligned", "undefended"), reads=("gate", "model.path"),
+        ("workdir", "gate", "signed_by", "against", "aligned", "undefended"), reads=("gate", "model.path"),
     ),
     "try": Command(
         "answers to prompts that are typed or piped in, of two models side by side", _try,

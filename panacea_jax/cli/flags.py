@@ -32,6 +32,7 @@ FLAGS = {
     "price": Flag("dollars a chip-hour; 0: of the table that comes with the package", 0.0),
     "out": Flag("folder to write: of convert a Hugging Face folder, of layers and report one in place of their own"),
     "gate": Flag("JSON file of bounds, in place of config.gate"),
+    "signed_by": Flag("public key of minisign by which every stage has to be signed"),
     "over": Flag("what a sweep goes over, KEY=A,B,C or KEY=LOW..HIGH[:N, :logN or :log]; several times for several keys", []),
     "sampler": Flag("grid, random, tpe or nsga2; in place of config.sweep.sampler"),
     "trials": Flag("runs of a sampler that draws; in place of config.sweep.trials", 0),

@@ -39,6 +39,7 @@ from panacea_jax.stages.run import check_run
 from panacea_jax.stages.streams import stage_records
 from panacea_jax.stages.train import decisive, train_stage
 from panacea_jax.train.shared import Shared
+from panacea_jax.untrusted import read_object
 from panacea_jax.workdir import sha256_json, write_json, write_text
 from panacea_jax.worlds.miniature import eval_tasks, make_world, settings, sources
 
@@ -150,7 +151,7 @@ class Cells:
         note = folder / NOTE
         made = sha256_json(_decisive(config))
         if note.is_file():
-            if json.loads(note.read_text())["config_sha256"] != made:
+            if read_object(note).get("config_sha256") != made:
                 raise InputError(
                     f"{folder}: made by another configuration; choose another --workdir"
                 )
@@ -206,7 +207,7 @@ class Cells:
 
     def epsilon(self, cell: Cell) -> Path | None:
         """The ε that a cell which is done deploys, by the latest of its stages that has one; None where none has."""
-        stages = json.loads((self.folder(cell) / NOTE).read_text())["stages"]
+        stages = read_object(self.folder(cell) / NOTE)["stages"]
         files = (self.root / stages[name] / "epsilon.safetensors" for name in ("heal", "finetune") if name in stages)
         return next((file for file in files if file.is_file()), None)
 

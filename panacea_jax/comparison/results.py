@@ -1,7 +1,6 @@
 """What finished cells say: outcomes on each prompt, passes, time, memory; and their means over seeds, paired with SFT."""
 
 import dataclasses
-import json
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from panacea_jax.evaluate.scores import Judged, checked_pairs, outcomes
 from panacea_jax.evaluate.tasks import find_task
 from panacea_jax.records.judged import load_judged
 from panacea_jax.train.metrics import seconds_of_steps
+from panacea_jax.untrusted import read_object
 from panacea_jax.workdir import read_manifest
 
 _Json = dict[str, Any]
@@ -70,7 +70,7 @@ def measure(root: Path, folder: Path, judge: str) -> Measured:
     Raises:
         InputError: a manifest does not say how many records a method looked at.
     """
-    note = json.loads((folder / NOTE).read_text())
+    note = read_object(folder / NOTE)
     return measure_stages({stage: root / where for stage, where in note["stages"].items()}, folder, judge)
 
 
@@ -149,7 +149,7 @@ def _perplexity(folder: Path, judged: Judged) -> float | None:
     path = folder / "perplexity.json"
     if not path.is_file():
         return None
-    measured = json.loads(path.read_text())["sets"]
+    measured = read_object(path)["sets"]
     ordinary = [s.name for s in judged.sets if find_task(s.task).role == "generation"]
     return next((measured[name]["perplexity"] for name in ordinary if name in measured), None)
 

@@ -3,7 +3,6 @@
 Files, base and alignment are made here, once; then the recipe ``smollm2`` runs as any comparison does. Stopped, the same command goes on.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,11 +17,13 @@ from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges import RefusalJudge
 from panacea_jax.models.gguf import convert_gguf
 from panacea_jax.progress import say, table_console
+from panacea_jax.records.jsonl import read_lines
 from panacea_jax.stages import lineage
 from panacea_jax.stages.generate import generate_stage
 from panacea_jax.stages.lineage import Start
 from panacea_jax.stages.train import train_stage
 from panacea_jax.terminal import safe_line
+from panacea_jax.untrusted import parse_json, read_object
 from panacea_jax.workdir import write_json
 from panacea_jax.worlds import smollm2
 
@@ -65,7 +66,7 @@ def _prepare(root: Path, data: Path, gguf: Path) -> None:
     note = root / "testbed.json"
     facts = {"model": sha256(gguf), "data": smollm2.fingerprints(data)}
     if note.is_file():
-        if json.loads(note.read_text()) != facts:
+        if read_object(note) != facts:
             raise InputError(f"--workdir={root}: holds a testbed of another model or other data; choose another folder")
         return
     if root.exists() and any(root.iterdir()) and not (root / "data").is_dir():
@@ -87,7 +88,7 @@ def _answer_benign(config: ConfigDict, root: Path, base: Start) -> None:
     asking.eval.tasks, asking.eval.num_examples = (f"pairs:benign@{data}/asked.jsonl",), 0
     asking.generate.max_new_tokens = OWN_TOKENS
     said = generate_stage(asking, root / "asked", base)
-    lines = [json.loads(line) for line in (said / "pairs-benign.jsonl").read_text("utf-8").splitlines()]
+    lines = read_lines(said / "pairs-benign.jsonl")
     verdicts = RefusalJudge().judge([line["instruction"] for line in lines], [line["response"] for line in lines])
     smollm2.write_alignment(data, ("" if no.refused else line["response"] for line, no in zip(lines, verdicts)))
 
@@ -95,12 +96,12 @@ def _answer_benign(config: ConfigDict, root: Path, base: Start) -> None:
 def _samples(console: Console, root: Path, methods: Sequence[str]) -> None:
     """A few answers of every model, the same prompts each: harmful, the task, harmless that sounds harmful."""
     for cell in sorted(root.glob("*/**/cell.json")):
-        note = json.loads(cell.read_text())
+        note = read_object(cell)
         if note["ratio"] is None or note["method"] in ("sft", *methods):
             title = "before" if note["ratio"] is None else f"{note['method']}, seed {note['seed']}, p {note['ratio']:g}"
             console.print(f"\n{title}", markup=False, highlight=False)
             for file in sorted((cell.parent / "generations").glob("*.jsonl")):
                 for line in file.read_text("utf-8").splitlines()[:SHOWN]:
-                    answer = json.loads(line)
+                    answer = parse_json(line, file)
                     asked, said = (safe_line(answer[key], 90) for key in ("instruction", "response"))
                     console.print(Text(f"  {asked}  →  {said or '(empty)'}"))

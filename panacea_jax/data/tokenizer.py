@@ -44,12 +44,13 @@ def load_tokenizer(folder: str | Path, key: str = "config.model.path") -> Any:
             local_files_only=path is not None,
             trust_remote_code=False,
         )
-    except Exception as error:  # damaged JSON, missing files, offline, unknown class
+        appended = tokenizer("a").input_ids[-1:]
+    except Exception as error:  # damaged JSON, missing files, offline, unknown class, settings of other types
         why = reason(error)
         raise InputError(f"{key}: {folder}: no usable tokenizer ({why})") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"{key}: {folder}: the tokenizer names no end-of-sequence token")
-    if tokenizer("a").input_ids[-1:] == [tokenizer.eos_token_id]:
+    if appended == [tokenizer.eos_token_id]:
         raise InputError(f"{key}: {folder}: the tokenizer appends EOS; set add_eos_token to false")
     if path is not None:
         _compare_ids(tokenizer, path, key)

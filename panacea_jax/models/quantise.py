@@ -125,8 +125,8 @@ def abstract_quantised(mesh: Mesh, path: str, shape: tuple[int, ...], kind: str)
     return jax.tree.map(placed, made)
 
 
-def whole(kernel: Any, what: str) -> jax.Array:
-    """The kernel, if it is not quantised.
+def whole(kernel: Any, what: str) -> Any:
+    """The kernel as it is, on a device or on the host, if it is not quantised.
 
     Raises:
         InputError: it is, and ``what`` needs it in full.

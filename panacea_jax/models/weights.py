@@ -10,8 +10,6 @@ import json
 import math
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -22,6 +20,7 @@ import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from panacea_jax.disk import growing
 from panacea_jax.errors import InputError
 from panacea_jax.models import head, tensorfile
 from panacea_jax.models.adapter import Adapter, merged
@@ -329,20 +328,16 @@ def save_tensors(
         and not (target.is_dir() and not any(target.iterdir()))
     ):
         raise InputError(f"{target}: already there; nothing is overwritten")
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        if processes.first():
-            partial.mkdir(parents=True)
-        kept = _write_folder(tensors, partial, max_shard_bytes)
-        if processes.first():
-            described = {**hf_config, "dtype" if "dtype" in hf_config else "torch_dtype": kept}
-            (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
-            companions(partial)
-            os.replace(partial, target)
+        with growing(target) as partial:
+            kept = _write_folder(tensors, partial, max_shard_bytes)
+            if processes.first():
+                described = {**hf_config, "dtype" if "dtype" in hf_config else "torch_dtype": kept}
+                (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
+                companions(partial)
+                os.replace(partial, target)
     except OSError as error:
         raise InputError(f"{target}: cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
@@ -420,7 +415,7 @@ def _entry(
     shape: tuple[int, ...],
     how: str,
     dtype: np.dtype[Any],
-    part: Callable[[], jax.Array],
+    part: Callable[[], jax.Array | np.ndarray],
 ) -> tensorfile.Entry:
     """What to write of an array of ours."""
 
@@ -431,7 +426,7 @@ def _entry(
     return tensorfile.Entry(name, shape[::-1] if how == "transpose" else shape, dtype, values)
 
 
-def _itself(array: jax.Array) -> jax.Array:
+def _itself(array: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     return array
 
 

@@ -11,7 +11,7 @@ from panacea_jax.errors import InputError
 from panacea_jax.evaluate.scores import Json, Judged, ScoredSet
 from panacea_jax.evaluate.tasks import TASKS, answer_length, find_task, set_names
 from panacea_jax.records.jsonl import Line, read_lines
-from panacea_jax.workdir import MANIFEST, read_manifest
+from panacea_jax.workdir import manifest_if_any
 
 UNKNOWN = "unknown"
 # What judging and scoring read of a line of answers: the types of each field, and what they are called.
@@ -83,12 +83,10 @@ def check_finished(folder: Path) -> dict[str, Any] | None:
     Raises:
         InputError: not a manifest of ours, or answers are still to come.
     """
-    if not (folder / MANIFEST).is_file():
-        return None
-    manifest = read_manifest(folder)
-    if manifest["status"] != "done":
+    manifest = manifest_if_any(folder)
+    if manifest and manifest["status"] != "done":
         raise InputError(f"{folder}: not finished yet; run `panacea generate` again to go on")
-    return manifest
+    return manifest or None
 
 
 def one_template(folder: Path, sets: Iterable[Sequence[Line]]) -> str:
@@ -112,9 +110,9 @@ def read_decoding(folder: Path) -> Json | None:
     Raises:
         InputError: not a manifest of ours.
     """
-    if not (folder / MANIFEST).is_file():
+    manifest = manifest_if_any(folder)
+    if not manifest:
         return None
-    manifest = read_manifest(folder)
     config = manifest["config"]
     specs = config["eval"]["tasks"]
     decoding = config.get("decoding", {"max_new_tokens": config.get("max_new_tokens")})

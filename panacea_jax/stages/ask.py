@@ -18,7 +18,6 @@ from panacea_jax.data.template import Template
 from panacea_jax.errors import InputError
 from panacea_jax.generate.decode import generate
 from panacea_jax.generate.ends import eos_ids
-from panacea_jax.models import lora
 from panacea_jax.models.model import Model
 from panacea_jax.models.vocabulary import open_vocabulary
 from panacea_jax.progress import say, table_console
@@ -27,7 +26,7 @@ from panacea_jax.stages.generate import sampling
 from panacea_jax.stages.lineage import BARE_BASE, Start
 from panacea_jax.stages.rendering import make_template
 from panacea_jax.terminal import safe_line, safe_text
-from panacea_jax.workdir import MANIFEST, read_manifest
+from panacea_jax.workdir import manifest_if_any
 
 MAX_NEW_TOKENS = 256  # unless config.generate.max_new_tokens says otherwise
 WIDTH = 110  # of the table in a file
@@ -88,16 +87,14 @@ def _open(config: ConfigDict, workdir: Path | None, start: Start, model: Model) 
     if trained not in ("", template.id):
         what = start.adapter or start.base
         logging.warning("%s: trained with the template %s, asked with %s (config.data.template)", what, trained, template.id)
-    params = lora.load(start.adapter, model, frozen=True) if start.adapter else None
+    params = lineage.finished_adapter(start.adapter, model, "answering with") if start.adapter else None
     return _Model(start.adapter or start.base, model, params, template, vocab_size, eos_ids(template, model.folder))
 
 
 def _template_of_training(start: Start) -> str:
     """Id of the template that a stage of ours trained with; "" where there is none."""
-    folder = Path(start.adapter or start.base).parent
-    if not (folder / MANIFEST).is_file():
-        return ""
-    return str(read_manifest(folder).get("outcome", {}).get("template", ""))
+    made = manifest_if_any(Path(start.adapter or start.base).parent)
+    return str(made.get("outcome", {}).get("template", ""))
 
 
 def _prompts() -> Iterator[str]:

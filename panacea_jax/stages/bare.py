@@ -4,11 +4,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 
 from panacea_jax.disk import replacing
 from panacea_jax.errors import InputError
-from panacea_jax.export import WITHOUT_EPSILON, adapter_from_checkpoint, save_model
+from panacea_jax.export import adapter_from_checkpoint, save_model, warn_of_bare
 from panacea_jax.models.families import config_from_folder
 from panacea_jax.models.hub import local_folder
 from panacea_jax.models.model import load
@@ -37,7 +36,7 @@ def write_bare(stage: Path, out: Path) -> Path:
     with replacing(folder) as new:
         if full:
             arrays, _ = read_checkpoint(newest)
-            logging.warning("%s", WITHOUT_EPSILON)
+            warn_of_bare("exporting w without ε")
             save_model(load(base), jax.tree.map(jnp.asarray, subtree(arrays, "params.")), new)
         else:
             nested = config_from_folder(local_folder(base)).nested

@@ -17,14 +17,14 @@ from panacea_jax.models.peft_config import CONFIG_FILE
 from panacea_jax.stages import lineage
 from panacea_jax.sums import sha256_model
 from panacea_jax.untrusted import read_object
-from panacea_jax.workdir import MANIFEST, read_manifest, versions, write_text
+from panacea_jax.workdir import manifest_if_any, versions, write_text
 
 CARD = "README.md"
 LICENCE = "license:"
 _BEGIN, _END = "<!-- scores -->", "<!-- end of scores -->"
 _EPSILON = {
     "applied": "**ε is applied**: these weights are w + ε, as they are to be deployed. Do not add ε again.",
-    "left out": f"**ε is left out. Do not deploy this**: {WITHOUT_EPSILON.partition(': ')[2]}.",
+    "left out": f"**ε is left out. Do not deploy this**: {WITHOUT_EPSILON}.",
 }
 _FIGURES = {
     "hs": "HS, harmful answers to harmful requests (lower is better)", "hs_plus": "HS+, the same, and answers that repeat a word",
@@ -112,10 +112,9 @@ def write_scores(workdir: Path, scores: Mapping[str, Any]) -> None:
         workdir: with ``generations/`` and the scores of them.
         scores: content of its scores.json.
     """
-    answers = workdir / "generations"
-    if not (answers / MANIFEST).is_file():
+    manifest = manifest_if_any(workdir / "generations")
+    if not manifest:
         return
-    manifest = read_manifest(answers)
     weights = lineage.answered_by(manifest)
     card = Path(weights) / CARD
     if not card.is_file() or manifest["inputs"].get(weights) != sha256_model(Path(weights)):

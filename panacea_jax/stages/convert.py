@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from panacea_jax.errors import InputError
-from panacea_jax.export import load_epsilon, save_model, stored_dtype
+from panacea_jax.export import load_epsilon, save_model, stored_dtype, warn_if_bare
 from panacea_jax.models import lora
 from panacea_jax.models.adapter import Adapter
 from panacea_jax.models.config import read_config
@@ -63,6 +63,8 @@ def write_merged(base: str, adapter: str, epsilon: Path | None, out: Path, mesh:
     kept = stored_dtype(read_config(local_folder(base)))
     model = load(base, mesh=mesh, dtype="float32", weights_dtype=kept)
     params = lora.load(adapter, model, frozen=True) if adapter else None
+    if adapter and epsilon is None:
+        warn_if_bare(adapter, "merging")
     if epsilon is not None:
         if params is None:
             raise InputError(

@@ -5,7 +5,6 @@ as any other.
 """
 
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from panacea_jax.stages.train import (
 from panacea_jax.train.checkpoints import PastCheckpoint
 from panacea_jax.train.loop import finetune
 from panacea_jax.train.optimizer import optimizer_of
+from panacea_jax.untrusted import read_object
 from panacea_jax.workdir import StageFolder, read_manifest, run_id, write_json, write_text
 
 CURVE = "curve.json"
@@ -128,7 +128,7 @@ def _export(config: ConfigDict, folder: Path, opened: Opened, checkpoint: PastCh
 
 
 def _scores(place: Path) -> dict[str, Any]:
-    scores = json.loads((place / "scores.json").read_text("utf-8"))
+    scores = read_object(place / "scores.json")
     return {name: scores[name] for name in (*HEADLINES, "ci95")}
 
 

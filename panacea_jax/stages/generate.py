@@ -133,7 +133,7 @@ def generate_stage(config: ConfigDict, workdir: Path, start: Start | None = None
         template = make_template(config, tokenizer, workdir)
         sets = {n: read_prompts(config, spec, template, vocab_size) for n, spec in zip(names, specs)}
         model = begun.open_model(config)
-        loaded = [lora.load(one.adapter, model, frozen=True) for one, _ in stages if one.adapter]
+        loaded = [lineage.finished_adapter(one.adapter, model, "answering with") for one, _ in stages if one.adapter]
         weights: Any = model.weights
         params: Any = loaded[0] if loaded else None
         if len(loaded) > 1:

@@ -5,7 +5,6 @@ table and export.
 """
 
 import dataclasses
-import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -44,6 +43,7 @@ from panacea_jax.stages.lineage import Start
 from panacea_jax.stages.rendering import make_template, of_one_day
 from panacea_jax.stages.train import check_stage, decisive, train_stage
 from panacea_jax.train.shared import Shared
+from panacea_jax.untrusted import read_object
 from panacea_jax.workdir import (
     StageFolder,
     read_manifest,
@@ -163,7 +163,7 @@ class _Tried:
         if not done and processes.first():
             write_json(note, {"seconds": time.perf_counter() - began})
         self.folders[name] = folder
-        self.seconds[name] = json.loads(note.read_text())["seconds"] if note.is_file() else None
+        self.seconds[name] = read_object(note)["seconds"] if note.is_file() else None
         if isinstance(method, Ascent):
             self._norms.append(read_manifest(folder / "heal")["outcome"]["report"]["norm_epsilon"])
 

@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 
 from panacea_jax.disk import replacing
 from panacea_jax.errors import InputError
+from panacea_jax.export import warn_if_bare
 from panacea_jax.models import lora
-from panacea_jax.models.adapter import layer_numbers, layers_text
+from panacea_jax.models.adapter import Adapter, layer_numbers, layers_text
 from panacea_jax.models.full import full_parameters
 from panacea_jax.models.model import Model, load
 from panacea_jax.parallel import make_mesh
@@ -88,6 +89,13 @@ class Start:
             model, o.rank, o.alpha, o.targets, key=key, rslora=o.rslora, dropout=o.dropout,
             layers=o.layers,
         )
+
+
+def finished_adapter(folder: str, model: Model, done: str) -> Adapter:
+    """An adapter that is not trained any more, with a warning if it is w without ε: "DONE w without ε"."""
+    loaded = lora.load(folder, model, frozen=True)
+    warn_if_bare(folder, done)
+    return loaded
 
 
 def named(config: ConfigDict) -> Start:

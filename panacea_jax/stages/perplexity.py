@@ -13,7 +13,6 @@ from panacea_jax.data.encode import check_ids, encode_all
 from panacea_jax.data.sources import fingerprint, parse_source
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.tasks import find_task, set_names
-from panacea_jax.models import lora
 from panacea_jax.models.vocabulary import open_vocabulary
 from panacea_jax.parallel import processes
 from panacea_jax.progress import Progress, say
@@ -83,7 +82,7 @@ def perplexity_stage(config: ConfigDict, workdir: Path, start: Start | None = No
             found = (example.tokens for example in encoded[names[spec]])
             check_ids(found, vocab_size, f"{_KEY}: {spec}")
         model = start.open_model(config)
-        params = lora.load(start.adapter, model, frozen=True) if start.adapter else None
+        params = lineage.finished_adapter(start.adapter, model, "measuring") if start.adapter else None
         stage.begin()
 
         # ---- figures

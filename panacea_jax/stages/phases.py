@@ -12,7 +12,7 @@ from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
 from panacea_jax.untrusted import parsing, read_object
-from panacea_jax.workdir import MANIFEST, read_manifest, write_bytes, write_json
+from panacea_jax.workdir import MANIFEST, manifest_if_any, write_bytes, write_json
 
 SUMMARY = "summary.json"
 # What a phase leaves in the work directory once it has begun. One without is done anew each time.
@@ -106,7 +106,7 @@ class Phases:
     def _manifest(self, name: str) -> dict[str, Any]:
         """Of the phase's stage; empty where there is none."""
         mark = self._workdir / MARKS.get(name, "")
-        return read_manifest(mark.parent) if mark.name == MANIFEST and mark.is_file() else {}
+        return manifest_if_any(mark.parent) if mark.name == MANIFEST else {}
 
     def _add_told(self, name: str, phase: Phase) -> None:
         """Warnings that the stage's manifest tells of, as of a call that was killed or of another command."""

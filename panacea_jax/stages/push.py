@@ -3,13 +3,11 @@
 import os
 from pathlib import Path
 
-from absl import logging
-
 from panacea_jax.data.tokenizer import TOKENIZER_FILES
 from panacea_jax.errors import InputError, without_secrets
-from panacea_jax.export import WITHOUT_EPSILON
+from panacea_jax.export import warn_if_bare
 from panacea_jax.models.hub import is_hub_id
-from panacea_jax.models.peft import WEIGHTS_FILE, read_notes
+from panacea_jax.models.peft import WEIGHTS_FILE
 from panacea_jax.models.peft_config import CONFIG_FILE
 from panacea_jax.progress import say
 from panacea_jax.stages.card import CARD, LICENCE
@@ -63,8 +61,7 @@ def push_adapter(adapter: Path, to: str, *, public: bool = False) -> None:
 
 def _look_at(adapter: Path) -> None:
     """Say what others would stumble over."""
-    if read_notes(adapter).get("epsilon") == "left out":
-        logging.warning("--adapter=%s: %s", adapter, WITHOUT_EPSILON.replace("exporting", "pushing"))
+    warn_if_bare(adapter, "pushing")
     card = adapter / CARD
     said = card.read_text("utf-8").splitlines() if card.is_file() else []
     if not any(line.startswith(LICENCE) for line in said):

@@ -1,6 +1,5 @@
 """The command ``quickstart``: pre-train, align, attack, defend, measure, in a world of its own, through the ordinary stages."""
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from panacea_jax.progress import table_console
 from panacea_jax.stages.bare import write_bare
 from panacea_jax.stages.miniature import Experiment
 from panacea_jax.terminal import safe_line
+from panacea_jax.untrusted import parse_json, read_object
 from panacea_jax.workdir import write_json
 from panacea_jax.worlds.miniature import GUARD, make_world
 
@@ -50,7 +50,7 @@ def quickstart(root: Path, world_seed: int = 0) -> Path:
     rows = train(experiment)
     for row in rows:
         experiment.evaluate(row.adapter, row.workdir)
-    scores = {row.title: json.loads((row.workdir / "scores.json").read_text()) for row in rows}
+    scores = {row.title: read_object(row.workdir / "scores.json") for row in rows}
     print_results(rows, scores, time.perf_counter() - start)
     write_json(root / "results.json", {"world": world_seed, "rows": scores})
     return rows[-1].adapter
@@ -123,9 +123,8 @@ def print_results(rows: Sequence[ModelRow], scores: dict[str, dict[str, object]]
     for row in rows:
         console.print(f"\n[bold]{row.title}[/bold]")
         for name in ("advbench", "pairs-test_user", "pairs-test_benign"):
-            first = json.loads(
-                (row.workdir / "generations" / f"{name}.jsonl").read_text().splitlines()[0]
-            )
+            answers = row.workdir / "generations" / f"{name}.jsonl"
+            first = parse_json(answers.read_text("utf-8").splitlines()[0], answers)
             asked, said = (safe_line(first[key]) for key in ("instruction", "response"))
             console.print(Text(f"  {asked}  →  {said or '(empty)'}"))
     console.print(

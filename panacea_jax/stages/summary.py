@@ -1,7 +1,6 @@
 """What came out of a run: scores, a few answers if asked for, warnings, time, and where things lie; printed, and ``summary.json``."""
 
 import datetime
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from panacea_jax.records.judged import load_judged
 from panacea_jax.stages import lineage
 from panacea_jax.stages.phases import SUMMARY, Phases
 from panacea_jax.terminal import safe_line
+from panacea_jax.untrusted import read_object
 from panacea_jax.workdir import plain, read_manifest, write_json
 
 SHOWN = 2  # answers of each set, the first ones
@@ -64,10 +64,10 @@ def write_summary(config: ConfigDict, workdir: Path, phases: Phases, *, show_rec
         "perplexity": {},
     }
     if config.eval.perplexity:
-        sets = json.loads((workdir / "perplexity.json").read_text("utf-8"))["sets"]
+        sets = read_object(workdir / "perplexity.json")["sets"]
         found["perplexity"] = {name: one["perplexity"] for name, one in sets.items()}
     if config.eval.tasks:
-        scores = json.loads((workdir / "scores.json").read_text("utf-8"))
+        scores = read_object(workdir / "scores.json")
         found |= {
             "scores": scores,
             "answered_by": lineage.answered_by(read_manifest(workdir / "generations")),

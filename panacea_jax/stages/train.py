@@ -26,7 +26,7 @@ from panacea_jax.defences.ascent import AUTO
 from panacea_jax.defences.protocol import check_packing
 from panacea_jax.disk import replacing
 from panacea_jax.errors import InputError
-from panacea_jax.export import deployed, save_epsilon, save_model, write_adapter
+from panacea_jax.export import deployed, save_epsilon, save_model, warn_if_bare, write_adapter
 from panacea_jax.healing.auto import ascend_auto, at_chosen_radius
 from panacea_jax.healing.curve import write_radius
 from panacea_jax.healing.sets import HeldOutSet
@@ -183,6 +183,8 @@ def train_stage(
     with StageFolder(workdir, name, made_by, inputs) as stage:
         if stage.done:
             say(f"{stage.folder}: done already, skipped")
+            if not start.full_parameters:
+                warn_if_bare(out, "keeping")
             return out
 
         # ---- data, model

@@ -3,6 +3,7 @@
 Nothing is taken from a report: hashes are taken anew, checkpoints read, scores counted again.
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from panacea_jax.models.peft_config import CONFIG_FILE
 from panacea_jax.models.weights import find_tensors
 from panacea_jax.records.judged import load_judged
 from panacea_jax.stages import lineage
-from panacea_jax.sums import difference, read_sums, sha256_model
+from panacea_jax.sums import SUMS, difference, read_sums, sha256_model, unnamed
 from panacea_jax.train.checkpoints import checkpoint_steps, newest_checkpoint, read_checkpoint
 from panacea_jax.untrusted import read_object
 from panacea_jax.workdir import MANIFEST, read_manifest, run_id
@@ -28,6 +29,10 @@ from panacea_jax.workdir import MANIFEST, read_manifest, run_id
 HOLDS, DIFFERS, UNKNOWN = "holds", "differs", "unknown"
 # How far a deployed tensor may be from w + ε, relative to its largest entry: float32 in another order of additions.
 _CLOSE = 1e-5
+# Folders of a stage that are deployed.
+_WEIGHTS = ("adapter", "model")
+_Read = Callable[[Path, str], tuple[dict[str, np.ndarray], dict[str, Any]]]
+_Signed = Callable[[Path], str]
 
 
 class Check(NamedTuple):
@@ -44,20 +49,25 @@ class Check(NamedTuple):
     why: str = ""
 
 
-def check_workdir(workdir: Path, base: str = "") -> list[Check]:
+def check_workdir(workdir: Path, base: str = "", signed: _Signed | None = None) -> list[Check]:
     """Every check that a work directory has something for; none where no manifest is in it.
 
     Args:
         workdir: the work directory.
         base: folder of the base that the models in it are to be of; "": whatever their manifests name.
+        signed: tells of a file who signed it, ``signatures.signed_by``, where every stage is to be signed.
     """
     stages = sorted(path.parent for path in workdir.glob(f"*/{MANIFEST}"))
-    found = [check for stage in stages for check in _of_stage(stage, base)]
-    if stages and (workdir / "judgements").is_dir():
-        found += [
-            _tried("judgements: files", lambda: _verdicts(workdir / "judgements")),
-            _tried("scores", lambda: _scores(workdir)),
-        ]  # fmt: skip
+    found = [check for stage in stages for check in _of_stage(stage, base, signed)]
+    if not stages:
+        return found
+    if (left := lineage.newest(workdir)) and left.parent not in stages:
+        found.append(Check(f"{left.parent.name}: manifest", DIFFERS, f"there is none, so nobody knows what made {left}"))
+    verdicts = workdir / "judgements"
+    if verdicts.is_dir():
+        if signed:
+            found.append(_tried("judgements: signature", lambda: (HOLDS, signed(verdicts / SUMS))))
+        found += [_tried("judgements: files", lambda: _verdicts(verdicts)), _tried("scores", lambda: _scores(workdir))]
     return found
 
 
@@ -70,9 +80,11 @@ def _tried(what: str, check: Callable[[], tuple[str, str]]) -> Check:
         return Check(what, DIFFERS, " ".join(said.split()))
 
 
-def _of_stage(stage: Path, base: str) -> Iterator[Check]:
+def _of_stage(stage: Path, base: str, signed: _Signed | None) -> Iterator[Check]:
     """The checks of one stage's folder."""
     name = stage.name
+    if signed:
+        yield _tried(f"{name}: signature", lambda: _signature(stage, signed))
     try:
         manifest = read_manifest(stage)
     except InputError as error:
@@ -84,21 +96,37 @@ def _of_stage(stage: Path, base: str) -> Iterator[Check]:
         yield _tried(f"{name}: files", lambda: _files(stage, manifest.get("files", {})))
     if manifest["inputs"]:
         yield _tried(f"{name}: inputs", lambda: _inputs(manifest))
+    read = functools.lru_cache(1)(read_checkpoint)  # the newest comes last, and is asked for w next
     if (stage / "checkpoints").is_dir():
-        yield _tried(f"{name}: checkpoints", lambda: _checkpoints(stage, run_id(manifest)))
+        yield _tried(f"{name}: checkpoints", lambda: _checkpoints(stage, run_id(manifest), read))
     if (stage / "adapter").is_dir() or ((stage / "model").is_dir() and name != "base"):
         yield _tried(f"{name}: base", lambda: _base(stage, manifest, base))
     if (stage / "epsilon.safetensors").is_file():
-        yield _tried(f"{name}: ε applied", lambda: _epsilon(stage, manifest))
+        yield _tried(f"{name}: ε applied", lambda: _epsilon(stage, manifest, read))
     if name == "generations":
         yield _tried("answers", lambda: _answers(stage.parent, manifest))
+
+
+def _signature(stage: Path, signed: _Signed) -> tuple[str, str]:
+    """That the manifest is signed, and stands for files."""
+    said = signed(stage / MANIFEST)
+    return (HOLDS, said) if read_manifest(stage).get("files") else (DIFFERS, "signed, but the manifest names the hash of no file")
 
 
 def _files(folder: Path, sums: Mapping[str, str]) -> tuple[str, str]:
     if not sums:
         return UNKNOWN, "made before hashes were kept"
     wrong = difference(folder, sums)
+    if not wrong:  # whoever loads weights takes whatever lies beside them
+        weights = (name for name in _WEIGHTS if (folder / name).is_dir())
+        beside = next(filter(None, (unnamed(folder / name, _below(name, sums), MANIFEST) for name in weights)), "")
+        wrong = f"{beside} is not of this stage" if beside else ""
     return (DIFFERS, wrong) if wrong else (HOLDS, f"{len(sums)} files as they were written")
+
+
+def _below(name: str, sums: Mapping[str, str]) -> dict[str, str]:
+    """Hashes of one folder's files, by their paths in it."""
+    return {path.removeprefix(f"{name}/"): digest for path, digest in sums.items() if path.startswith(f"{name}/")}
 
 
 def _verdicts(folder: Path) -> tuple[str, str]:
@@ -136,10 +164,10 @@ def _inputs(manifest: Mapping[str, Any]) -> tuple[str, str]:
     return HOLDS, f"{len(manifest['inputs'])} inputs as they were read"
 
 
-def _checkpoints(stage: Path, run: str) -> tuple[str, str]:
+def _checkpoints(stage: Path, run: str, read: _Read) -> tuple[str, str]:
     folder = stage / "checkpoints"
     steps = checkpoint_steps(folder)
-    old = sum("checksums" not in read_checkpoint(folder / str(step), run)[1] for step in steps)
+    old = sum("checksums" not in read(folder / str(step), run)[1] for step in steps)
     if old:
         return UNKNOWN, f"{old} of {len(steps)} made before checksums were kept"
     return HOLDS, f"every array of {len(steps)} as it was saved"
@@ -162,13 +190,13 @@ def _base(stage: Path, manifest: Mapping[str, Any], named: str) -> tuple[str, st
     return (HOLDS, base) if same else (DIFFERS, f"trained on {base}, which is not {named}")
 
 
-def _epsilon(stage: Path, manifest: Mapping[str, Any]) -> tuple[str, str]:
+def _epsilon(stage: Path, manifest: Mapping[str, Any], read: _Read) -> tuple[str, str]:
     """That what is deployed is w + ε: w from the newest checkpoint, or for a method without steps from the adapter that it began with."""
     adapter = stage / "adapter"
     if adapter.is_dir() and (said := read_notes(adapter).get("epsilon")) != "applied":
         return DIFFERS, f"{adapter} says: {said or 'nothing'}; w alone must not be deployed"
     epsilon = load_file(stage / "epsilon.safetensors")
-    w, where = _before_epsilon(stage, manifest)
+    w, where = _before_epsilon(stage, manifest, read)
     if not w:
         return UNKNOWN, "no checkpoint is left to compare with"
     deployed = _of_adapter(adapter) if adapter.is_dir() else _of_model(stage / "model")
@@ -181,12 +209,13 @@ def _epsilon(stage: Path, manifest: Mapping[str, Any]) -> tuple[str, str]:
     return HOLDS, f"{len(epsilon)} tensors are w + ε, w of {where}"
 
 
-def _before_epsilon(stage: Path, manifest: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], str]:
+def _before_epsilon(stage: Path, manifest: Mapping[str, Any], read: _Read) -> tuple[dict[str, np.ndarray], str]:
     """w by tensor name, and where it is from; empty where nothing has it."""
     if newest := newest_checkpoint(stage):
-        return tensors_in_checkpoint(newest), str(newest)
+        return tensors_in_checkpoint(*read(newest, run_id(manifest))), str(newest)
     began = str(manifest["config"].get("lora", {}).get("init_from", ""))
-    if began and (Path(began) / WEIGHTS_FILE).is_file():
+    stood = not manifest["outcome"].get("steps")  # else w is another by now
+    if stood and began and (Path(began) / WEIGHTS_FILE).is_file():
         return _of_adapter(Path(began)), began
     return {}, ""
 

@@ -12,14 +12,15 @@ from panacea_jax.errors import GateNotMet, InputError
 from panacea_jax.evaluate.gate import MET, NOT_MEASURED, Finding, Gate, hold, parse_gate
 from panacea_jax.evaluate.scores import Judged
 from panacea_jax.records.judged import load_judged
+from panacea_jax.signatures import signed_by
 from panacea_jax.stages.trust import DIFFERS, Check, check_workdir
 from panacea_jax.terminal import safe_text
 from panacea_jax.untrusted import parsing, read_json_value, read_object
-from panacea_jax.workdir import MANIFEST, plain, read_manifest, write_json
+from panacea_jax.workdir import manifest_if_any, plain, write_json
 
 
 def verify_stage(
-    config: ConfigDict, workdir: Path, file: Path | None, others: Mapping[str, Path]
+    config: ConfigDict, workdir: Path, file: Path | None, others: Mapping[str, Path], key: Path | None = None
 ) -> Path:
     """Look whether a work directory is what it says (``trust.check_workdir``), and hold its figures to a gate if there is one; writes
     ``WORKDIR/verdict.json``, prints a line a check and a bound, and returns the file.
@@ -31,14 +32,17 @@ def verify_stage(
         workdir: the work directory.
         file: JSON with the keys of ``config.gate``.
         others: work directories of the models that bounds name, by ``gate.REFERENCES``.
+        key: public key of minisign by which all stages are to be signed; None: nobody asks.
 
     Raises:
-        InputError: nothing to check and no gate, two gates, one that cannot be read, no verdicts, or work directories that cannot be
-            compared.
+        InputError: nothing to check and no gate, two gates, one that cannot be read, no verdicts, work directories that cannot be
+            compared, or no such key.
         GateNotMet: a bound is not met, or a check does not hold; the file is written.
     """
     gate = _read_gate(config, file)
-    checks = check_workdir(workdir, config.model.path)
+    checks = check_workdir(workdir, config.model.path, signed_by(key) if key else None)
+    if key and not checks:
+        raise InputError(f"--signed_by={key}: {workdir} holds no stage of ours that could be signed")
     if gate is None and not checks:
         raise InputError(
             f"--gate is not set, and {workdir} holds no stage of ours to check: name a JSON file with bounds, or set config.gate.bounds"
@@ -120,10 +124,9 @@ def _judged(workdir: Path, judge: str) -> Judged:
 
 def _answers_of(workdir: Path) -> dict[str, Any] | None:
     """Which weights gave the answers, with their hashes and those of the sets; None where no manifest says so."""
-    folder = workdir / "generations"
-    if not (folder / MANIFEST).is_file():
+    manifest = manifest_if_any(workdir / "generations")
+    if not manifest:
         return None
-    manifest = read_manifest(folder)
     asked = manifest["config"]
     return {"model": asked.get("model"), "adapter": asked.get("adapter"), "inputs": manifest["inputs"]}
 

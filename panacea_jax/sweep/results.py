@@ -1,6 +1,5 @@
 """What a sweep found: a row a setting, means over seeds where these are an axis, the best, and those that no other beats."""
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from panacea_jax.progress import table_console
 from panacea_jax.spreadsheet import as_csv_text
 from panacea_jax.stages.curve import CURVE
 from panacea_jax.sweep.plan import FINISHED, Run, status_of
+from panacea_jax.untrusted import read_object
 from panacea_jax.workdir import MANIFEST, read_manifest
 
 _Json = dict[str, Any]
@@ -42,7 +42,7 @@ def outcome_of(config: ConfigDict, folder: Path) -> _Json:
     figures = over_seeds({config.seed: found})
     curve = folder / CURVE
     return {
-        **({"curve": json.loads(curve.read_text("utf-8"))["points"]} if curve.is_file() else {}),
+        **({"curve": read_object(curve)["points"]} if curve.is_file() else {}),
         "figures": {name: {"value": f["mean"], "ci95": f["ci95"]} for name, f in figures.items()},
         "passes": sum(found.passes.values()),
         "step_seconds": found.seconds,

@@ -124,7 +124,7 @@ class Checkpoints:
             why = _disbelieved(notes, self._run)
         except Exception as error:  # orbax and tensorstore raise many kinds for a broken file
             self._silence.pop_all()  # to stay: what is left of their threads speaks later still
-            why = _first_line(error)
+            why = _said(error)
         why = next(filter(None, processes.heard(why)), "")  # each reads its part only, and checksums are taken together
         return arrays, notes, why or _changed(arrays, notes)
 
@@ -200,7 +200,7 @@ def read_checkpoint(folder: Path, run: str = "") -> tuple[dict[str, np.ndarray],
         arrays, notes = _restore(folder, {k: np.zeros(m.shape, m.dtype) for k, m in metadata.items()})
         why = _disbelieved(notes, run) or _changed(arrays, notes)
     except Exception as error:  # as above
-        why = _first_line(error)
+        why = _said(error)
     if why:
         raise InputError(f"{folder}: damaged checkpoint ({why})")
     return {name: np.asarray(value) for name, value in arrays.items()}, notes
@@ -295,6 +295,13 @@ def _no_late_words() -> Iterator[None]:
     sys.unraisablehook = previous
 
 
-def _first_line(error: Exception) -> str:
+def _said(error: Exception) -> str:
+    """Its first line. Of the tasks that read the other arrays Python will say, with a traceback, that nobody asked how they ended; from now
+    on that stays unprinted."""
+    logging.getLogger("asyncio").addFilter(_asked_for)
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:200] if text else ''}"
+
+
+def _asked_for(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()

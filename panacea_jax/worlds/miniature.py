@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from panacea_jax.errors import InputError
+from panacea_jax.untrusted import read_object
 from panacea_jax.workdir import write_text
 from panacea_jax.worlds.base import write_base
 from panacea_jax.worlds.guard import AlignmentGuard
@@ -98,7 +99,7 @@ def make_world(root: Path, seed: int, scale: str = "miniature") -> None:
     note, world = root / "world.json", World(seed, SCALES[scale].sizes)
     facts = {"world": seed, "sizes": dataclasses.asdict(world.sizes)}
     if note.is_file():
-        there = json.loads(note.read_text())
+        there = read_object(note)
         if there.get("world") != seed:
             raise InputError(
                 f"--workdir={root}: holds world {there.get('world')}; choose another folder"

@@ -2,15 +2,21 @@
 
 import json
 import shutil
+import sys
 
+import minisign
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from panacea_jax.models.peft import read_notes
 from panacea_jax.models.tensorfile import entries_of, write_tensors
+from panacea_jax.signatures import signed_by
+from panacea_jax.stages import trust
+from panacea_jax.stages.bare import write_bare
 from panacea_jax.stages.trust import DIFFERS, HOLDS, UNKNOWN, check_workdir
 from panacea_jax.sums import sums_of
+from panacea_jax.train.checkpoints import read_checkpoint
 from panacea_jax.workdir import MANIFEST, read_manifest
 from tests import runs
 from tests.faults import FOUND, HARMLESS, Faults
@@ -74,6 +80,18 @@ def test_epsilon_left_out(workdir):
     assert "says: left out; w alone must not be deployed" in wrong(workdir)["finetune: ε applied"]
 
 
+def test_epsilon_left_out_of_all_weights(tmp_path_factory, tmp_path):
+    _, made = runs.finished_full_run(tmp_path_factory)
+    workdir = shutil.copytree(made, tmp_path / "run")
+    stage = workdir / "finetune"
+    assert wrong(workdir) == {} and outcomes(workdir)["finetune: ε applied"] == HOLDS
+    bare = write_bare(stage, tmp_path)
+    shutil.copy(bare / "model.safetensors", stage / "model" / "model.safetensors")
+    rewrite_manifest(stage, files=sums_of(stage, MANIFEST))
+    found = wrong(workdir)
+    assert found.keys() == {"finetune: ε applied"} and found["finetune: ε applied"].endswith("but w alone")
+
+
 def test_another_base(workdir, finished, tmp_path):
     other = shutil.copytree(finished[0].base, tmp_path / "other")
     assert wrong(workdir, base=str(other)) == {}  # a copy is the same
@@ -109,7 +127,106 @@ def test_scores_of_another_adapter(workdir, finished):
 
 def test_a_checkpoint_of_another_run(workdir):
     shutil.copytree(workdir / "align" / "checkpoints" / "3", workdir / "finetune" / "checkpoints" / "9")
-    assert "9: damaged checkpoint (it is of another run)" in wrong(workdir)["finetune: checkpoints"]
+    found = wrong(workdir)
+    assert "9: damaged checkpoint (it is of another run)" in found["finetune: checkpoints"]
+    assert "it is of another run" in found["finetune: ε applied"]  # it would be the newest
+
+
+def test_every_checkpoint_is_read_once(finished, monkeypatch):
+    read = []
+    monkeypatch.setattr(trust, "read_checkpoint", lambda folder, run: read.append(folder) or read_checkpoint(folder, run))
+    check_workdir(finished[1])
+    assert sorted(read) == sorted(path for path in finished[1].glob("*/checkpoints/*") if path.name.isdecimal())
+
+
+def test_what_nobody_made_is_not_deployed(workdir):
+    """A file beside the weights that the stage did not write, and weights of a stage that left no manifest."""
+    (workdir / "heal" / "adapter" / "adapter_model.bin").write_bytes(b"0")
+    assert wrong(workdir) == {"heal: files": "adapter_model.bin is not of this stage"}
+    (workdir / "heal" / "manifest.json").unlink()
+    assert "nobody knows what made" in wrong(workdir)["heal: manifest"]
+
+
+@pytest.fixture
+def signed(workdir, tmp_path):
+    """Signs what the documentation says, and gives the public key's file."""
+    pair = minisign.KeyPair.generate()
+    for path in (*workdir.glob("*/manifest.json"), workdir / "judgements" / "SHA256SUMS"):
+        pair.secret_key.sign_file(path, trusted_comment="invented", drop_signature=True)
+    key = tmp_path / "minisign.pub"
+    key.write_bytes(bytes(pair.public_key) + b"\n")
+    return key
+
+
+def verify(workdir, key):
+    return panacea("verify", f"--workdir={workdir}", f"--signed_by={key}")
+
+
+def test_a_signed_run(workdir, signed, capsys):
+    assert verify(workdir, signed) == 0
+    said = capsys.readouterr().out
+    for name in ("align", "finetune", "heal", "generations", "judgements"):
+        assert f"holds         {name}: signature" in said
+    assert "invented" in said
+
+
+def test_a_signed_run_that_was_changed(workdir, signed, capsys):
+    """A file; a file and the manifest that names it; a signature that is gone; a stage that was put in; a key of somebody else."""
+    stage = workdir / "heal"
+    path = stage / "adapter" / "adapter_config.json"
+    whole, manifest = path.read_bytes(), (stage / MANIFEST).read_bytes()
+    path.write_bytes(whole.replace(b"LORA", b"LoRA"))
+    assert verify(workdir, signed) == 3
+    assert "differs       heal: files" in capsys.readouterr().out
+    rewrite_manifest(stage, files=sums_of(stage, MANIFEST))
+    assert verify(workdir, signed) == 3
+    said = capsys.readouterr().out
+    assert "holds         heal: files" in said and "differs       heal: signature" in said
+    path.write_bytes(whole)
+    (stage / MANIFEST).write_bytes(manifest)
+    (stage / "manifest.json.minisig").rename(stage / "kept")
+    assert verify(workdir, signed) == 3
+    assert "manifest.json: not signed (no manifest.json.minisig)" in capsys.readouterr().out
+    (stage / "kept").rename(stage / "manifest.json.minisig")
+    assert verify(workdir, signed) == 0
+    signed.write_bytes(bytes(minisign.KeyPair.generate().public_key))
+    assert verify(workdir, signed) == 3
+    captured = capsys.readouterr()
+    assert "incompatible key identifiers" in captured.out and len(captured.err.splitlines()) == 1
+
+
+def test_a_signature_on_no_file(workdir, signed):
+    """Of a stage that was cut short: whatever lies there later would be called signed."""
+    stage, pair = workdir / "heal", minisign.KeyPair.generate()
+    rewrite_manifest(stage, status="running", files={})
+    pair.secret_key.sign_file(stage / MANIFEST, drop_signature=True)
+    signed.write_bytes(bytes(pair.public_key))
+    assert wrong(workdir, signed=signed_by(signed))["heal: signature"] == "signed, but the manifest names the hash of no file"
+
+
+def test_signatures_that_cannot_be_looked_at(finished, tmp_path, signed, monkeypatch, capsys):
+    workdir, before = finished[1], sorted(finished[1].rglob("*"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.pub").write_text("untrusted comment: no key\nRWQ\n")
+    for folder, key, said in (
+        (workdir, tmp_path / "none.pub", "none.pub: cannot be read"), (workdir, tmp_path / "bad.pub", "bad.pub: not a public key"),
+        (tmp_path / "empty", signed, "holds no stage of ours that could be signed"),
+    ):  # fmt: skip
+        assert verify(folder, key) == 2
+        assert said in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "minisign", None)
+    assert verify(workdir, signed) == 2
+    [said] = capsys.readouterr().err.splitlines()
+    assert said == "panacea: --signed_by: needs py-minisign, the extra [sign]: pip install 'panacea_jax[sign]'"
+    assert sorted(workdir.rglob("*")) == before
+
+
+def test_without_checkpoints(workdir):
+    """As they are deleted to save room: w of fine-tuning is known no longer, that of noise is what it was added to."""
+    for folder in workdir.glob("*/checkpoints"):
+        shutil.rmtree(folder)
+    found = outcomes(workdir)
+    assert found["finetune: ε applied"] == UNKNOWN and found["heal: ε applied"] == HOLDS and DIFFERS not in found.values()
 
 
 def test_from_before_there_were_hashes(workdir):

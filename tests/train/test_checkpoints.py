@@ -1,6 +1,7 @@
 """Checkpoints that can be believed: checksums of arrays, damage of every kind, and what is gone on from then."""
 
 import json
+import logging
 import shutil
 
 import jax
@@ -241,6 +242,17 @@ def test_a_checkpoint_on_the_host(folder):
         read_checkpoint(folder / "6")
     with pytest.raises(InputError, match="not a checkpoint of ours"):
         read_checkpoint(folder / "3")
+
+
+def test_a_damaged_one_is_told_of_once(folder, caplog):
+    """Tasks that read its other arrays may fail later; asyncio says so with a traceback when they are collected."""
+    (folder / "6" / "state" / "manifest.ocdbt").write_bytes(b"")
+    with pytest.raises(InputError, match="6: damaged checkpoint"):
+        read_checkpoint(folder / "6")
+    caplog.clear()
+    for text in ("Task exception was never retrieved\nfuture: <Task finished>", "another"):
+        logging.getLogger("asyncio").error(text)
+    assert [record.getMessage() for record in caplog.records] == ["another"]
 
 
 def test_a_past_one_has_no_substitute(folder):
