@@ -148,6 +148,8 @@ def _plan(config: ConfigDict, model: ModelConfig, machine: Topology, compiled: b
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             refused = _too_large(str(error))
+        except NotImplementedError as error:  # jax asks the GPUs of this machine whether cuDNN takes heads of more than 128
+            logging.warning("%s: cannot be compiled here (%s); memory is the model's", machine.name, error)
         else:
             memory = executable.memory_analysis()
             # The start of training is kept by the loop, not by the step.
