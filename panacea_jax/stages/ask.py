@@ -26,6 +26,7 @@ from panacea_jax.stages import lineage
 from panacea_jax.stages.generate import sampling
 from panacea_jax.stages.lineage import BARE_BASE, Start
 from panacea_jax.stages.rendering import make_template
+from panacea_jax.stores import stand_in
 from panacea_jax.terminal import safe_line, safe_text
 from panacea_jax.workdir import MANIFEST, read_manifest
 
@@ -94,7 +95,7 @@ def _open(config: ConfigDict, workdir: Path | None, start: Start, model: Model) 
 
 def _template_of_training(start: Start) -> str:
     """Id of the template that a stage of ours trained with; "" where there is none."""
-    folder = Path(start.adapter or start.base).parent
+    folder = stand_in(start.adapter or start.base).parent
     if not (folder / MANIFEST).is_file():
         return ""
     return str(read_manifest(folder).get("outcome", {}).get("template", ""))

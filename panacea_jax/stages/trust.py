@@ -20,6 +20,7 @@ from panacea_jax.models.peft_config import CONFIG_FILE
 from panacea_jax.models.weights import find_tensors
 from panacea_jax.records.judged import load_judged
 from panacea_jax.stages import lineage
+from panacea_jax.stores import by_address, stand_in
 from panacea_jax.sums import difference, read_sums, sha256_model
 from panacea_jax.train.checkpoints import checkpoint_steps, newest_checkpoint, read_checkpoint
 from panacea_jax.untrusted import read_object
@@ -113,7 +114,7 @@ def _inputs(manifest: Mapping[str, Any]) -> tuple[str, str]:
     """That what a stage read is still there, the same, and made by the same."""
     gone = []
     for name, digest in manifest["inputs"].items():
-        path = Path(name)
+        path = stand_in(name)
         if path.is_dir():
             now = sha256_model(path)
         elif "@" in name:
@@ -128,7 +129,7 @@ def _inputs(manifest: Mapping[str, Any]) -> tuple[str, str]:
         elif now != digest:
             return DIFFERS, f"{name} is not what was read"
     for name, digest in manifest.get("made_by", {}).items():
-        made = Path(name).parent
+        made = stand_in(name).parent
         if made.is_dir() and read_manifest(made).get("sha256") != digest:
             return DIFFERS, f"{made / MANIFEST} is another than that of the stage which made {name}"
     if gone:
@@ -154,11 +155,11 @@ def _base(stage: Path, manifest: Mapping[str, Any], named: str) -> tuple[str, st
             return DIFFERS, f"{stage / 'adapter' / CONFIG_FILE} says {said}, the manifest {base}"
     if not named:
         return HOLDS, base
-    known = manifest["inputs"].get(str(Path(base).expanduser()))
-    if known is None or not Path(named).is_dir():
+    known = manifest["inputs"].get(by_address(stand_in(base).expanduser()))
+    if known is None or not stand_in(named).is_dir():
         same = named == base
     else:
-        same = sha256_model(Path(named)) == known
+        same = sha256_model(stand_in(named)) == known
     return (HOLDS, base) if same else (DIFFERS, f"trained on {base}, which is not {named}")
 
 
@@ -186,8 +187,8 @@ def _before_epsilon(stage: Path, manifest: Mapping[str, Any]) -> tuple[dict[str,
     if newest := newest_checkpoint(stage):
         return tensors_in_checkpoint(newest), str(newest)
     began = str(manifest["config"].get("lora", {}).get("init_from", ""))
-    if began and (Path(began) / WEIGHTS_FILE).is_file():
-        return _of_adapter(Path(began)), began
+    if began and (stand_in(began) / WEIGHTS_FILE).is_file():
+        return _of_adapter(stand_in(began)), began
     return {}, ""
 
 
@@ -206,7 +207,7 @@ def _answers(workdir: Path, manifest: Mapping[str, Any]) -> tuple[str, str]:
     """That the answers are of the weights that the work directory would deploy, as they are now; of those that are named, where it has
     none."""
     answered = lineage.answered_by(manifest)
-    weights, known = lineage.newest(workdir) or Path(answered), manifest["inputs"].get(answered)
+    weights, known = lineage.newest(workdir) or stand_in(answered), manifest["inputs"].get(answered)
     if known is None or not weights.is_dir():
         return UNKNOWN, f"{answered or 'the weights'} cannot be compared"
     same = sha256_model(weights) == known

@@ -22,6 +22,7 @@ from panacea_jax.disk import check_room
 from panacea_jax.errors import InputError, no_space
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
+from panacea_jax.stores import in_store, publish
 from panacea_jax.sums import sha256_json
 from panacea_jax.train.checksums import checksums
 from panacea_jax.train.step import TrainState
@@ -90,6 +91,9 @@ class Checkpoints:
         notes = _signed(meta | {_RUN: self._run, _CHECKSUMS: checksums(arrays)})
         args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(notes))
         self._manager.save(step, args=args)
+        if in_store(self.folder):
+            self._manager.wait_until_finished()
+            publish(self.folder.parent)  # with what was logged until here, without which nobody could go on from it
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest checkpoint that can be believed, in the shapes, dtypes and shardings of ``state``, and what was noted with it.
