@@ -43,8 +43,11 @@ def _workdir(values: "FlagValues") -> Path:
 
 def _written(text: str) -> Path:
     """The folder to write for one that a flag names."""
-    from panacea_jax.stores import working_copy
+    from panacea_jax.parallel import processes
+    from panacea_jax.stores import is_address, working_copy
 
+    if is_address(text) and processes.together():
+        raise InputError(f"{text}: of an object store, one process alone writes there; several need a folder that all see (docs/stores.md)")
     return working_copy(text)
 
 

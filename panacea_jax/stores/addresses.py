@@ -19,7 +19,8 @@ def is_address(where: str | PurePath) -> bool:
 
 def address_of(where: str | PurePath) -> str:
     """An address in its one form: two slashes after the scheme, none at the end."""
-    return _SCHEME.sub(r"\1://", str(where), count=1).rstrip("/")
+    scheme, rest = _SCHEME.sub(r"\1 ", str(where), count=1).split(" ", 1)
+    return f"{scheme}://{rest.rstrip('/')}"
 
 
 def cache_folder() -> Path:

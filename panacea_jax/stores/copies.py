@@ -185,6 +185,7 @@ class WorkingCopy:
         self._claim = Claim(self._objects)
         self._mirror = _Mirror(self._objects, self.folder, place)
         self._mirror.pull()
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def publish(self, path: Path, *, growing: bool = False) -> None:
         """See the function of that name."""

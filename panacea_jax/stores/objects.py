@@ -36,7 +36,7 @@ class Objects:
         self.address = address
         scheme, _, path = address.partition("://")
         if not path:
-            raise InputError(f"{address}//: names no bucket")
+            raise InputError(f"{scheme}://: names no bucket")
         self._files = _file_system(scheme)
         self._root = path
 
@@ -51,17 +51,12 @@ class Objects:
         """
         with _answered(self.address, "cannot be read", InputError):
             self._files.invalidate_cache()
-            # of nothing at all a store says nothing, be it that the bucket is missing
-            found = self._files.find(self._root, detail=True) or self._nothing()
+            found = self._files.find(self._root, detail=True)
         names = {key[len(self._root) :].lstrip("/"): told for key, told in found.items() if not key.endswith("/")}
         for name in names:
             if (name and any(part in ("", ".", "..") for part in name.split("/"))) or "\0" in name:
                 raise InputError(f"{self.address}: the object {name!r} has a name that is none for a file")
         return {name: _stored(told) for name, told in names.items()}
-
-    def _nothing(self) -> dict[str, Any]:
-        self._files.ls(self._root.split("/")[0])
-        return {}
 
     def fetch(self, files: Mapping[str, Path]) -> None:
         """Objects into files, which are there when they are whole.
@@ -143,8 +138,11 @@ class Objects:
         """
         with _answered(self.address, "cannot be read", InputError):
             self._files.invalidate_cache()
-            names = [PurePosixPath(key).name for key in self._files.glob(f"{self._root}/{prefix}*")]
-        return sorted(int(rest) for name in names if (rest := name.removeprefix(prefix)).isdecimal())
+            try:
+                names = [PurePosixPath(key).name for key in self._files.ls(self._root, detail=False)]
+            except FileNotFoundError:
+                names = []
+        return sorted(int(name.removeprefix(prefix)) for name in names if name.startswith(prefix) and name.removeprefix(prefix).isdecimal())
 
 
 def _stored(told: Mapping[str, Any]) -> Stored:
@@ -157,7 +155,7 @@ def _file_system(scheme: str) -> Any:
     import fsspec
 
     try:
-        return fsspec.filesystem(scheme)
+        return fsspec.filesystem(scheme, skip_instance_cache=True)
     except ImportError as error:
         raise InputError(f"{scheme}://…: needs {_EXTRAS[scheme]}; pip install 'panacea_jax[{scheme}]'") from error
     except Exception as error:  # of credentials, in a kind of each library's own
