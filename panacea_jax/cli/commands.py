@@ -43,12 +43,17 @@ def _workdir(values: "FlagValues") -> Path:
 
 def _written(text: str) -> Path:
     """The folder to write for one that a flag names."""
+    import jax
+
     from panacea_jax.parallel import processes
     from panacea_jax.stores import is_address, working_copy
 
-    if is_address(text) and processes.together():
-        raise InputError(f"{text}: of an object store, one process alone writes there; several need a folder that all see (docs/stores.md)")
-    return working_copy(text)
+    if not (is_address(text) and processes.together()):
+        return working_copy(text)
+    if not text.startswith("gs:"):
+        raise InputError(f"{text}: several processes write checkpoints to gs://… alone, or to a folder that all see (docs/stores.md)")
+    processes.once(lambda: working_copy(text))
+    return working_copy(text, jax.process_index())
 
 
 def _read(text: str) -> Path:

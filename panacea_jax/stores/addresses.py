@@ -39,7 +39,7 @@ def stand_in_of(address: str, kind: str) -> Path:
 
     Args:
         address: in its one form.
-        kind: what for: "read", or "work" with the number of the process behind it.
+        kind: what for: "read", or "work", for all processes of a run but the first with its number.
     """
     scheme, _, path = address.partition("://")
     return cache_place(address, kind) / scheme / path

@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 class Claim:
-    """The right to write below an address, from the beginning until ``release``."""
+    """The right to write below an address, from the beginning until ``close``."""
 
     def __init__(self, objects: Objects) -> None:
         """Wait for it.
@@ -87,7 +87,7 @@ class Claim:
         if self._objects.read(f"{PREFIX}{self._number + 1}") is not None:
             raise StoreFailed(f"{self._objects.address}: another run took over, since this one gave no sign of life for {SILENCE:.0f} s")
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Let others in."""
         self._ended.set()
         self._thread.join()

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from panacea_jax.errors import InputError
 from panacea_jax.stores.addresses import address_of, cache_place, is_address, stand_in_of
@@ -63,8 +63,12 @@ def session() -> Iterator[None]:
                 stack.callback(copy.close)
 
 
-def working_copy(where: str | PurePath) -> Path:
+def working_copy(where: str | PurePath, process: int = 0) -> Path:
     """The folder to write in for a folder: of an address a copy that is published, ours until the session ends; else the very path.
+
+    Args:
+        where: path or address.
+        process: of several that run together the number of this one; all but the first follow what that publishes.
 
     Raises:
         InputError: the store cannot be used, or another run is at work there.
@@ -75,7 +79,7 @@ def working_copy(where: str | PurePath) -> Path:
     if mine is None:
         raise RuntimeError("a working copy outside of a session")
     if address not in mine.copies:
-        mine.copies[address] = WorkingCopy(address)
+        mine.copies[address] = WorkingCopy(address, process)
     return mine.copies[address].folder
 
 
@@ -123,17 +127,37 @@ def publish(path: Path, *, growing: bool = False) -> None:
             copy.publish(path, growing=growing)
 
 
-def in_store(path: Path) -> bool:
-    """Whether a path is of a working copy."""
+def published(path: Path) -> bool:
+    """Whether a path is of a working copy, and not written to the store by itself."""
     mine = _session.get()
-    return any(path.is_relative_to(copy.folder) for copy in mine.copies.values()) if mine else False
+    return any(path.is_relative_to(copy.folder) and copy.apart != path.name for copy in mine.copies.values()) if mine else False
+
+
+def refresh() -> bool:
+    """Let a process that follows find what the first one has published; whether there are working copies at all."""
+    mine = _session.get()
+    for copy in mine.copies.values() if mine else ():
+        copy.refresh()
+    return bool(mine and mine.copies)
+
+
+def direct(path: Path) -> Any:
+    """Where orbax is to find a path: on GCS, to which it writes arrays itself, from all processes of a run, its address; else the path."""
+    mine = _session.get()
+    for copy in mine.copies.values() if mine else ():
+        if copy.apart and path.is_relative_to(copy.folder):
+            from etils import epath
+
+            return epath.Path(copy.address) / path.relative_to(copy.folder)
+    return path.resolve()
 
 
 class _Mirror:
     """A folder, or one file, here and in a store, with a note of what both held when they were last made equal."""
 
-    def __init__(self, objects: Objects, path: Path, place: Path) -> None:
-        self.objects, self.path, self._note = objects, path, place / "index.json"
+    def __init__(self, objects: Objects, path: Path, place: Path, apart: str = "") -> None:
+        """``apart`` is a name of folders that are let be."""
+        self.objects, self.path, self._note, self._apart = objects, path, place / "index.json", apart
         self.known: dict[str, tuple[Stored, _File]] = {}
         with contextlib.suppress(InputError, TypeError, ValueError, AttributeError):
             held = read_json_value(self._note) if self._note.is_file() else {}
@@ -141,7 +165,10 @@ class _Mirror:
 
     def pull(self, patterns: Sequence[str] = ("*",)) -> None:
         """Make the folder hold what the store holds, of the names that match; what is equal already is left."""
-        there = {name: stored for name, stored in _whole(self.objects.listed()).items() if not name.startswith(PREFIX)}
+        there = {
+            name: stored for name, stored in _whole(self.objects.listed()).items()
+            if not name.startswith(PREFIX) and self._apart not in name.split("/")[:-1]
+        }  # fmt: skip
         here = self.files(self.path)
         for name in here.keys() - there.keys():
             self.local(name).unlink()
@@ -171,24 +198,30 @@ class _Mirror:
 class WorkingCopy:
     """A work directory in a store, and the folder here that stands for it."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, process: int = 0) -> None:
         """Claim it, and fetch what is there.
+
+        Args:
+            address: in its one form.
+            process: see ``working_copy``; one that follows has no claim.
 
         Raises:
             InputError: see ``working_copy``.
         """
-        self.address, self.folder = address, stand_in_of(address, "work")
-        place = cache_place(address, "work")
-        place.mkdir(parents=True, exist_ok=True)
+        kind = f"work{process or ''}"
+        self.address, self.folder = address, stand_in_of(address, kind)
+        self.apart = "checkpoints" if address.startswith("gs:") else ""
         self._objects = Objects(address)
         self._published: dict[Path, float] = {}
-        self._claim = Claim(self._objects)
-        self._mirror = _Mirror(self._objects, self.folder, place)
+        self._claim = None if process else Claim(self._objects)
+        self._mirror = _Mirror(self._objects, self.folder, cache_place(address, kind), self.apart)
         self._mirror.pull()
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def publish(self, path: Path, *, growing: bool = False) -> None:
         """See the function of that name."""
+        if self._claim is None:
+            return
         now = time.monotonic()
         if growing and now - self._published.get(path, -GROWING) < GROWING:
             return
@@ -213,12 +246,16 @@ class WorkingCopy:
             self._mirror.note({n: k for n, k in known.items() if n not in gone})
         self._published[path] = now
 
+    def refresh(self) -> None:
+        """See the function of that name."""
+        if self._claim is None:
+            self._mirror.pull()
+
     def close(self) -> None:
         """Publish what is left, and let others in."""
-        try:
-            self.publish(self.folder)
-        finally:
-            self._claim.release()
+        if self._claim is not None:
+            with contextlib.closing(self._claim):
+                self.publish(self.folder)
 
 
 def _state(file: Path) -> _File:

@@ -94,7 +94,8 @@ class Objects:
             StoreFailed: they stay.
         """
         with _answered(self.address, "cannot be written", StoreFailed):
-            self._files.rm([self._key(name) for name in names])
+            for name in names:  # one by one, for lists of them are taken for patterns
+                self._files.rm_file(self._key(name))
 
     def create(self, name: str, data: bytes) -> bool:
         """A new object, unless there is one of that name: the store lets one of all who ask at a time be the first.

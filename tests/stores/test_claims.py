@@ -28,12 +28,12 @@ def test_a_second_one_waits_and_is_told_so_at_once(objects, monkeypatch, caplog)
         f"{objects.address}: another run is at work there, or was killed; waiting for it, up to 2 s"
     ]
     held.check()
-    held.release()
+    held.close()
     begun = time.monotonic()
     following = Claim(objects)
     assert time.monotonic() - begun < 1
     assert objects.numbers(claims.PREFIX) == [2]  # one number is one owner, for ever
-    following.release()
+    following.close()
 
 
 def silent(objects, **owner):
@@ -52,20 +52,20 @@ def test_one_that_gives_no_sign_of_life_is_followed_and_writes_nothing_more(obje
     following.check()
     with pytest.raises(StoreFailed, match="another run took over"):
         dead.check()
-    following.release()
+    following.close()
 
 
 def test_a_process_that_died_on_this_machine_is_not_waited_for(objects):
     silent(objects, machine=claims._machine(), process=2**22 + 1)
     begun = time.monotonic()
-    Claim(objects).release()
+    Claim(objects).close()
     assert time.monotonic() - begun < 0.9
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{", b'{"free": 1'])
 def test_a_claim_that_nobody_can_read_counts_as_held_until_it_is_silent(text, objects):
     objects.write(f"{claims.PREFIX}7", text)
-    Claim(objects).release()
+    Claim(objects).close()
     assert objects.numbers(claims.PREFIX) == [8]
 
 
@@ -80,7 +80,7 @@ def test_of_many_that_ask_at_once_one_has_it_at_a_time(objects):
             time.sleep(0.05)
             claim.check()
             inside.pop()
-            claim.release()
+            claim.close()
         except Exception as error:
             errors.append(error)
 

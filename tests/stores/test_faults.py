@@ -84,7 +84,7 @@ def judged(address, capsys):
 
 def test_a_bucket_that_is_not_there_is_one_line(store, capsys):
     code, said = judged("s3://nobodys-bucket/run", capsys)
-    assert code == 2 and said.startswith("panacea: s3://nobodys-bucket/run: cannot be read (FileNotFoundError: ")
+    assert code == 2 and said.startswith("panacea: s3://nobodys-bucket/run: cannot be written (FileNotFoundError: ")
     code, said = judged("s3://", capsys)
     assert code == 2 and "names no bucket" in said
 
