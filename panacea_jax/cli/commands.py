@@ -52,7 +52,9 @@ def _written(text: str) -> Path:
         return working_copy(text)
     if not text.startswith("gs:"):
         raise InputError(f"{text}: several processes write checkpoints to gs://… alone, or to a folder that all see (docs/stores.md)")
-    processes.once(lambda: working_copy(text))
+    if processes.first():
+        working_copy(text)
+    processes.barrier()  # what the others fetch is of a folder that is ours
     return working_copy(text, jax.process_index())
 
 

@@ -21,7 +21,7 @@ from tests.stores.test_runs import exports, flags, local_run  # noqa: F401 - a f
 def gcs(tmp_path_factory):
     """Environment variables of who asks an emulator."""
     for package in ("gcp_storage_emulator", "gcsfs"):
-        pytest.importorskip(package, reason=f"{package} is not installed: pip install 'panacea_jax[test]'")
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install 'panacea_jax[test-gcs]'")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -35,6 +35,7 @@ def gcs(tmp_path_factory):
         time.sleep(0.1)
     yield gcs_environment(port)
     server.kill()
+    server.wait()
 
 
 def fetched(address, environment, folder):

@@ -79,12 +79,13 @@ def test_model_and_data_may_be_in_a_bucket_too(local_run, store, tmp_path):
     assert f'"{objects.address}/base"' in said
 
 
-def test_a_run_that_is_cut_off_goes_on_elsewhere(local_run, store, monkeypatch, tmp_path):
+@pytest.mark.parametrize("cuts", [(30, 60), (25, 45, 35, 18)], ids=["twice", "often"])
+def test_a_run_that_is_cut_off_goes_on_elsewhere(cuts, local_run, store, monkeypatch, tmp_path):
     """Each time a later write is the last that the bucket sees, as when the machine dies; the next has an empty disk."""
     place, wanted = local_run
     workdir = f"{store.root}/run"
     monkeypatch.setattr(claims, "SILENCE", 0.0)
-    for number, left in enumerate((25, 45, 35, 18)):
+    for number, left in enumerate(cuts):
         monkeypatch.setenv("PANACEA_CACHE", str(tmp_path / f"machine{number}"))
         writes = iter(range(left))
 
