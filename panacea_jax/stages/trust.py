@@ -20,7 +20,7 @@ from panacea_jax.models.peft_config import CONFIG_FILE
 from panacea_jax.models.weights import find_tensors
 from panacea_jax.records.judged import load_judged
 from panacea_jax.stages import lineage
-from panacea_jax.stores import by_address, stand_in
+from panacea_jax.stores import by_address, direct, stand_in
 from panacea_jax.sums import difference, read_sums, sha256_model
 from panacea_jax.train.checkpoints import checkpoint_steps, newest_checkpoint, read_checkpoint
 from panacea_jax.untrusted import read_object
@@ -65,10 +65,11 @@ def check_workdir(workdir: Path, base: str = "") -> list[Check]:
 def _tried(what: str, check: Callable[[], tuple[str, str]]) -> Check:
     """A check; what makes it impossible is a difference."""
     try:
-        return Check(what, *check())
+        outcome, why = check()
     except Exception as error:  # readers of files raise many kinds for a damaged one
         said = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {str(error)[:200]}"
-        return Check(what, DIFFERS, " ".join(said.split()))
+        outcome, why = DIFFERS, " ".join(said.split())
+    return Check(what, outcome, by_address(why))
 
 
 def _of_stage(stage: Path, base: str) -> Iterator[Check]:
@@ -85,7 +86,7 @@ def _of_stage(stage: Path, base: str) -> Iterator[Check]:
         yield _tried(f"{name}: files", lambda: _files(stage, manifest.get("files", {})))
     if manifest["inputs"]:
         yield _tried(f"{name}: inputs", lambda: _inputs(manifest))
-    if (stage / "checkpoints").is_dir():
+    if direct(stage / "checkpoints").is_dir():
         yield _tried(f"{name}: checkpoints", lambda: _checkpoints(stage, run_id(manifest)))
     if (stage / "adapter").is_dir() or ((stage / "model").is_dir() and name != "base"):
         yield _tried(f"{name}: base", lambda: _base(stage, manifest, base))

@@ -11,6 +11,7 @@ from panacea_jax.stores import (
     copies,
     is_address,
     publish,
+    refresh,
     session,
     stand_in,
     working_copy,
@@ -126,6 +127,25 @@ def test_what_is_below_a_working_copy_is_found_in_it(store):
         folder = working_copy(f"{store.root}/run")
         assert stand_in(f"{store.root}/run/align/adapter") == folder / "align" / "adapter"
         assert not stand_in(f"{store.root}/run2").is_relative_to(folder)
+
+
+def test_a_process_that_follows_finds_what_was_published_and_publishes_nothing(store):
+    assert not refresh()
+    with session():
+        folder = working_copy(f"{store.root}/run")
+        first = copies._session.get().copies[f"{store.root}/run"]
+        (folder / "a").write_text("a")
+        publish(folder / "a")
+        with session():  # as if of another process
+            there = working_copy(f"{store.root}/run", 1)
+            assert there != folder and contents(there) == {"a": b"a"}
+            (folder / "a").unlink()
+            (folder / "b").write_text("b")
+            first.publish(folder)
+            assert refresh() and contents(there) == {"b": b"b"}
+            (there / "c").write_text("c")
+            publish(there / "c")
+        assert stored(store) == {"b": b"b"}
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "a//b", "./x"])

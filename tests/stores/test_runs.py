@@ -64,7 +64,10 @@ def test_a_run_in_a_bucket_leaves_the_bytes_of_one_in_a_folder(local_run, store,
     assert panacea("run", *flags(place, workdir)) == 0
     assert exports(stored(workdir), workdir) == wanted
     assert not [path for method, path in store.asked if method == "PUT" and "/checkpoints/" in path]
+    capsys.readouterr()
     assert panacea("verify", f"--workdir={workdir}") == 0
+    said = capsys.readouterr().out + stored(workdir)["verdict.json"].decode()
+    assert "finetune: ε applied" in said and str(tmp_path) not in said
 
 
 def test_model_and_data_may_be_in_a_bucket_too(local_run, store, tmp_path):
