@@ -9,7 +9,6 @@ has come for a minute. An owner that was thought dead and was not finds the numb
 import json
 import logging
 import os
-import socket
 import threading
 import time
 from pathlib import Path
@@ -114,6 +113,6 @@ def _machine() -> str:
     """This boot of this machine, or of this container; "" where it does not say."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
+        return f"{os.uname().nodename}/{boot}/{os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""

@@ -167,7 +167,7 @@ class _Mirror:
         """Make the folder hold what the store holds, of the names that match; what is equal already is left."""
         there = {
             name: stored for name, stored in _whole(self.objects.listed()).items()
-            if not name.startswith(PREFIX) and self._apart not in name.split("/")[:-1]
+            if not PurePosixPath(name).name.startswith(PREFIX) and self._apart not in name.split("/")[:-1]
         }  # fmt: skip
         here = self.files(self.path)
         for name in here.keys() - there.keys():
@@ -214,9 +214,13 @@ class WorkingCopy:
         self._objects = Objects(address)
         self._published: dict[Path, float] = {}
         self._claim = None if process else Claim(self._objects)
-        self._mirror = _Mirror(self._objects, self.folder, cache_place(address, kind), self.apart)
-        self._mirror.pull()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as undo:
+            if self._claim is not None:
+                undo.callback(self._claim.close)
+            self._mirror = _Mirror(self._objects, self.folder, cache_place(address, kind), self.apart)
+            self._mirror.pull()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            undo.pop_all()
 
     def publish(self, path: Path, *, growing: bool = False) -> None:
         """See the function of that name."""
@@ -231,7 +235,7 @@ class WorkingCopy:
         known = self._mirror.known
         here = {n: state for n, state in self._mirror.files(path).items() if not _passing(n)}
         changed = [n for n, state in here.items() if n not in known or known[n][1] != state]
-        gone = [n for n in known if n not in here and (name in (".", n) or n.startswith(f"{name}/"))]
+        gone = [n for n in known if n not in here and not _passing(n) and (name in (".", n) or n.startswith(f"{name}/"))]
         if changed or gone:
             self._claim.check()
         for rank in range(len(_LAST) + 1):

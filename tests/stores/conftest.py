@@ -1,4 +1,5 @@
 import os
+import re
 
 import pytest
 
@@ -28,6 +29,6 @@ def s3_server():
 def store(s3_server, tmp_path, monkeypatch, request):
     """The server, its ``root`` an address for this test alone; stand-ins lie in a folder of the test."""
     monkeypatch.setenv("PANACEA_CACHE", str(tmp_path / "cache"))
-    s3_server.root = f"s3://bucket/{request.node.name}"
+    s3_server.root = f"s3://bucket/{re.sub(r'[^a-z0-9_]', '-', request.node.name)}"
     s3_server.asked.clear()
     return s3_server

@@ -62,18 +62,20 @@ def test_another_machine_finds_what_was_published_and_this_one_only_asks(store, 
         folder = working_copy(f"{store.root}/run")
         (folder / "a" / "b").mkdir(parents=True)
         (folder / "a" / "b" / "c.bin").write_bytes(bytes(range(256)))
-        (folder / "gone").write_text("")
+        for name in ("gone", "gone too [1]*", "gone too 1x"):
+            (folder / name).write_text("")
     store.asked.clear()
     with session():  # a killed process had written this, and published nothing of it
         (folder / "a" / "left").write_text("half")
         again = working_copy(f"{store.root}/run")
         assert again == folder and not (folder / "a" / "left").exists()
         assert "a/b/c.bin" not in keys(store, "GET")
-        (folder / "gone").unlink()
+        for name in ("gone", "gone too [1]*"):  # which is no pattern
+            (folder / name).unlink()
     monkeypatch.setenv("PANACEA_CACHE", str(tmp_path / "elsewhere"))
     with session():
         there = working_copy(f"{store.root}/run")
-        assert there != folder and contents(there) == {"a/b/c.bin": bytes(range(256))} == stored(store)
+        assert there != folder and contents(there) == {"a/b/c.bin": bytes(range(256)), "gone too 1x": b""} == stored(store)
 
 
 def test_a_growing_file_goes_up_now_and_then_and_whole_at_the_end(store, monkeypatch):
@@ -127,6 +129,27 @@ def test_what_is_below_a_working_copy_is_found_in_it(store):
         folder = working_copy(f"{store.root}/run")
         assert stand_in(f"{store.root}/run/align/adapter") == folder / "align" / "adapter"
         assert not stand_in(f"{store.root}/run2").is_relative_to(folder)
+
+
+def test_what_is_not_ours_to_publish_is_not_ours_to_delete(store):
+    there = Objects(f"{store.root}/run")
+    for name in (".hidden", "a/.hidden", "b/.claim.3", "theirs"):
+        there.write(name, b"theirs")
+    with session():
+        folder = working_copy(f"{store.root}/run")
+        (folder / "a" / ".passing").write_text("")
+        inner = working_copy(f"{store.root}/run/b")  # the claim of which is no file of the outer one
+        (inner / "c").write_text("c")
+        publish(folder)
+    assert {n for n in there.listed() if not n.startswith(".claim.")} == {".hidden", "a/.hidden", "b/.claim.4", "b/c", "theirs"}
+
+
+def test_a_folder_that_cannot_be_fetched_is_free_again(store):
+    Objects(f"{store.root}/run").write("a", b"a")
+    Objects(f"{store.root}/run").write("a/b", b"which no folder can hold beside a")
+    for _ in range(2):
+        with session(), pytest.raises((InputError, OSError)):
+            working_copy(f"{store.root}/run")
 
 
 def test_a_process_that_follows_finds_what_was_published_and_publishes_nothing(store):
