@@ -8,7 +8,8 @@ from panacea_jax.errors import InputError
 from panacea_jax.stores import stand_in
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja"]
+# Of a model's folder what is read; pickled weights are not, and may be as large.
+MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja"]
 
 
 def is_hub_id(name: str) -> bool:
@@ -16,7 +17,7 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
 
-def local_folder(where: str | PurePath, patterns: Sequence[str] = _HUB_FILES) -> Path:
+def local_folder(where: str | PurePath, patterns: Sequence[str] = MODEL_FILES) -> Path:
     """The folder itself, what was fetched from an object store, or the local snapshot of a hub id ``owner/name`` when there is no such
     folder.
 

@@ -14,6 +14,7 @@ from panacea_jax.errors import InputError
 from panacea_jax.models import lora
 from panacea_jax.models.adapter import layer_numbers, layers_text
 from panacea_jax.models.full import full_parameters
+from panacea_jax.models.hub import MODEL_FILES
 from panacea_jax.models.model import Model, load
 from panacea_jax.parallel import make_mesh
 from panacea_jax.stages.convert import write_merged
@@ -48,7 +49,7 @@ class Start:
         """
         if not self.base:
             raise InputError("config.model.path is not set: give a Hugging Face folder or a hub id")
-        folder = stand_in(self.base).expanduser()
+        folder = stand_in(self.base, MODEL_FILES).expanduser()
         found = {by_address(folder): folder} if folder.is_dir() else {}
         if self.adapter:
             found[self.adapter] = stand_in(self.adapter)
