@@ -13,8 +13,16 @@ import time
 import pytest
 
 from tests.parallel.test_processes import ROOT, Together
-from tests.stores.server import gcs_environment
 from tests.stores.test_runs import exports, flags, local_run  # noqa: F401 - a fixture
+
+
+def gcs_environment(port: int) -> dict[str, str]:
+    """Where gcsfs and tensorstore find an emulator on this machine, which knows no gRPC and asks for nobody's name."""
+    address = f"http://127.0.0.1:{port}"
+    return {
+        "STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address, "FSSPEC_GS": '{"token": "anon"}',
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "GOOGLE_AUTH_TOKEN_FOR_TESTING": "nobody",
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
