@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from panacea_jax.parallel import processes
+from panacea_jax.stores import publish
 
 # Folder beside a target in which its next version grows.
 _NEXT = ".next"
@@ -49,6 +50,7 @@ def replacing(target: Path) -> Iterator[Path]:
             target.rename(old)
         new.rename(target)
         shutil.rmtree(place)
+        publish(target)
 
     processes.once(swap)
 
@@ -103,5 +105,6 @@ def replacing_file(target: Path) -> Iterator[Path]:
         with new.open("rb") as file:
             os.fsync(file.fileno())
         new.replace(target)
+        publish(target)
     finally:
         new.unlink(missing_ok=True)

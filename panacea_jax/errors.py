@@ -32,6 +32,10 @@ def record_text(error: BaseException) -> str | None:
     return next((one.record for one in _chain(error) if isinstance(one, InputError) and one.record is not None), None)
 
 
+class StoreFailed(Exception):
+    """An object store that does not take what is to be written, after all retries; the command line prints the line and ends with 1."""
+
+
 class GateNotMet(Exception):
     """A model that was measured and found wanting; the command line ends with 3."""
 

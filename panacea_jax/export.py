@@ -23,6 +23,7 @@ from panacea_jax.models.tensorfile import Entry, entries_of
 from panacea_jax.models.weights import entries, save_weights, write_file
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
+from panacea_jax.stores import by_address
 from panacea_jax.train.checkpoints import read_checkpoint
 from panacea_jax.train.loop import Result
 from panacea_jax.untrusted import opened, parsing
@@ -48,7 +49,7 @@ def export_adapter(result: Result, folder: str | Path, *, without_epsilon: bool 
         raise InputError(
             "export_adapter: all parameters were trained, so there is no adapter; use export_model"
         )
-    write_adapter(result.model, params, Path(folder), str(result.model.folder or ""), note)
+    write_adapter(result.model, params, Path(folder), by_address(result.model.folder or ""), note)
     return Path(folder)
 
 

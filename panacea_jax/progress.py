@@ -15,6 +15,7 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 
 from panacea_jax.parallel import processes
+from panacea_jax.stores import by_address
 from panacea_jax.terminal import safe_text
 
 SECONDS_BETWEEN_LINES = 30.0
@@ -25,7 +26,7 @@ SECONDS_UNTIL_KNOWN = 10.0
 def say(text: str) -> None:
     """One line for the person who watches, on stderr (stdout is for results); only the first process speaks."""
     if processes.first():
-        print(safe_text(text), file=sys.stderr, flush=True)
+        print(safe_text(by_address(text)), file=sys.stderr, flush=True)
 
 
 def table_console(width: int) -> Console:

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from panacea_jax.disk import replacing_file
 from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
+from panacea_jax.stores import by_address, publish, stand_in
 from panacea_jax.sums import difference, sha256_folder, sha256_json, sums_of
 from panacea_jax.untrusted import parsing, read_json_value
 
@@ -160,9 +161,13 @@ class StageFolder:
 
     def finish(self, outcome: Mapping[str, Any], status: str = "done") -> None:
         """Mark the stage as done, with what is worth keeping of its outcome; with another status it is noted, but not done."""
-        processes.once(lambda: self._write(status, outcome))
+        processes.once(lambda: self._finish(status, outcome))
         self._release()
         self.done = status == "done"
+
+    def _finish(self, status: str, outcome: Mapping[str, Any]) -> None:
+        publish(self.folder)  # before the manifest, which says that all is there
+        self._write(status, outcome)
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -230,7 +235,7 @@ def try_lock(file: IO[Any], what: Path) -> bool:
 
 def _makers(inputs: Mapping[str, str]) -> dict[str, str]:
     """Of each input that a stage left, the hash of that stage's manifest, which names the hashes of its own: the link of a chain."""
-    manifests = {name: made.get("sha256", "") for name in inputs if (made := _manifest_of(Path(name)))}
+    manifests = {name: made.get("sha256", "") for name in inputs if (made := _manifest_of(stand_in(name)))}
     return {name: digest for name, digest in manifests.items() if digest}
 
 
@@ -330,11 +335,11 @@ def _code() -> str:
 
 
 def plain(value: Any) -> Any:
-    """JSON types only: ConfigDicts to dicts, tuples to lists, paths to strings."""
+    """JSON types only: ConfigDicts to dicts, tuples to lists, paths to strings, as addresses where they are of an object store."""
     if isinstance(value, ConfigDict):
         value = value.to_dict()
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
-    return str(value) if isinstance(value, Path) else value
+    return by_address(value) if isinstance(value, Path) else value

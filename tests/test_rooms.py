@@ -14,7 +14,7 @@ PACKAGE = ROOT / "panacea_jax"
 ROOMS = [
     "cli", "sweep", "comparison", "stages", "reporting", "planning", "config", "healing", "export", "train", "records", "defences",
     "generate", "evaluate", "worlds", "models", "analysis", "workdir", "sums", "disk", "progress", "parallel", "data", "perturbation",
-    "signatures", "untrusted", "spreadsheet", "terminal", "errors", "shipped",
+    "signatures", "stores", "untrusted", "spreadsheet", "terminal", "errors", "shipped",
 ]  # fmt: skip
 # Files that read a configuration together with a work directory.
 READERS = ("stages", "comparison", "sweep", "cli")

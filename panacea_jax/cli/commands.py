@@ -38,11 +38,39 @@ class Command(NamedTuple):
 def _workdir(values: "FlagValues") -> Path:
     if not values.workdir:
         raise InputError("--workdir is not set: name a folder for the results")
-    return Path(values.workdir)
+    return _written(values.workdir)
+
+
+def _written(text: str) -> Path:
+    """The folder to write for one that a flag names."""
+    import jax
+
+    from panacea_jax.parallel import processes
+    from panacea_jax.stores import is_address, working_copy
+
+    if not (is_address(text) and processes.together()):
+        return working_copy(text)
+    if not text.startswith("gs:"):
+        raise InputError(f"{text}: several processes write checkpoints to gs://… alone, or to a folder that all see (docs/stores.md)")
+    if processes.first():
+        working_copy(text)
+    processes.barrier()  # what the others fetch is of a folder that is ours
+    return working_copy(text, jax.process_index())
+
+
+def _read(text: str) -> Path:
+    """The folder or file to read for one that a flag names."""
+    from panacea_jax.stores import stand_in
+
+    return stand_in(text)
+
+
+def _out(text: str) -> Path | None:
+    return _written(text) if text else None
 
 
 def _path(text: str) -> Path | None:
-    return Path(text) if text else None
+    return _read(text) if text else None
 
 
 def _items(text: str) -> list[str]:
@@ -50,7 +78,7 @@ def _items(text: str) -> list[str]:
 
 
 def _paths(text: str) -> list[Path]:
-    return [Path(item) for item in _items(text)]
+    return [_read(item) for item in _items(text)]
 
 
 def _quickstart(values: "FlagValues", config: "ConfigDict") -> Path:
@@ -59,12 +87,12 @@ def _quickstart(values: "FlagValues", config: "ConfigDict") -> Path:
 
         if not values.data:
             raise InputError("--data is not set: name the folder of the public sets (docs/real_language.md)")
-        return testbed(Path(values.workdir or "smollm2_results"), Path(values.data), values.task, _path(values.gguf))
+        return testbed(_written(values.workdir or "smollm2_results"), _read(values.data), values.task, _path(values.gguf))
     from panacea_jax.stages.quickstart import quickstart
 
     if values.base != "miniature":
         raise InputError(f"--base={values.base}: one of miniature, smollm2")
-    return quickstart(Path(values.workdir or "quickstart_results"), values.world)
+    return quickstart(_written(values.workdir or "quickstart_results"), values.world)
 
 
 def _train(name: str) -> "Callable[[FlagValues, ConfigDict], Path]":
@@ -116,7 +144,7 @@ def _verify(values: "FlagValues", config: "ConfigDict") -> Path:
     from panacea_jax.stages.verify import verify_stage
 
     named = ("against", "aligned", "undefended")
-    others = {name: Path(str(values[name].value)) for name in named if values[name].value}
+    others = {name: _read(str(values[name].value)) for name in named if values[name].value}
     return verify_stage(config, _workdir(values), _path(values.gate), others, _path(values.signed_by))
 
 
@@ -166,7 +194,7 @@ def _compare(values: "FlagValues", config: "ConfigDict") -> Path:
 
 
 def _layers(values: "FlagValues", config: "ConfigDict") -> Path:
-    out = _path(values.out)
+    out = _out(values.out)
     if values.probe:
         from panacea_jax.stages.layer_probe import probe_layers
 
@@ -181,14 +209,15 @@ def _layers(values: "FlagValues", config: "ConfigDict") -> Path:
 
     if values.against:
         raise InputError("--against: needs harmful batches; say how many with --probe=N")
-    sources = [_paths(text) for text in (values.workdir, values.epsilon, values.checkpoint)]
-    return layers_stage(*sources, labels=_items(values.label), out=out)
+    home, *others = _items(values.workdir) or [""]
+    workdirs = [_written(home), *map(_read, others)] if home else []
+    return layers_stage(workdirs, _paths(values.epsilon), _paths(values.checkpoint), labels=_items(values.label), out=out)
 
 
 def _report(values: "FlagValues", config: "ConfigDict") -> Path:
     from panacea_jax.reporting.report import write_report
 
-    return write_report(_workdir(values), _paths(values.against), _path(values.out), show_records=values.show_records)
+    return write_report(_workdir(values), _paths(values.against), _out(values.out), show_records=values.show_records)
 
 
 def _convert(values: "FlagValues", config: "ConfigDict") -> Path:
@@ -196,7 +225,7 @@ def _convert(values: "FlagValues", config: "ConfigDict") -> Path:
 
     if not values.out:
         raise InputError("--out is not set: name the folder to write")
-    return convert(config, Path(values.out), _path(values.epsilon), _path(values.gguf))
+    return convert(config, _written(values.out), _path(values.epsilon), _path(values.gguf))
 
 
 def _push(values: "FlagValues", config: "ConfigDict") -> None:
@@ -204,7 +233,7 @@ def _push(values: "FlagValues", config: "ConfigDict") -> None:
 
     if not values.adapter:
         raise InputError("--adapter is not set: name the PEFT folder to push")
-    push_adapter(Path(values.adapter), values.to, public=values.public)
+    push_adapter(_read(values.adapter), values.to, public=values.public)
 
 
 def _defences(values: "FlagValues", config: "ConfigDict") -> None:
@@ -222,7 +251,7 @@ def _doctor(values: "FlagValues", config: "ConfigDict") -> None:
 def _plan(values: "FlagValues", config: "ConfigDict") -> Path | None:
     from panacea_jax.stages.plan import plan_stage
 
-    return plan_stage(config, values.topology, values.search, _path(values.workdir), values.price)
+    return plan_stage(config, values.topology, values.search, _out(values.workdir), values.price)
 
 
 def _launch(values: "FlagValues", config: "ConfigDict") -> None:

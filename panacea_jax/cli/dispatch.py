@@ -11,7 +11,14 @@ from collections.abc import Sequence
 
 from panacea_jax.cli.commands import COMMANDS
 from panacea_jax.cli.help import HELP, HELPFULL, VERSION, command_help, usage, version
-from panacea_jax.errors import GateNotMet, InputError, no_space, record_text, without_secrets
+from panacea_jax.errors import (
+    GateNotMet,
+    InputError,
+    StoreFailed,
+    no_space,
+    record_text,
+    without_secrets,
+)
 from panacea_jax.terminal import safe_line, safe_text
 
 # Characters of a record that are shown behind an error about it, when asked for.
@@ -67,7 +74,7 @@ def run(arguments: Sequence[str], together: contextlib.ExitStack | None = None) 
 def _run_command(name: str, arguments: Sequence[str], together: contextlib.ExitStack) -> int:
     import jax
 
-    from panacea_jax import workdir
+    from panacea_jax import stores, workdir
     from panacea_jax.cli.parsing import parse_command
     from panacea_jax.parallel import processes
     from panacea_jax.train.signals import Diverged, Preempted
@@ -84,7 +91,8 @@ def _run_command(name: str, arguments: Sequence[str], together: contextlib.ExitS
             environment = {k: v for k, v in os.environ.items() if k in processes.SETTINGS}
             facts = {"config": config.to_dict(), "environment": environment}
             processes.agree(f"panacea {name}", workdir.plain(facts))
-        path = COMMANDS[name].run(values, config)
+        with stores.session():
+            path = COMMANDS[name].run(values, config)
         processes.leave()
     except InputError as error:
         record = record_text(error) if values is not None and "show_records" in values and values.show_records else None
@@ -97,6 +105,8 @@ def _run_command(name: str, arguments: Sequence[str], together: contextlib.ExitS
         )
     except Preempted as error:
         return _fail(f"{error}; start the same command again to go on", EXIT_PREEMPTED)
+    except StoreFailed as error:
+        return _fail(f"{error}; what was published stays: start the same command again to go on", EXIT_FAILED)
     except Diverged as error:
         return _fail(str(error), EXIT_FAILED)
     except Exception as error:
@@ -114,7 +124,8 @@ def _run_command(name: str, arguments: Sequence[str], together: contextlib.ExitS
             processes.abandon(EXIT_FAILED)
         raise
     if path is not None and processes.first():
-        print(os.path.relpath(path))
+        shown = stores.by_address(path)
+        print(shown if stores.is_address(shown) else os.path.relpath(path))
     return 0
 
 
@@ -131,9 +142,11 @@ def _log_plainly() -> None:
     import absl.logging
     from absl import flags
 
+    from panacea_jax.stores import by_address
+
     class Safe(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:
-            return safe_text(without_secrets(super().format(record)))
+            return safe_text(without_secrets(by_address(super().format(record))))
 
     flags.FLAGS.mark_as_parsed()  # ours are in a set of their own; absl's logging looks at the global one
     absl.logging.use_absl_handler()
@@ -148,8 +161,9 @@ def _written(arguments: Sequence[str]) -> str:
 
 def _fail(message: str, code: int) -> int:
     from panacea_jax.parallel import processes
+    from panacea_jax.stores import by_address
 
-    print(f"panacea: {safe_text(without_secrets(message))}", file=sys.stderr, flush=True)
+    print(f"panacea: {safe_text(without_secrets(by_address(message)))}", file=sys.stderr, flush=True)
     if code == EXIT_PREEMPTED:
         processes.barrier()  # the first one's end would cut the others off from their coordinator
         message = ""

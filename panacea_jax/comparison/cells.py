@@ -38,6 +38,7 @@ from panacea_jax.stages.perplexity import perplexity_stage
 from panacea_jax.stages.run import check_run
 from panacea_jax.stages.streams import stage_records
 from panacea_jax.stages.train import decisive, train_stage
+from panacea_jax.stores import by_address
 from panacea_jax.train.shared import Shared
 from panacea_jax.untrusted import read_object
 from panacea_jax.workdir import sha256_json, write_json, write_text
@@ -294,8 +295,8 @@ def _attack_after(config: ConfigDict) -> tuple[str, ConfigDict] | None:
 def _left(start: Start, tuned: Path) -> Start:
     """What a stage left, as the next one starts from it."""
     if start.full_parameters:
-        return dataclasses.replace(start, base=str(tuned), adapter="")
-    return dataclasses.replace(start, adapter=str(tuned))
+        return dataclasses.replace(start, base=by_address(tuned), adapter="")
+    return dataclasses.replace(start, adapter=by_address(tuned))
 
 
 def _decisive(config: ConfigDict) -> dict[str, Any]:

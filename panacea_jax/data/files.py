@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from panacea_jax.errors import InputError
+from panacea_jax.stores import stand_in
 from panacea_jax.untrusted import MIB, TEXT, opened, parse_json, parsing, reason
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -38,14 +39,14 @@ csv.field_size_limit(LINE)
 
 
 def local(where: str) -> Path | None:
-    """The local path that `where` names, or None for a hub id ``owner/name[/subset][:split]``.
+    """The local path that `where` names, or that stands for it in an object store; None for a hub id ``owner/name[/subset][:split]``.
 
     Raises:
         InputError: Nothing is there and `where` looks like a path, so it is never tried on the
             network. A hub id has one or two slashes, no leading dot, slash or tilde, no file
             suffix, and its owner is not the name of something in the current folder.
     """
-    path = Path(where)
+    path = stand_in(where)
     try:
         path = path.expanduser()
         if path.exists():

@@ -1,13 +1,15 @@
-"""The folder of a model: a local path, or a download when a hub id is named."""
+"""The folder of a model: a local path, or a download when an address in an object store or a hub id is named."""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from panacea_jax.errors import InputError
+from panacea_jax.stores import stand_in
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja"]
+# Of a model's folder what is read; pickled weights are not, and may be as large.
+MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja"]
 
 
 def is_hub_id(name: str) -> bool:
@@ -15,18 +17,18 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
 
-def local_folder(where: str | PurePath, patterns: Sequence[str] = _HUB_FILES) -> Path:
-    """The folder itself, or the local snapshot of a hub id ``owner/name`` when there is no such
+def local_folder(where: str | PurePath, patterns: Sequence[str] = MODEL_FILES) -> Path:
+    """The folder itself, what was fetched from an object store, or the local snapshot of a hub id ``owner/name`` when there is no such
     folder.
 
     Args:
-        where: folder or hub id.
-        patterns: of the files that a snapshot needs.
+        where: folder, address or hub id.
+        patterns: of the files that are needed of a download.
 
     Raises:
         InputError: neither a folder nor a hub id that can be fetched.
     """
-    folder = Path(where).expanduser()
+    folder = stand_in(where, patterns).expanduser()
     if folder.is_dir():
         return folder
     if not is_hub_id(str(where)):

@@ -26,6 +26,7 @@ from panacea_jax.models.tensorfile import FORMAT, entries_of, write_tensors
 from panacea_jax.parallel import processes
 from panacea_jax.parallel.sharding import adapter_shardings
 from panacea_jax.progress import Progress
+from panacea_jax.stores import stand_in
 from panacea_jax.workdir import write_text
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -104,7 +105,7 @@ def save_adapter(
 
 def read_notes(folder: str | PurePath) -> dict[str, str]:
     """Metadata of an adapter's weights: ours say under ``epsilon`` whether ε is "applied" or "left out"."""
-    with safe_open(Path(folder) / WEIGHTS_FILE, "numpy") as file:
+    with safe_open(stand_in(folder) / WEIGHTS_FILE, "numpy") as file:
         return file.metadata() or {}
 
 
@@ -124,7 +125,7 @@ def load_adapter(folder: str | PurePath, model: Model, *, frozen: bool = False) 
         InputError: a missing or pickle-only folder, a variant of LoRA that is not supported, factors that do not fit the base; one that
             is uneven and to be trained.
     """
-    folder = Path(folder)
+    folder = stand_in(folder)
     config = read_peft_config(folder)
     where = folder / WEIGHTS_FILE
     factors, stem = {}, "model"

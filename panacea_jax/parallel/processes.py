@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 
 from panacea_jax.errors import InputError
 from panacea_jax.parallel.lifeline import HEARTBEAT, LAST_WORDS, SILENCE, Lifeline, client
+from panacea_jax.stores import refresh
 
 # Seconds that processes wait for each other where all must pass, which is as long as it takes: the first may be judging with a model of
 # its own in between, for hours, and when one of them is gone the guard ends the run.
@@ -218,9 +219,11 @@ def first() -> bool:
 
 
 def once(work: Callable[[], T]) -> T | None:
-    """Let the first process do something, while the others wait until it is done; they get None."""
+    """Let the first process do something, while the others wait until it is done; they get None, and see what it wrote."""
     result = work() if first() else None
     barrier()
+    if refresh():  # of a work directory in a store each has a copy of its own
+        barrier()
     return result
 
 

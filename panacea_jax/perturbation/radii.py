@@ -14,7 +14,6 @@ but "uniform" is the same radii in another order, drawn from a seed.
 
 import dataclasses
 import re
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ import numpy as np
 from jaxtyping import Float
 
 from panacea_jax.errors import InputError
+from panacea_jax.stores import stand_in
 from panacea_jax.untrusted import read_json_value
 
 KEY, FILE_KEY, SEED_KEY = (f"config.defence.{k}" for k in ("rho_per_layer", "layer_file", "layer_seed"))  # fmt: skip
@@ -145,9 +145,9 @@ def _numbers(file: str, key: str) -> Float[np.ndarray, "_"]:
         InputError: it cannot be read, or holds something else.
     """
     what = f"{key} = {file}"
-    rules = f"; there is {RULES}" if key == KEY and not Path(file).is_file() else ""
+    rules = f"; there is {RULES}" if key == KEY and not stand_in(file).is_file() else ""
     try:
-        found = read_json_value(Path(file), "not JSON")
+        found = read_json_value(stand_in(file), "not JSON")
     except InputError as error:
         raise InputError(f"{key} = {error}{rules}") from error
     kinds = [found] if isinstance(found, dict) else found

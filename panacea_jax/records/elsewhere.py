@@ -35,6 +35,7 @@ from panacea_jax.evaluate.lines import generation_line
 from panacea_jax.evaluate.tasks import TASKS, find_task, set_names
 from panacea_jax.records.jsonl import encode_line
 from panacea_jax.records.judged import UNKNOWN, task_of
+from panacea_jax.stores import by_address, stand_in
 from panacea_jax.workdir import MANIFEST, StageFolder, read_manifest, write_bytes
 
 PROMPTS, ANSWERS = ("instruction", "prompt"), ("response", "output")
@@ -73,20 +74,20 @@ def bring_in(
         InputError: unreadable or unknown files, a record without a prompt, an answer or the
             reference that its task needs, or a work directory that holds other generations.
     """
-    folder = Path(where)
+    folder = stand_in(where)
     if (folder / MANIFEST).is_file():
         return _copy(folder, workdir)
     entries = _entries(where)
     source = {parse_source(spec).scored_as: spec for spec in sources}
     specs = [_spec(entry, source, alone=len(entries) == 1) for entry in entries]
-    found = [(parse_source(spec).scored_as, Path(parse_source(spec).where)) for spec in specs]
+    found = [(parse_source(spec).scored_as, stand_in(parse_source(spec).where)) for spec in specs]
     names = set_names(specs)
     config = {
         "template": template or UNKNOWN,
         "eval": {"tasks": specs},
         "decoding": {"max_new_tokens": max_new_tokens or None},
     }
-    inputs = {str(path): files.sha256(path) for _, path in found}
+    inputs = {by_address(path): files.sha256(path) for _, path in found}
     inputs |= {spec: fingerprint(spec, "config.eval.tasks") for spec in source.values()}
     with StageFolder(workdir, "generations", config, inputs) as stage:
         if stage.done:
@@ -132,12 +133,12 @@ def _entries(where: str) -> list[str]:
     """The files that are named, with their TASK@ if they have one; of a folder, all that can be read."""
     entries = []
     for entry in where.split(","):
-        if not Path(entry).is_dir():
+        if not stand_in(entry).is_dir():
             entries.append(entry)
             continue
         inside = sorted(
             str(p)
-            for p in Path(entry).iterdir()
+            for p in stand_in(entry).iterdir()
             if Path(p.name.removesuffix(".gz")).suffix in files.SUFFIXES and p.name != MANIFEST
         )
         if not inside:
@@ -151,8 +152,8 @@ def _entries(where: str) -> list[str]:
 def _spec(entry: str, source: Mapping[str, str], *, alone: bool) -> str:
     """TASK[:SLICE or ROLE]@FILE of one file, with those of its source if it names none."""
     head, at, where = entry.partition("@")
-    told = bool(at) and head.partition(":")[0] in TASKS and not Path(entry).exists()
-    path = Path(where if told else entry)
+    told = bool(at) and head.partition(":")[0] in TASKS and not stand_in(entry).exists()
+    path = stand_in(where if told else entry)
     if not path.is_file():
         raise InputError(f"{_KEY}={entry}: no such file or folder")
     task = (
@@ -167,7 +168,7 @@ def _spec(entry: str, source: Mapping[str, str], *, alone: bool) -> str:
         task = same[0]
     if task in source and parse_source(source[task]).slice:
         task = f"{task}:{parse_source(source[task]).slice}"
-    return f"{task}@{path}"
+    return f"{task}@{by_address(path)}"
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
 from panacea_jax.records.jsonl import Writer, encode_line, resume
+from panacea_jax.stores import publish
 from panacea_jax.untrusted import parse_json, parsing
 
 
@@ -53,6 +54,7 @@ class Answers:
             journal.write(encode_line({"index": i, "line": line}))
             journal.flush()
             os.fsync(journal.fileno())
+            publish(self._journal_path, growing=True)
         writer.put(i, line)
 
     def __enter__(self) -> "Answers":
@@ -64,6 +66,7 @@ class Answers:
                 file.close()
             if kind is None:  # every answer is in the file
                 self._journal_path.unlink()
+                publish(self._journal_path)
 
 
 def _read(path: Path, prompts: Sequence[str]) -> tuple[dict[int, dict[str, Any]], int]:

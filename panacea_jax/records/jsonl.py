@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from panacea_jax.errors import InputError
+from panacea_jax.stores import publish
 from panacea_jax.untrusted import opened, parse_json
 from panacea_jax.workdir import lock
 
@@ -121,8 +122,7 @@ class Writer:
     """
 
     def __init__(self, path: Path, prompts: Sequence[str], key: str = "prompt") -> None:
-        self._prompts = prompts
-        self._key = key
+        self._path, self._prompts, self._key = path, prompts, key
         self._waiting: dict[int, Mapping[str, Any]] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,6 +151,7 @@ class Writer:
         self._file.write(b"".join(encode_line(record) for record in records))
         self._file.flush()
         os.fsync(self._file.fileno())
+        publish(self._path, growing=True)
         self.done += len(records)
 
     def put(self, index: int, record: Mapping[str, Any]) -> None:
@@ -171,6 +172,7 @@ class Writer:
     def close(self) -> None:
         """Close the file; records that still wait for an earlier one are lost, as after a kill."""
         self._file.close()
+        publish(self._path)
 
     def __enter__(self) -> "Writer":
         return self

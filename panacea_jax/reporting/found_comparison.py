@@ -8,6 +8,7 @@ from panacea_jax.errors import InputError
 from panacea_jax.evaluate.scores import Json
 from panacea_jax.reporting.commands import GENERATIONS, command_of
 from panacea_jax.reporting.outcomes import HEADLINES, Estimate, Found, Outcome, Trained
+from panacea_jax.stores import by_address
 from panacea_jax.untrusted import read_object
 
 COMPARISON = "compare.json"
@@ -35,7 +36,7 @@ def read_comparison(folder: Path) -> Found:
             for choice in result["grid"] for c in choice["candidates"]
         ]  # fmt: skip
         failing = [(f"seed {seed}", f"fails the guard: {result['bounds']}") for seed, held in result["guard"].items() if not held]
-        commands = [command_of("run", result["config"], str(folder))] if "config" in result else []
+        commands = [command_of("run", result["config"], by_address(folder))] if "config" in result else []
         before = next((outcome.method for outcome in outcomes if not outcome.attacked), "aligned")
         runs = [
             Trained(_cell_label(cell, before), cell["seed"], where, _stages(cell, where, folder))

@@ -10,6 +10,7 @@ from panacea_jax.reporting.found_comparison import COMPARISON, read_comparison
 from panacea_jax.reporting.found_runs import SCORES, is_run, read_runs
 from panacea_jax.reporting.found_sweep import SWEEP, read_sweep
 from panacea_jax.reporting.outcomes import Found
+from panacea_jax.stores import by_address
 from panacea_jax.untrusted import read_object
 from panacea_jax.workdir import MANIFEST
 
@@ -30,7 +31,7 @@ def gather(folder: Path, against: Sequence[Path] = ()) -> Found:
     found = [_gather_one(path) for path in sources]
     if against:
         names = [path.resolve().name for path in sources]
-        names = [str(path) if names.count(name) > 1 else name for path, name in zip(sources, names)]
+        names = [by_address(path) if names.count(name) > 1 else name for path, name in zip(sources, names)]
         found = [_named(name, each) for name, each in zip(names, found)]
     scores = {name: path for each in found for name, path in each.scores.items()}
     return Found(

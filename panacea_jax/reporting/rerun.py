@@ -3,6 +3,7 @@
 from panacea_jax.reporting.commands import command_of
 from panacea_jax.reporting.outcomes import Found
 from panacea_jax.reporting.parts import Section, Table
+from panacea_jax.stores import by_address
 
 COMMANDS = 40
 """Stages whose command is written out; a comparison's cells share most of it."""
@@ -13,7 +14,7 @@ def rerun_section(found: Found) -> Section:
     # Cells of a comparison share stages.
     stages = {run.stages[name].resolve(): (run, name, made) for run in found.runs for name, made in run.manifests().items()}
     several = list(stages.values())[:COMMANDS]
-    commands = [*found.commands, *(command_of(name, made["config"], str(run.stages[name].parent)) for run, name, made in several)]
+    commands = [*found.commands, *(command_of(name, made["config"], by_address(run.stages[name].parent)) for run, name, made in several)]
     rows = [
         [run.name, name, *(str(m.get(key, "–")) for key in ("date", "config_sha256")), ", ".join(m.get("devices", []))]
         for run, name, m in stages.values()

@@ -25,6 +25,7 @@ from panacea_jax.stages import lineage
 from panacea_jax.stages.generate import sampling
 from panacea_jax.stages.lineage import BARE_BASE, Start
 from panacea_jax.stages.rendering import make_template
+from panacea_jax.stores import stand_in
 from panacea_jax.terminal import safe_line, safe_text
 from panacea_jax.workdir import manifest_if_any
 
@@ -93,7 +94,7 @@ def _open(config: ConfigDict, workdir: Path | None, start: Start, model: Model) 
 
 def _template_of_training(start: Start) -> str:
     """Id of the template that a stage of ours trained with; "" where there is none."""
-    made = manifest_if_any(Path(start.adapter or start.base).parent)
+    made = manifest_if_any(stand_in(start.adapter or start.base).parent)
     return str(made.get("outcome", {}).get("template", ""))
 
 

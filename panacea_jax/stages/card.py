@@ -15,6 +15,7 @@ from panacea_jax.errors import InputError
 from panacea_jax.export import WITHOUT_EPSILON
 from panacea_jax.models.peft_config import CONFIG_FILE
 from panacea_jax.stages import lineage
+from panacea_jax.stores import by_address, is_address, stand_in
 from panacea_jax.sums import sha256_model
 from panacea_jax.untrusted import read_object
 from panacea_jax.workdir import manifest_if_any, versions, write_text
@@ -46,7 +47,7 @@ def write_card(
         epsilon: "applied", "left out", or "" for a method that has none.
     """
     base, section = str(outcome["base"]), config["defence"]
-    of_hub = not Path(base).expanduser().is_dir()
+    of_hub = not stand_in(base).expanduser().is_dir()
     defence = DEFENCES[section["name"]]
     chosen = ((name, section.get(name)) for name in hyper_parameters(defence))
     settings = ", ".join(f"{name} {value}" for name, value in chosen if value not in (None, "", []))
@@ -80,7 +81,7 @@ def _kind(folder: Path) -> tuple[str, str]:
 def _made_from(config: Mapping[str, Any], inputs: Mapping[str, str]) -> Iterator[str]:
     """A row for every input, with its part in the run."""
     parts = {config["data"][name]: f"{name} records" for name in ("benign", "alignment", "harmful", "attack", "user")}
-    parts[str(Path(config["model"]["path"]).expanduser())] = "base"
+    parts[by_address(stand_in(config["model"]["path"]).expanduser())] = "base"
     parts[config["lora"]["init_from"]] = "adapter that it went on from"
     for name, digest in inputs.items():
         shown = _shown(name).replace("|", "\\|")
@@ -101,7 +102,7 @@ def _shown(name: str) -> str:
 def _last(where: str) -> str:
     """The last part of a path; a hub id as it is."""
     path = Path(where).expanduser()
-    return path.name if path.is_absolute() or path.exists() else where
+    return path.name if is_address(where) or path.is_absolute() or path.exists() else where
 
 
 def write_scores(workdir: Path, scores: Mapping[str, Any]) -> None:
@@ -116,8 +117,8 @@ def write_scores(workdir: Path, scores: Mapping[str, Any]) -> None:
     if not manifest:
         return
     weights = lineage.answered_by(manifest)
-    card = Path(weights) / CARD
-    if not card.is_file() or manifest["inputs"].get(weights) != sha256_model(Path(weights)):
+    card = stand_in(weights) / CARD
+    if not card.is_file() or manifest["inputs"].get(weights) != sha256_model(stand_in(weights)):
         return
     text = card.read_text("utf-8")
     head, begin, rest = text.partition(_BEGIN)

@@ -36,6 +36,7 @@ from panacea_jax.records.journal import Answers
 from panacea_jax.stages import lineage
 from panacea_jax.stages.lineage import Start
 from panacea_jax.stages.rendering import decisive_for_prompts, make_template
+from panacea_jax.stores import stand_in
 from panacea_jax.sums import sha256_model
 from panacea_jax.workdir import StageFolder
 
@@ -106,7 +107,7 @@ def generate_stage(config: ConfigDict, workdir: Path, start: Start | None = None
     names = set_names(specs)
     several = [str(entry).partition("=")[::2] for entry in config.generate.adapters]
     for name, folder in several:
-        if not Path(folder).is_dir():
+        if not stand_in(folder).is_dir():
             raise InputError(f"config.generate.adapters: {name}={folder}: no such folder")
     if several:
         base = start or lineage.named(config)
@@ -166,7 +167,7 @@ def generate_stage(config: ConfigDict, workdir: Path, start: Start | None = None
 
 def adapter_sha256(start: Start) -> str:
     """Hash of the adapter that answered; "" for none."""
-    return sha256_model(Path(start.adapter)) if start.adapter else ""
+    return sha256_model(stand_in(start.adapter)) if start.adapter else ""
 
 
 class Prompt(NamedTuple):

@@ -42,6 +42,7 @@ from panacea_jax.stages.held_out import (
 from panacea_jax.stages.lineage import Start
 from panacea_jax.stages.rendering import make_template, of_one_day
 from panacea_jax.stages.train import check_stage, decisive, train_stage
+from panacea_jax.stores import stand_in
 from panacea_jax.train.shared import Shared
 from panacea_jax.untrusted import read_object
 from panacea_jax.workdir import (
@@ -103,7 +104,7 @@ def heal_stage(config: ConfigDict, workdir: Path, start: Start | None = None) ->
         best = table.best_of(rows, budget)
         lines = table.lines_below(best, rows, allowed(there))
         made = tried.folders.get(best.method)
-        source = made / "heal" / kind if made else Path(start.adapter or local_folder(start.base))
+        source = made / "heal" / kind if made else stand_in(start.adapter or local_folder(start.base))
         with replacing(out) as new:
             processes.once(lambda: shutil.copytree(source, new))
         if processes.first():

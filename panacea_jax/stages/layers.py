@@ -12,6 +12,7 @@ from panacea_jax.analysis.layers import layer_coefficients
 from panacea_jax.errors import InputError
 from panacea_jax.export import load_epsilon
 from panacea_jax.parallel import processes
+from panacea_jax.stores import by_address
 from panacea_jax.train.checkpoints import newest_checkpoint, read_checkpoint
 from panacea_jax.untrusted import parsing, read_json_value
 from panacea_jax.workdir import MANIFEST, read_manifest
@@ -115,7 +116,7 @@ def layers_stage(
         return folder / "layers.json"
     names = labels or [_base_name(path) for path in sources]
     runs = [
-        LayerRun(str(path), name, {result["epsilon"]: result for result in results})
+        LayerRun(by_address(path), name, {result["epsilon"]: result for result in results})
         for path, name, results in zip(sources, names, found)
     ]
     runs = runs if labels else told_apart(runs)

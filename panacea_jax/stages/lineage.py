@@ -15,9 +15,11 @@ from panacea_jax.export import warn_if_bare
 from panacea_jax.models import lora
 from panacea_jax.models.adapter import Adapter, layer_numbers, layers_text
 from panacea_jax.models.full import full_parameters
+from panacea_jax.models.hub import MODEL_FILES
 from panacea_jax.models.model import Model, load
 from panacea_jax.parallel import make_mesh
 from panacea_jax.stages.convert import write_merged
+from panacea_jax.stores import by_address, stand_in
 from panacea_jax.sums import sha256_model
 from panacea_jax.workdir import StageFolder, check_as_made, read_manifest
 
@@ -48,10 +50,10 @@ class Start:
         """
         if not self.base:
             raise InputError("config.model.path is not set: give a Hugging Face folder or a hub id")
-        folder = Path(self.base).expanduser()
-        found = {str(folder): folder} if folder.is_dir() else {}
+        folder = stand_in(self.base, MODEL_FILES).expanduser()
+        found = {by_address(folder): folder} if folder.is_dir() else {}
         if self.adapter:
-            found[self.adapter] = Path(self.adapter)
+            found[self.adapter] = stand_in(self.adapter)
         for path in found.values():
             check_as_made(path)
         return {name: sha256_model(path) for name, path in found.items()}
@@ -106,8 +108,8 @@ def named(config: ConfigDict) -> Start:
 def after_alignment(start: Start, left: Path, full_parameters: bool) -> Start:
     """Fine-tuning goes on from what alignment left: another base, or an adapter."""
     if full_parameters:
-        return dataclasses.replace(start, base=str(left))
-    return dataclasses.replace(start, adapter=str(left))
+        return dataclasses.replace(start, base=by_address(left))
+    return dataclasses.replace(start, adapter=by_address(left))
 
 
 def to_heal(config: ConfigDict, workdir: Path, start: Start | None = None) -> Start:
@@ -121,11 +123,11 @@ def to_heal(config: ConfigDict, workdir: Path, start: Start | None = None) -> St
     """
     start, tuned = start or named(config), workdir / "finetune"
     if start.adapter:
-        if not Path(start.adapter).is_dir():
+        if not stand_in(start.adapter).is_dir():
             raise InputError(f"config.lora.init_from = {start.adapter}: no such folder")
         return start
     if _has_model(tuned):
-        return Start(str(tuned / "model"), full_parameters=True)
+        return Start(by_address(tuned / "model"), full_parameters=True)
     if _has_adapter(tuned):
         if start.full_parameters:
             raise InputError(f"config.train.full_parameters: {tuned} holds an adapter")
@@ -133,7 +135,7 @@ def to_heal(config: ConfigDict, workdir: Path, start: Start | None = None) -> St
         merged = began.get("policy") == "merged"  # then the base is the aligned model
         aligned = "" if merged else began["init_from"]
         base = base_of_adapters(start.base, workdir)
-        return Start(base, str(tuned / "adapter"), aligned=aligned)
+        return Start(base, by_address(tuned / "adapter"), aligned=aligned)
     if not start.full_parameters:
         raise InputError(
             f"{tuned}: nothing to heal there; run finetune first, or name an adapter in config.lora.init_from"
@@ -156,16 +158,16 @@ def to_answer(config: ConfigDict, workdir: Path, start: Start | None = None) -> 
     if adapter == BARE_BASE:
         return bare
     if adapter:
-        if not Path(adapter).is_dir():
+        if not stand_in(adapter).is_dir():
             raise InputError(f"config.generate.adapter = {adapter}: no such folder")
         return dataclasses.replace(start, adapter=adapter)
     left = newest(workdir)
     if left is None:
         return bare
     if left.name == "model":
-        return dataclasses.replace(bare, base=str(left))
+        return dataclasses.replace(bare, base=by_address(left))
     base = start.base if left.parent.name == "align" else base_of_adapters(start.base, workdir)
-    return dataclasses.replace(start, base=base, adapter=str(left))
+    return dataclasses.replace(start, base=base, adapter=by_address(left))
 
 
 def newest(workdir: Path) -> Path | None:
@@ -210,7 +212,7 @@ def to_compare(config: ConfigDict, against: str, key: str) -> Start:
     Raises:
         InputError: nothing there, or adapters of another base.
     """
-    base, folder = Start(config.model.path), Path(against)
+    base, folder = Start(config.model.path), stand_in(against)
     if against == BARE_BASE:
         return base
     if (folder / "adapter_config.json").is_file():
@@ -221,7 +223,7 @@ def to_compare(config: ConfigDict, against: str, key: str) -> Start:
     if start == base:
         raise InputError(f"{key}={against}: neither an adapter or a model, nor a work directory with one")
     if start.adapter:
-        trained = str(read_manifest(Path(start.adapter).parent)["config"]["model"]["path"])
+        trained = str(read_manifest(stand_in(start.adapter).parent)["config"]["model"]["path"])
         if trained != base.base:
             raise InputError(f"{key}={against}: an adapter of {trained}, not of config.model.path = {base.base}")
     return start
@@ -237,7 +239,7 @@ def _without_adapter(config: ConfigDict) -> ConfigDict:
 def base_of_adapters(base: str, workdir: Path) -> str:
     """The base that the adapters of the work directory's stages finetune and heal belong to."""
     merged = workdir / "base"
-    return str(merged / "model") if _has_model(merged) else base
+    return by_address(merged / "model") if _has_model(merged) else base
 
 
 def _has_model(stage: Path) -> bool:
@@ -262,4 +264,4 @@ def merged_first(config: ConfigDict, start: Start, workdir: Path) -> Start:
             with replacing(folder) as new:
                 write_merged(start.base, start.adapter, None, new, make_mesh(**config.mesh))
             stage.finish({})
-    return dataclasses.replace(start, base=str(folder), adapter="")
+    return dataclasses.replace(start, base=by_address(folder), adapter="")

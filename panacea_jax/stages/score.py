@@ -20,6 +20,7 @@ from panacea_jax.progress import table_console
 from panacea_jax.records.elsewhere import bring_in
 from panacea_jax.records.judged import Judged, load_judged
 from panacea_jax.stages.judge import judge_stage
+from panacea_jax.stores import by_address
 from panacea_jax.untrusted import read_object
 from panacea_jax.workdir import write_json, write_text
 
@@ -65,7 +66,7 @@ def score_stage(
     judges = load_judged(workdir)
     results = {name: judged.scores() for name, judged in judges.items()}
     written = _write_scores(workdir, results, config.judge.name)
-    console.print(figures_table(f"{workdir}: figures [95 %], by judge", results))
+    console.print(figures_table(f"{by_address(workdir)}: figures [95 %], by judge", results))
     if len(judges) > 1:
         written = _write_agreement(workdir, judges, console)
     others = [*against, *(p for p in (undefended, aligned) if p is not None)]
@@ -120,11 +121,11 @@ def _write_comparison(
     console: Console,
 ) -> Path:
     """comparison.json: {judge: content of ``compare.compare``} for the judges that all have seen."""
-    loaded = {str(workdir): dict(judges)}
+    loaded = {by_address(workdir): dict(judges)}
     for other in others:
         if other.resolve() == workdir.resolve():
             raise InputError(f"{other} cannot be compared with itself")
-        loaded[str(other)] = load_judged(other)
+        loaded[by_address(other)] = load_judged(other)
     common = [j for j in judges if all(j in found for found in loaded.values())]
     if not common:
         seen = "; ".join(f"{name}: {', '.join(found)}" for name, found in loaded.items())
@@ -132,8 +133,8 @@ def _write_comparison(
     comparisons: dict[str, Json] = {
         judge: compare(
             {name: found[judge] for name, found in loaded.items()},
-            undefended=str(undefended) if undefended else None,
-            aligned=str(aligned) if aligned else None,
+            undefended=by_address(undefended) if undefended else None,
+            aligned=by_address(aligned) if aligned else None,
         )
         for judge in common
     }

@@ -1,7 +1,6 @@
 """The data streams of a stage: which sources they draw on, how many records of each, and their fingerprints."""
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -26,6 +25,7 @@ from panacea_jax.data.template import Template
 from panacea_jax.defences import Defence, Method
 from panacea_jax.errors import InputError
 from panacea_jax.healing.sets import Asked, without
+from panacea_jax.stores import stand_in
 from panacea_jax.sums import sha256_folder, sha256_model
 
 
@@ -265,7 +265,7 @@ def stage_inputs(config: ConfigDict, stage: str, defence: Method) -> dict[str, s
         if config.data[name]
     }
     for folder in filter(None, defence.folders or ()):
-        found[folder] = sha256_model(Path(folder))
+        found[folder] = sha256_model(stand_in(folder))
     for file in defence.files:
-        found[file] = sha256_folder(Path(file).parent, (Path(file).name,))
+        found[file] = sha256_folder(stand_in(file).parent, (stand_in(file).name,))
     return found

@@ -21,6 +21,7 @@ from panacea_jax.models.peft_config import CONFIG_FILE
 from panacea_jax.models.weights import find_tensors
 from panacea_jax.records.judged import load_judged
 from panacea_jax.stages import lineage
+from panacea_jax.stores import by_address, direct, stand_in
 from panacea_jax.sums import SUMS, difference, read_sums, sha256_model, unnamed
 from panacea_jax.train.checkpoints import checkpoint_steps, newest_checkpoint, read_checkpoint
 from panacea_jax.untrusted import read_object
@@ -74,10 +75,11 @@ def check_workdir(workdir: Path, base: str = "", signed: _Signed | None = None) 
 def _tried(what: str, check: Callable[[], tuple[str, str]]) -> Check:
     """A check; what makes it impossible is a difference."""
     try:
-        return Check(what, *check())
+        outcome, why = check()
     except Exception as error:  # readers of files raise many kinds for a damaged one
         said = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {str(error)[:200]}"
-        return Check(what, DIFFERS, " ".join(said.split()))
+        outcome, why = DIFFERS, " ".join(said.split())
+    return Check(what, outcome, by_address(why))
 
 
 def _of_stage(stage: Path, base: str, signed: _Signed | None) -> Iterator[Check]:
@@ -97,7 +99,7 @@ def _of_stage(stage: Path, base: str, signed: _Signed | None) -> Iterator[Check]
     if manifest["inputs"]:
         yield _tried(f"{name}: inputs", lambda: _inputs(manifest))
     read = functools.lru_cache(1)(read_checkpoint)  # the newest comes last, and is asked for w next
-    if (stage / "checkpoints").is_dir():
+    if direct(stage / "checkpoints").is_dir():
         yield _tried(f"{name}: checkpoints", lambda: _checkpoints(stage, run_id(manifest), read))
     if (stage / "adapter").is_dir() or ((stage / "model").is_dir() and name != "base"):
         yield _tried(f"{name}: base", lambda: _base(stage, manifest, base))
@@ -141,7 +143,7 @@ def _inputs(manifest: Mapping[str, Any]) -> tuple[str, str]:
     """That what a stage read is still there, the same, and made by the same."""
     gone = []
     for name, digest in manifest["inputs"].items():
-        path = Path(name)
+        path = stand_in(name)
         if path.is_dir():
             now = sha256_model(path)
         elif "@" in name:
@@ -156,7 +158,7 @@ def _inputs(manifest: Mapping[str, Any]) -> tuple[str, str]:
         elif now != digest:
             return DIFFERS, f"{name} is not what was read"
     for name, digest in manifest.get("made_by", {}).items():
-        made = Path(name).parent
+        made = stand_in(name).parent
         if made.is_dir() and read_manifest(made).get("sha256") != digest:
             return DIFFERS, f"{made / MANIFEST} is another than that of the stage which made {name}"
     if gone:
@@ -182,11 +184,11 @@ def _base(stage: Path, manifest: Mapping[str, Any], named: str) -> tuple[str, st
             return DIFFERS, f"{stage / 'adapter' / CONFIG_FILE} says {said}, the manifest {base}"
     if not named:
         return HOLDS, base
-    known = manifest["inputs"].get(str(Path(base).expanduser()))
-    if known is None or not Path(named).is_dir():
+    known = manifest["inputs"].get(by_address(stand_in(base).expanduser()))
+    if known is None or not stand_in(named).is_dir():
         same = named == base
     else:
-        same = sha256_model(Path(named)) == known
+        same = sha256_model(stand_in(named)) == known
     return (HOLDS, base) if same else (DIFFERS, f"trained on {base}, which is not {named}")
 
 
@@ -215,8 +217,8 @@ def _before_epsilon(stage: Path, manifest: Mapping[str, Any], read: _Read) -> tu
         return tensors_in_checkpoint(*read(newest, run_id(manifest))), str(newest)
     began = str(manifest["config"].get("lora", {}).get("init_from", ""))
     stood = not manifest["outcome"].get("steps")  # else w is another by now
-    if stood and began and (Path(began) / WEIGHTS_FILE).is_file():
-        return _of_adapter(Path(began)), began
+    if stood and began and (stand_in(began) / WEIGHTS_FILE).is_file():
+        return _of_adapter(stand_in(began)), began
     return {}, ""
 
 
@@ -235,7 +237,7 @@ def _answers(workdir: Path, manifest: Mapping[str, Any]) -> tuple[str, str]:
     """That the answers are of the weights that the work directory would deploy, as they are now; of those that are named, where it has
     none."""
     answered = lineage.answered_by(manifest)
-    weights, known = lineage.newest(workdir) or Path(answered), manifest["inputs"].get(answered)
+    weights, known = lineage.newest(workdir) or stand_in(answered), manifest["inputs"].get(answered)
     if known is None or not weights.is_dir():
         return UNKNOWN, f"{answered or 'the weights'} cannot be compared"
     same = sha256_model(weights) == known

@@ -22,6 +22,7 @@ from panacea_jax.disk import check_room
 from panacea_jax.errors import InputError, no_space
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
+from panacea_jax.stores import direct, publish, published
 from panacea_jax.sums import sha256_json
 from panacea_jax.train.checksums import checksums
 from panacea_jax.train.step import TrainState
@@ -63,7 +64,7 @@ class Checkpoints:
         self._silence = contextlib.ExitStack()
         self._silence.enter_context(_one_voice())
         with _quiet():
-            self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+            self._manager = ocp.CheckpointManager(direct(folder), options=options)
 
     def latest(self) -> int | None:
         """Newest step, or None; whether it can be believed is seen when it is restored."""
@@ -86,10 +87,15 @@ class Checkpoints:
         step, arrays = int(state.step), flatten(state)
         if step == self._manager.latest_step():
             return
-        check_room(self.folder, sum(x.nbytes for x in arrays.values()))
+        if isinstance(direct(self.folder), Path):
+            check_room(self.folder, sum(x.nbytes for x in arrays.values()))
+        publish(self.folder.parent)  # what was logged until here, without which nobody could go on from it
         notes = _signed(meta | {_RUN: self._run, _CHECKSUMS: checksums(arrays)})
         args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(notes))
         self._manager.save(step, args=args)
+        if published(self.folder):
+            self._manager.wait_until_finished()
+            publish(self.folder)
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest checkpoint that can be believed, in the shapes, dtypes and shardings of ``state``, and what was noted with it.
@@ -135,7 +141,7 @@ class Checkpoints:
 
         def rename() -> None:
             for step, why in damaged.items():
-                path = self.folder / str(step)
+                path = direct(self.folder / str(step))
                 aside = next(p for n in range(1000) if not (p := path.with_name(f"{step}.damaged{n or ''}")).exists())
                 path.rename(aside)
                 absl_logging.warning("%s: damaged checkpoint (%s); it is kept as %s, and the one before is used", path, why, aside.name)
@@ -179,7 +185,10 @@ def newest_checkpoint(stage: Path) -> Path | None:
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """Steps in the names of a folder of checkpoints; what orbax has not finished, or we set aside, is called otherwise."""
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+    at = direct(folder)
+    found = [path for path in at.glob("*") if path.name.isdecimal()]
+    # Where a folder cannot be renamed it has its name from the first, and a file that says so when it is whole.
+    return sorted(int(path.name) for path in found if isinstance(at, Path) or (path / "commit_success.txt").exists())
 
 
 def read_checkpoint(folder: Path, run: str = "") -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -192,11 +201,11 @@ def read_checkpoint(folder: Path, run: str = "") -> tuple[dict[str, np.ndarray],
     Raises:
         InputError: not a checkpoint, a damaged one, or one of another run.
     """
-    if not (folder / "state").is_dir():
+    if not (direct(folder) / "state").is_dir():
         raise InputError(f"{folder}: not a checkpoint of ours (no 'state' in it)")
     try:
         with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as stored:
-            metadata = stored.metadata(folder.resolve() / "state").item_metadata.tree
+            metadata = stored.metadata(direct(folder) / "state").item_metadata.tree
         arrays, notes = _restore(folder, {k: np.zeros(m.shape, m.dtype) for k, m in metadata.items()})
         why = _disbelieved(notes, run) or _changed(arrays, notes)
     except Exception as error:  # as above
@@ -209,10 +218,10 @@ def read_checkpoint(folder: Path, run: str = "") -> tuple[dict[str, np.ndarray],
 def _restore(folder: Path, target: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arrays as ``target`` has them, and notes. By orbax's handlers alone: its manager lets processes wait for each other, so that one
     which meets damage would leave the others waiting."""
-    folder = folder.resolve()
+    at = direct(folder)
     with _quiet():
-        arrays = ocp.StandardCheckpointHandler().restore(folder / "state", args=ocp.args.StandardRestore(target))
-        notes = ocp.JsonCheckpointHandler().restore(folder / "meta", args=ocp.args.JsonRestore())
+        arrays = ocp.StandardCheckpointHandler().restore(at / "state", args=ocp.args.StandardRestore(target))
+        notes = ocp.JsonCheckpointHandler().restore(at / "meta", args=ocp.args.JsonRestore())
     return dict(arrays), dict(notes)
 
 

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 PRELOAD = [
@@ -27,8 +27,11 @@ PRELOAD = [
 ]
 
 
-def _command(arguments: Sequence[str], log: str, files: Sequence[Path], kill_at: int, after: float) -> None:
+def _command(
+    arguments: Sequence[str], log: str, files: Sequence[Path], kill_at: int, after: float, environment: Mapping[str, str]
+) -> None:  # fmt: skip
     """What the child does: the command line, with its output in a file."""
+    os.environ.update(environment)
     from panacea_jax import cli
 
     if kill_at:
@@ -59,17 +62,18 @@ def _kill_at(files: Sequence[Path], count: int) -> None:
 class Commands:
     """Command lines in processes of their own; what they compile outlives them, as all that tests do."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOAD)
         self._log = folder / "log"
+        self._environment = environment or {}  # the server has that of the session's first such test
 
     def __call__(
         self, arguments: Sequence[str], files: Sequence[Path] = (), kill_at: int = 0, after: float = 0
     ) -> int:
         """Run a command line; −9 if it was killed, which happens once ``files`` have ``kill_at`` lines, or ``after`` seconds (0: never)."""
         process = self._context.Process(
-            target=_command, args=(list(arguments), str(self._log), list(files), kill_at, after)
+            target=_command, args=(list(arguments), str(self._log), list(files), kill_at, after, self._environment)
         )
         process.start()
         process.join()
