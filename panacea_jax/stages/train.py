@@ -30,6 +30,7 @@ from panacea_jax.export import deployed, save_epsilon, save_model, write_adapter
 from panacea_jax.healing.auto import ascend_auto, at_chosen_radius
 from panacea_jax.healing.curve import write_radius
 from panacea_jax.healing.sets import HeldOutSet
+from panacea_jax.memory import forget_peak, peak_bytes
 from panacea_jax.models.adapter import Adapter, layers_text
 from panacea_jax.models.fused import choose_backend
 from panacea_jax.models.model import Model
@@ -51,6 +52,7 @@ from panacea_jax.stages.lineage import Start
 from panacea_jax.stages.rendering import make_template
 from panacea_jax.stages.streams import make_streams, stage_inputs
 from panacea_jax.train.checkpoints import Checkpoints
+from panacea_jax.train.goodput import Goodput, shares
 from panacea_jax.train.held_out import HeldOut
 from panacea_jax.train.loop import Result, finetune
 from panacea_jax.train.loss_picture import plot_losses
@@ -177,6 +179,8 @@ def train_stage(
     apart = apart or (held_out_sets(config, start) if auto else ())
     made_by = decisive(config, start) | (decisive_for_exam(config) if auto else {})
     inputs = start.inputs() | stage_inputs(config, name, defence) | (fingerprint_of(apart) if apart else {})
+    spent = Goodput()
+    forget_peak()
     check_installed(config.track.to)
     tracking = Tracking(config.track.to, config.track.project, _flat(made_by))
     out = workdir / name / ("model" if start.full_parameters else "adapter")
@@ -194,25 +198,29 @@ def train_stage(
             result = _train(
                 config, stage.folder, defence, opened,
                 stay=checkpoint_spacing(config, streams["user"].steps_per_epoch) if name == "finetune" else 0,
-                donate=start.full_parameters, shared=shared, profile=profile, tracking=tracking,
+                donate=start.full_parameters, shared=shared, profile=profile, tracking=tracking, spent=spent,
             )  # fmt: skip
             if processes.first():
                 plot_losses(stage.folder)
             if auto:
-                exam = make_exam(config, apart, template, model)
-                result, radius = at_chosen_radius(result, defence, exam, budget_of(config))
+                with spent("evaluate"):
+                    exam = make_exam(config, apart, template, model)
+                    result, radius = at_chosen_radius(result, defence, exam, budget_of(config))
                 write_radius(radius, stage.folder)
         elif isinstance(defence, Ascent) and auto:
-            exam = make_exam(config, apart, template, model)
-            result, radius = ascend_auto(model, params, defence, streams, exam, budget_of(config))
+            with spent("evaluate"):
+                exam = make_exam(config, apart, template, model)
+                result, radius = ascend_auto(model, params, defence, streams, exam, budget_of(config))
             stage.begin()
             write_radius(radius, stage.folder)
         else:
-            result = apply_once(model, params, defence, streams)
+            with spent("step"):
+                result = apply_once(model, params, defence, streams)
             stage.begin()  # only now: the look at its input is over, which may have been found bad
 
         # ---- export
-        epsilon = export(config, stage.folder, start, result, defence.epsilon_mean(result.state))
+        with spent("save"):
+            epsilon = export(config, stage.folder, start, result, defence.epsilon_mean(result.state))
         report = defence.report(params, result.state)
         attention = choose_backend(config.model.attention, model.config, model.dtype, opened.mesh.devices.flat[0])  # fmt: skip
         outcome = {
@@ -225,8 +233,15 @@ def train_stage(
         }  # fmt: skip
         if processes.first():
             write_card(out, name, plain(made_by), inputs, outcome, epsilon)
-        stage.finish(outcome)
+        stage.finish(outcome | _spent(name, spent))
     return out
+
+
+def _spent(name: str, spent: Goodput) -> dict[str, Any]:
+    """What a stage took: said in a line, and for its manifest."""
+    seconds, (most, of) = spent.seconds(), peak_bytes()
+    say(f"{name}: {sum(seconds.values()):.1f} s: {shares(seconds)}; memory at most {most / 2**30:.2f} GiB of the {of}")
+    return {"seconds": seconds, "peak_bytes": most, "peak_of": of}
 
 
 class Opened(NamedTuple):
@@ -292,6 +307,7 @@ def _train(
     shared: Shared | None,
     profile: Profile | None,
     tracking: Tracking,
+    spent: Goodput,
 ) -> Result:
     """All steps of a stage, from its newest checkpoint on."""
     streams, held_out = opened.streams, opened.held_out
@@ -307,7 +323,7 @@ def _train(
         accumulate=config.train.accumulate, checkpoints=checkpoints, folder=folder, donate=donate,
         cache_frozen=config.train.cache_frozen,
         compiled=None if shared is None else shared.compiled, known=_known(config, opened, shared), profile=profile, learning_rate=rate,
-        tracking=tracking,
+        tracking=tracking, spike=config.watch.spike, spent=spent,
         held_out=HeldOut(held_out, config.train.batch_size, every, config.train.patience) if held_out else None,
     )  # fmt: skip
 

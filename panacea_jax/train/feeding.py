@@ -35,9 +35,20 @@ def host_batches(
     streams: Mapping[str, Stream], method: Method, start: int, steps: int
 ) -> Iterator[dict[str, Batch]]:
     """The batches of steps ``start`` … ``steps`` − 1, by stream, each a function of its step alone."""
-    intervals = {name: spec.interval for name, spec in method.streams.items()}
     for step in range(start, steps):
-        yield {name: s.batch(step // intervals.get(name, 1)) for name, s in streams.items()}
+        yield {name: s.batch(turn) for name, s, turn in _turns(streams, method, step)}
+
+
+def record_numbers(streams: Mapping[str, Stream], method: Method, step: int) -> dict[str, list[int]]:
+    """Numbers of the records that step ``step`` (from 0) takes, by stream."""
+    return {name: [i for batch in s.numbers(turn) for i in batch] for name, s, turn in _turns(streams, method, step)}
+
+
+def _turns(streams: Mapping[str, Stream], method: Method, step: int) -> Iterator[tuple[str, Stream, int]]:
+    """Each stream, and which of its batches a step takes."""
+    intervals = {name: spec.interval for name, spec in method.streams.items()}
+    for name, stream in streams.items():
+        yield name, stream, step // intervals.get(name, 1)
 
 
 def put(model: Model, batches: Mapping[str, Batch]) -> dict[str, Batch]:
