@@ -4,6 +4,7 @@ Each reads from top to bottom: data, model, trainable tree, steps (or the one sh
 that is done is skipped, one that has a checkpoint goes on from it, any other starts anew.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from panacea_jax.data.template import Template
 from panacea_jax.defences import Ascent, Defence, Method
 from panacea_jax.defences.ascent import AUTO
 from panacea_jax.defences.protocol import check_packing
-from panacea_jax.disk import replacing
+from panacea_jax.disk import check_there, replacing
 from panacea_jax.errors import InputError
 from panacea_jax.export import deployed, save_epsilon, save_model, write_adapter
 from panacea_jax.healing.auto import ascend_auto, at_chosen_radius
@@ -50,6 +51,7 @@ from panacea_jax.stages.held_out import (
 )
 from panacea_jax.stages.lineage import Start
 from panacea_jax.stages.rendering import make_template
+from panacea_jax.stages.room import advised, keys_of_training, needed_by_a_step, warn_of_memory
 from panacea_jax.stages.streams import make_streams, stage_inputs
 from panacea_jax.train.checkpoints import Checkpoints
 from panacea_jax.train.goodput import Goodput, shares
@@ -184,10 +186,13 @@ def train_stage(
     check_installed(config.track.to)
     tracking = Tracking(config.track.to, config.track.project, _flat(made_by))
     out = workdir / name / ("model" if start.full_parameters else "adapter")
-    with StageFolder(workdir, name, made_by, inputs) as stage:
+    with StageFolder(workdir, name, made_by, inputs) as stage, contextlib.ExitStack() as stack:
         if stage.done:
             say(f"{stage.folder}: done already, skipped")
             return out
+
+        warn_of_memory(config, name, start, defence)
+        stack.enter_context(advised(name, keys_of_training(config, start, defence), map(needed_by_a_step, [config], [start], [defence])))
 
         # ---- data, model
         opened = open_stage(config, workdir, name, start, defence, apart)
@@ -347,6 +352,7 @@ def export(
     """Write what is deployed (w + ε unless told otherwise), and ε, into the stage's folder; returns whether ε is "applied" or "left out",
     "" where there is none."""
     params, note = deployed(result, config.export.without_epsilon)
+    check_there(folder)
     with replacing(folder / ("model" if start.full_parameters else "adapter")) as new:
         if start.full_parameters:
             save_model(result.model, params, new)

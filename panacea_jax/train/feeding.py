@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from panacea_jax import watchdog
 from panacea_jax.data.batches import Batch, Stream
 from panacea_jax.data.encode import check_ids
 from panacea_jax.defences import Defence, Method
@@ -69,7 +70,9 @@ class WholeSet:
         self._model, self._stream = model, stream
 
     def __iter__(self) -> Iterator[Batch]:
-        return (put(self._model, {"": batch})[""] for batch in self._stream.once())
+        for batch in self._stream.once():
+            yield put(self._model, {"": batch})[""]
+            watchdog.alive()
 
 
 def whole_sets(model: Model, method: Method, streams: Mapping[str, Stream]) -> dict[str, Any]:

@@ -132,8 +132,9 @@ def make_step(
 
 
 def first_nonfinite(tree: Any) -> Int[Array, ""]:
-    """Number of the first leaf whose norm is not finite, -1 for none: from the sums of squares that the norm of all is made of anyway."""
-    wrong = ~jnp.isfinite(jnp.stack([optax.tree.norm(x, squared=True) for x in jax.tree.leaves(tree)]))
+    """Number of the first leaf that holds a NaN or an infinity, -1 for none."""
+    # Not from the sums of squares of a norm: these would be summed over devices each, and the norm have other last bits.
+    wrong = ~jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)])
     return jnp.where(wrong.any(), jnp.argmax(wrong), -1)
 
 
