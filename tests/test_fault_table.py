@@ -120,7 +120,7 @@ def at_step(monkeypatch, step, do):
     monkeypatch.setattr(MetricsWriter, "write", write)
 
 
-@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("step", [3, 4])
 def test_a_folder_that_vanishes(place, whole, tmp_path, monkeypatch, capsys, step):
     """As where a mount is lost: before a save, and before the last one and the export. What a save then writes in its place is no run."""
     workdir, away = tmp_path / "mount" / "run", tmp_path / "away"

@@ -1,7 +1,7 @@
 """Whether a stage has room on the devices, and which keys make room where it has not."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import jax
 from absl import logging
@@ -55,13 +55,13 @@ def warn_of_memory(config: ConfigDict, name: str, start: Start, method: Method) 
 
 
 @contextlib.contextmanager
-def advised(work: str, keys: str, needed: Iterator[dict[str, int]] | Sequence[dict[str, int]] = ()) -> Iterator[None]:
+def advised(work: str, keys: str, needed: Callable[[], dict[str, int]] = dict) -> Iterator[None]:
     """Turn the errors of memory that is not there, of any back-end and of the host, into one line of advice.
 
     Args:
         work: stage.
         keys: what makes it need less.
-        needed: at most one item, what the memory model says; asked for in case of need only.
+        needed: what the memory model says, see ``needed_by_a_step``; asked in case of need only.
 
     Raises:
         OutOfMemory: there was not enough memory in the block.
@@ -72,7 +72,7 @@ def advised(work: str, keys: str, needed: Iterator[dict[str, int]] | Sequence[di
         asked = out_of_memory(error)
         if asked is None:
             raise
-        model = "".join(f". {_said(n)}; `panacea plan` with these flags says what fits where" for n in needed if n)
+        model = f". {_said(found)}; `panacea plan` with these flags says what fits where" if (found := needed()) else ""
         raise OutOfMemory(f"{work}: out of memory while {asked}. To need less: {keys}{model}") from error
 
 

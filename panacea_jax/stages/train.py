@@ -6,6 +6,7 @@ that is done is skipped, one that has a checkpoint goes on from it, any other st
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -192,7 +193,8 @@ def train_stage(
             return out
 
         warn_of_memory(config, name, start, defence)
-        stack.enter_context(advised(name, keys_of_training(config, start, defence), map(needed_by_a_step, [config], [start], [defence])))
+        needed = functools.partial(needed_by_a_step, config, start, defence)
+        stack.enter_context(advised(name, keys_of_training(config, start, defence), needed))
 
         # ---- data, model
         opened = open_stage(config, workdir, name, start, defence, apart)
