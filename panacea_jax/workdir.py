@@ -11,7 +11,6 @@ import functools
 import importlib.metadata
 import json
 import os
-import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -205,7 +204,7 @@ def _claim(folder: Path) -> IO[Any]:
         lock(file, folder)
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")  # for people; nothing is decided by it
-            holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
+            holder = {"host": os.uname().nodename, "pid": os.getpid(), "since": now}
             file.truncate(0)
             file.write(json.dumps(holder).encode())
             file.flush()
