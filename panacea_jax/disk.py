@@ -28,6 +28,14 @@ def check_room(folder: Path, size: int) -> None:
         raise OSError(errno.ENOSPC, reason, str(folder))
 
 
+def check_there(folder: Path) -> None:
+    """Raises:
+    OSError: a folder of ours is gone, as where a mount was lost: nothing may be written in its place.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+
+
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """A path beside ``target`` to write a folder to, which takes its place at the end of the block.

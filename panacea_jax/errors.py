@@ -5,7 +5,8 @@ import errno
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from pathlib import Path
 
 
 class InputError(Exception):
@@ -40,8 +41,22 @@ class GateNotMet(Exception):
     """A model that was measured and found wanting; the command line ends with 3."""
 
 
-# How a full disk, or a used-up quota, is said by the system and by libraries that write files themselves.
-_FULL = {number: os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)}
+class OutOfMemory(Exception):
+    """A device, or this machine, had not enough memory; the message says what needs less. The command line ends with 1."""
+
+
+# How a full disk, a used-up quota, or a file beyond a process's limit is said by the system and by libraries that write files themselves.
+_FULL = {number: os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
+# How a folder that is gone, or closed to us, is said; the latter ones only by a file system that went away, whatever the file.
+_CLOSED = {number: os.strerror(number) for number in (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM)}
+_GONE = {number: os.strerror(number) for number in (errno.EROFS, errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.EHOSTDOWN)}
+# The words of tensorstore for two of them.
+_STATUS = {errno.ENOENT: "NOT_FOUND:", errno.EACCES: "PERMISSION_DENIED:"}
+# How XLA's back-ends, NumPy and Python say how much memory they asked for.
+_ASKED = re.compile(
+    r"(?:allocate|allocating|reserve|request for|Used|temporaries)\s*\(?([\d.]+)\s*([KMGTP]?)(?:i?B)?\b", re.IGNORECASE
+)
+_COMPILING = re.compile(r"CompileTime|memory space|compile permanent error|while compiling", re.IGNORECASE)
 _PATH = re.compile(r"[\"'](/[^\"']+)[\"']")
 # Names of environment variables that hold what no log may show, and a password in an address.
 _SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")
@@ -56,6 +71,36 @@ def no_space(error: BaseException) -> tuple[str, str] | None:
             if (isinstance(one, OSError) and one.errno == number) or reason in text:
                 named = getattr(one, "filename", None) or next(iter(_PATH.findall(text)), "")
                 return str(named), (isinstance(one, OSError) and one.strerror) or reason
+    return None
+
+
+def out_of_reach(error: BaseException, folders: Collection[str]) -> tuple[str, str] | None:
+    """``(file, reason)`` if an error, or one that it came from, says that a file in one of the user's ``folders`` is gone or closed to
+    us, or that a file system went away."""
+    roots = tuple(os.path.abspath(folder) for folder in folders)
+    for one in _chain(error):
+        text = str(one)
+        for number, reason in (_CLOSED | _GONE).items():
+            if (isinstance(one, OSError) and one.errno == number) or reason in text or text.startswith(_STATUS.get(number, "\0")):
+                named = os.fsdecode(getattr(one, "filename", None) or next(iter(_PATH.findall(text)), ""))
+                within = named and any(Path(os.path.abspath(named)).is_relative_to(root) for root in roots)
+                if within or (number in _GONE and isinstance(one, OSError)):
+                    return named, reason
+    return None
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What was done and how much was asked for, ``"running: 12.30 GiB were asked for"``, if an error, or one that it came from, says that
+    there was not enough memory; None for any other."""
+    for one in _chain(error):
+        text = str(one)
+        exhausted = "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
+        if not isinstance(one, MemoryError) and not (isinstance(one, RuntimeError) and exhausted):
+            continue
+        what = "compiling" if _COMPILING.search(text) else "running"
+        if not (found := _ASKED.search(text)):
+            return what
+        return f"{what}: {float(found[1]) * 1024.0 ** ' KMGTP'.index(found[2].upper() or ' ') / 2**30:.2f} GiB were asked for"
     return None
 
 

@@ -1,5 +1,6 @@
 """Progress of a long job: a bar with ETA on a terminal, a line now and then in a log file."""
 
+import contextlib
 import datetime
 import sys
 import time
@@ -14,6 +15,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
+from panacea_jax import watchdog
 from panacea_jax.parallel import processes
 from panacea_jax.stores import by_address
 from panacea_jax.terminal import safe_text
@@ -44,6 +46,7 @@ class Progress:
         self._first: tuple[float, int] | None = None  # when the first advance came, and what was done then
         console = Console(stderr=True)
         self._loud = processes.first()
+        self._watched = contextlib.ExitStack()
         self._bar: RichProgress | None = None
         if self._loud and console.is_terminal:
             self._bar = RichProgress(
@@ -52,6 +55,7 @@ class Progress:
             )  # fmt: skip
 
     def __enter__(self) -> "Progress":
+        self._watched.enter_context(watchdog.expecting())
         if self._bar is not None:
             self._bar.start()
             self._task = self._bar.add_task(
@@ -60,11 +64,13 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._watched.close()
         if self._bar is not None:
             self._bar.stop()
 
     def advance(self, note: str = "", by: int = 1) -> None:
         """``by`` more are done."""
+        watchdog.alive()
         self._done += by
         now = time.monotonic()
         left = self._left(now)

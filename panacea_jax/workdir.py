@@ -26,6 +26,7 @@ from panacea_jax.parallel import processes
 from panacea_jax.stores import by_address, publish, stand_in
 from panacea_jax.sums import difference, sha256_folder, sha256_json, sums_of
 from panacea_jax.untrusted import parsing, read_json_value
+from panacea_jax.waiting import waiting
 
 MANIFEST, LOCK = "manifest.json", ".lock"
 # Seconds to wait for a run that is just ending, or whose machine was lost: a server of files keeps its locks for a while.
@@ -119,16 +120,21 @@ class StageFolder:
             InputError: the folder cannot be written, another run is at work in it or was since we looked, or not every process sees it.
         """
         processes.once(self._begin)
-        end = time.monotonic() + VISIBLE
-        while not self._path.exists() and time.monotonic() < end:
-            with contextlib.suppress(OSError):
-                os.listdir(self.folder.parent)  # makes such a client look again
-            time.sleep(0.5)
+        if not self._path.exists():
+            self._wait_to_see_it()
         if not self._path.exists():
             raise InputError(
                 f"--workdir={self.folder.parent}: process {jax.process_index()} does not see what process 0 writes; all need one "
                 "shared folder"
             )
+
+    def _wait_to_see_it(self) -> None:
+        end = time.monotonic() + VISIBLE
+        with waiting(lambda: f"{self._path}, which process 0 has written, to be seen", VISIBLE):
+            while not self._path.exists() and time.monotonic() < end:
+                with contextlib.suppress(OSError):
+                    os.listdir(self.folder.parent)  # makes such a client look again
+                time.sleep(0.5)
 
     def _begin(self) -> None:
         try:
@@ -196,12 +202,17 @@ class StageFolder:
 
 
 def _claim(folder: Path) -> IO[Any]:
-    """The folder's lock file, held."""
+    """The folder's lock file, held, with who holds it."""
     path = folder / LOCK
     while True:
         file = path.open("ab")
         lock(file, folder)
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")  # for people; nothing is decided by it
+            holder = {"host": os.uname().nodename, "pid": os.getpid(), "since": now}
+            file.truncate(0)
+            file.write(json.dumps(holder).encode())
+            file.flush()
             return file
         file.close()  # who held it has finished meanwhile, and removed it
 
@@ -212,12 +223,24 @@ def lock(file: IO[Any], what: Path) -> None:
     Raises:
         InputError: another run holds it, and did not let go in ``LOCK_PATIENCE`` seconds.
     """
+    if try_lock(file, what):
+        return
     end = time.monotonic() + LOCK_PATIENCE
-    while not try_lock(file, what):
-        if time.monotonic() >= end:
-            file.close()
-            raise InputError(f"{what}: another run is at work there; wait for its end")
-        time.sleep(min(0.1, LOCK_PATIENCE))
+    with waiting(lambda: f"the run that is at work in {what}{_holder(what)}", LOCK_PATIENCE):
+        while not try_lock(file, what):
+            if time.monotonic() >= end:
+                file.close()
+                raise InputError(f"{what}: another run is at work there{_holder(what)}; wait for its end")
+            time.sleep(min(0.1, LOCK_PATIENCE))
+
+
+def _holder(folder: Path) -> str:
+    """Who holds the lock of a folder, as it noted itself; "" where nobody did."""
+    try:
+        note = read_json_value(folder / LOCK, "no note of ours")
+        return f" ({note['host']}, process {note['pid']}, since {note['since']})"
+    except (InputError, LookupError, TypeError):
+        return ""
 
 
 def try_lock(file: IO[Any], what: Path) -> bool:

@@ -67,7 +67,9 @@ def test_help_of_a_command_explains_the_keys_that_it_reads(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     assert panacea("judge", "--help") == 0
     out = capsys.readouterr().out
-    assert keys_in(out) == ["eval.tasks", "judge.name", "judge.path", "judge.batch_size", "judge.template"]
+    assert keys_in(out) == [
+        "watch.stall", "watch.on_stall", "eval.tasks", "judge.name", "judge.path", "judge.batch_size", "judge.template",
+    ]  # fmt: skip
     [line] = [line for line in out.splitlines() if line.startswith("  judge.name")]
     assert line.startswith('  judge.name = "refusal"  ') and '  word lists, "refusal_sentences", or a model' in line
     assert line.endswith(" …") and len(line) <= 100

@@ -13,8 +13,8 @@ PACKAGE = ROOT / "panacea_jax"
 # From the top. A room imports those below it; the ground is under all of them.
 ROOMS = [
     "cli", "sweep", "comparison", "stages", "reporting", "planning", "config", "healing", "export", "train", "records", "defences",
-    "generate", "evaluate", "worlds", "models", "analysis", "workdir", "sums", "disk", "progress", "parallel", "data", "perturbation",
-    "signatures", "stores", "untrusted", "spreadsheet", "terminal", "errors", "shipped",
+    "generate", "evaluate", "worlds", "models", "analysis", "workdir", "sums", "disk", "memory", "progress", "watchdog", "parallel",
+    "data", "perturbation", "signatures", "stores", "untrusted", "spreadsheet", "waiting", "terminal", "errors", "shipped",
 ]  # fmt: skip
 # Files that read a configuration together with a work directory.
 READERS = ("stages", "comparison", "sweep", "cli")

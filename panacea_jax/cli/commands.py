@@ -265,8 +265,9 @@ TRAINING = ("workdir", "profile", "show_records")
 PROMPTS = (
     "data.format", "data.columns", "data.template", "data.thinking", "data.date", "data.special_tokens", "eval.tasks", "eval.num_examples",
 )  # fmt: skip
-ANSWERS = ("seed", "model", "lora.init_from", "train.full_parameters", "generate", "mesh", *PROMPTS)
-STEPS = ("seed", "model", "lora", "data", "defence", "optimizer", "train", "checkpoint", "mesh", "export", "track", "eval.every")
+STALL = ("watch.stall", "watch.on_stall")
+ANSWERS = ("seed", "model", "lora.init_from", "train.full_parameters", "generate", "mesh", *STALL, *PROMPTS)
+STEPS = ("seed", "model", "lora", "data", "defence", "optimizer", "train", "checkpoint", "mesh", "export", "track", "watch", "eval.every")
 CHOOSING = ("heal.sets", "heal.held_out", "heal.num_held_out", "heal.new_tokens", "budget", "generate.batch_size", "judge")
 WHOLE = (*STEPS, "align", "heal", "budget", "eval", "generate", "judge", "compare", "after")
 COMMANDS = {
@@ -296,7 +297,7 @@ COMMANDS = {
         reads=(*STEPS, "heal.methods", *CHOOSING),
     ),
     "generate": Command("answers to config.eval.tasks", _generate, ("workdir", "prompts_only", "show_records"), True, ANSWERS),
-    "judge": Command("verdicts and scores.json from the answers", _judge, reads=("judge", "eval.tasks")),
+    "judge": Command("verdicts and scores.json from the answers", _judge, reads=("judge", "eval.tasks", *STALL)),
     "score": Command(
         "figures from the verdicts that are there: again, of answers made elsewhere, or side by side", _score,
         ("workdir", "generations", "template", "against", "undefended", "aligned", "show_records"),
@@ -315,7 +316,7 @@ COMMANDS = {
         "perplexity.json: the model's surprise at the answers of config.eval.tasks", _perplexity, several=True,
         reads=(
             "seed", "model", "lora.init_from", "generate.adapter", "mesh", *PROMPTS, "data.max_length", "data.loss_on",
-            "train.batch_size", "train.full_parameters",
+            "train.batch_size", "train.full_parameters", *STALL,
         ),
     ),
     "layers": Command(

@@ -6,20 +6,30 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from panacea_jax.cli.commands import COMMANDS
 from panacea_jax.cli.help import HELP, HELPFULL, VERSION, command_help, usage, version
 from panacea_jax.errors import (
     GateNotMet,
     InputError,
+    OutOfMemory,
     StoreFailed,
     no_space,
+    out_of_memory,
+    out_of_reach,
     record_text,
     without_secrets,
 )
 from panacea_jax.terminal import safe_line, safe_text
+
+if TYPE_CHECKING:
+    from absl.flags import FlagValues
+    from ml_collections import ConfigDict
 
 # Characters of a record that are shown behind an error about it, when asked for.
 RECORD = 200
@@ -91,7 +101,7 @@ def _run_command(name: str, arguments: Sequence[str], together: contextlib.ExitS
             environment = {k: v for k, v in os.environ.items() if k in processes.SETTINGS}
             facts = {"config": config.to_dict(), "environment": environment}
             processes.agree(f"panacea {name}", workdir.plain(facts))
-        with stores.session():
+        with _watched(name, values, config), _one_voice(_folders(arguments)), stores.session():
             path = COMMANDS[name].run(values, config)
         processes.leave()
     except InputError as error:
@@ -107,8 +117,10 @@ def _run_command(name: str, arguments: Sequence[str], together: contextlib.ExitS
         return _fail(f"{error}; start the same command again to go on", EXIT_PREEMPTED)
     except StoreFailed as error:
         return _fail(f"{error}; what was published stays: start the same command again to go on", EXIT_FAILED)
-    except Diverged as error:
+    except (Diverged, OutOfMemory) as error:
         return _fail(str(error), EXIT_FAILED)
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # only the user names such paths
             return _fail(f"{str(error.filename)[:RECORD]}: {error.strerror}", EXIT_BAD_INPUT)
@@ -116,6 +128,13 @@ def _run_command(name: str, arguments: Sequence[str], together: contextlib.ExitS
             file, reason = full
             where = file or _written(arguments)
             return _fail(f"{where}: cannot be written ({reason}); make room and start the same command again", EXIT_FAILED)
+        if gone := out_of_reach(error, _folders(arguments)):
+            file, reason = gone
+            line = f"{file or 'the disk'}: cannot be used any more ({reason}); put that right and start the same command again"
+            return _fail(line, EXIT_FAILED)
+        if asked := out_of_memory(error):
+            line = f"{name}: out of memory while {asked}; smaller batches, more devices on config.mesh.fsdp or .tensor, or another machine"
+            return _fail(f"{line}: `panacea plan` says what fits where", EXIT_FAILED)
         if isinstance(error, jax.errors.JaxRuntimeError):
             processes.wait_for_verdict()
         processes.leave(f"{type(error).__name__}: {error}")
@@ -152,6 +171,42 @@ def _log_plainly() -> None:
     absl.logging.use_absl_handler()
     absl.logging.set_verbosity(absl.logging.WARNING)
     absl.logging.get_absl_handler().setFormatter(Safe("%(levelname)s: %(message)s"))
+
+
+@contextlib.contextmanager
+def _watched(name: str, values: "FlagValues", config: "ConfigDict") -> Iterator[None]:
+    """A command that has steps, answers or evaluation batches is watched."""
+    from panacea_jax.stores import is_address
+    from panacea_jax.watchdog import watched
+
+    if not any(key.partition(".")[0] == "watch" for key in COMMANDS[name].reads):
+        yield
+        return
+    folder = Path(values.workdir) if values.workdir and not is_address(values.workdir) else None
+    with watched(config.watch.stall, folder, config.watch.on_stall == "stop"):
+        yield
+
+
+@contextlib.contextmanager
+def _one_voice(folders: Sequence[str]) -> Iterator[None]:
+    """Threads of libraries that meet a full or lost disk leave it to the command to say so."""
+    previous = threading.excepthook
+
+    def hook(event: "threading.ExceptHookArgs") -> None:
+        error = event.exc_value
+        if error is None or not (no_space(error) or out_of_reach(error, folders)):
+            previous(event)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = previous
+
+
+def _folders(arguments: Sequence[str]) -> list[str]:
+    """What the flags say that a command writes to."""
+    return [a.partition("=")[2] for a in arguments if re.match("--?(workdir|out)=", a)]
 
 
 def _written(arguments: Sequence[str]) -> str:

@@ -117,6 +117,12 @@ def get_config(variant: str = "") -> ConfigDict:
         },
         "mesh": {"replica": 0, "data": 1, "fsdp": -1, "tensor": 1},
         "checkpoint": {"every": 500, "keep": 2, "on_damage": "fallback"},
+        # How a run watches itself.
+        "watch": {
+            "spike": 8.0,  # robust standard deviations above the median from which on a loss is reported; 0: never
+            "stall": 1800.0,  # seconds without a step, answer or evaluation batch until it is said what every thread is at; 0: never
+            "on_stall": "report",  # and the run goes on; or stop
+        },
         "track": {
             "to": ("tensorboard",),  # who is told the metrics beside metrics.jsonl: tensorboard, wandb, mlflow
             "project": "panacea",  # of wandb, experiment of mlflow, that a run belongs to

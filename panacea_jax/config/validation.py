@@ -96,6 +96,9 @@ def validate(config: ConfigDict) -> None:
     _at_least(config.checkpoint.every, "checkpoint.every", 0)
     _at_least(config.checkpoint.keep, "checkpoint.keep", 1)
     one_of(config.checkpoint.on_damage, "checkpoint.on_damage", ("fallback", "stop"))
+    for key in ("spike", "stall"):
+        _at_least(config.watch[key], f"watch.{key}", 0)
+    one_of(config.watch.on_stall, "watch.on_stall", ("report", "stop"))
     for name in config.track.to:
         one_of(name, "track.to", tuple(TRACKERS))
     require(bool(config.track.project), "track.project", config.track.project, "a name")

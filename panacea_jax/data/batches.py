@@ -143,20 +143,21 @@ class Stream:
 
         With `packing` it may have fewer rows, see `row_counts`.
         """
-        n, name = len(self.examples), self.order or self.name
-        several = [
-            [
-                self.examples[i]
-                for i in indices(self.seed, name, t, self.batch_size, n, self.shuffle)
-            ]
-            for t in range(step * self.repeats, (step + 1) * self.repeats)
-        ]
+        several = [[self.examples[i] for i in numbers] for numbers in self.numbers(step)]
         if self.packing:
             batches = self._packed(several)
         else:
             length = self._length([example for chosen in several for example in chosen])
             batches = [pad(chosen, length, self.rows) for chosen in several]
         return jax.tree.map(lambda *x: np.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *batches)
+
+    def numbers(self, step: int) -> list[list[int]]:
+        """Numbers of the records that a step takes, a list for each of its `repeats` batches."""
+        n, name = len(self.examples), self.order or self.name
+        return [
+            indices(self.seed, name, t, self.batch_size, n, self.shuffle).tolist()
+            for t in range(step * self.repeats, (step + 1) * self.repeats)
+        ]
 
     def taken(self, steps: int) -> list[int]:
         """Numbers of the records that so many first steps take, rising."""

@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key
 
+from panacea_jax import watchdog
 from panacea_jax.data.encode import check_ids
 from panacea_jax.errors import InputError
 from panacea_jax.generate.sample import Sampling, next_token, row_keys
@@ -197,6 +198,7 @@ def generate(
         # ---- a chunk of tokens
         rows, out = program.extend(weights, params, unstacked, rows, eos)
         out, left = jax.device_get((out, rows.left))
+        watchdog.alive()
         yield from schedule.take(out, left, ends)
 
 

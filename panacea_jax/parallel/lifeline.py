@@ -18,6 +18,8 @@ HEARTBEAT, SILENCE = 2.0, 20.0
 LAST_WORDS = 5 * HEARTBEAT
 # Seconds without a finished step after which it is said who stands where; a compilation of a large model takes minutes.
 STALLED = 300.0
+# At a meeting of all, where one that waits knows whom for: seconds after which it says so.
+MEETING, LATE = "meeting", 10.0
 # Where a process is before its first meeting.
 STARTING = "the start"
 
@@ -91,12 +93,14 @@ class Lifeline(threading.Thread):
                     f"process {index} ({sign['host']}) gives no sign of life since {SILENCE:.0f} s"
                 )
         if self.at != self._moved[0]:
-            self._moved, self._patience = (self.at, now), STALLED
+            self._moved, self._patience = (self.at, now), LATE if self.at.startswith(MEETING) else STALLED
         elif now - self._moved[1] > self._patience:
-            where = ", ".join(f"{i} ({said[i]['host']}): {said[i]['at']}" for i in sorted(said))
-            logging.warning(
-                "nothing finished for %.0f s; processes are at %s", self._patience, where
-            )
+            where = {i: f"{i} ({said[i]['host']}): {said[i]['at']}" for i in sorted(said)}
+            if late := [text for i, text in where.items() if said[i]["at"] != self.at and i != self._index]:
+                until = f"until they come, or one gives no sign of life for {SILENCE:.0f} s"
+                logging.warning("waiting for %.0f s for processes %s; %s", self._patience, ", ".join(late), until)
+            else:
+                logging.warning("nothing finished for %.0f s; processes are at %s", self._patience, ", ".join(where.values()))
             self._patience *= 2  # a judge may take hours
 
     def _end(self, why: str, code: int = 1) -> None:

@@ -21,12 +21,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from panacea_jax.errors import InputError
-from panacea_jax.parallel.lifeline import HEARTBEAT, LAST_WORDS, SILENCE, Lifeline, client
+from panacea_jax.parallel.lifeline import HEARTBEAT, LAST_WORDS, MEETING, SILENCE, Lifeline, client
 from panacea_jax.stores import refresh
+from panacea_jax.waiting import waiting
 
 # Seconds that processes wait for each other where all must pass, which is as long as it takes: the first may be judging with a model of
 # its own in between, for hours, and when one of them is gone the guard ends the run.
 PATIENCE = 7 * 86400.0
+# Seconds that a process waits for all others to be started.
+JOINING = 300
 
 # Of the environment what changes programs or numbers.
 SETTINGS = (
@@ -126,7 +129,7 @@ class _Together(_Alone):
 
     def barrier(self) -> None:
         self._barriers += 1
-        self.arrived(f"meeting {self._barriers}")
+        self.arrived(f"{MEETING} {self._barriers}")
         client().wait_at_barrier(f"panacea/barrier/{self._barriers}", int(1000 * PATIENCE))
         self.arrived(f"work after meeting {self._barriers}")
 
@@ -169,16 +172,18 @@ def joined(place: Place | None) -> Iterator[None]:
     """Join the others and watch them, before any computation; what follows within the block is one of several processes.
 
     Raises:
-        InputError: they cannot be reached. (When they do not come within 300 s, jax aborts the process itself.)
+        InputError: they cannot be reached. (When they do not come within ``JOINING`` seconds, jax aborts the process itself.)
     """
     if place is None:
         yield
         return
     try:
-        jax.distributed.initialize(
-            place.coordinator, place.num_processes, place.process_id, _local_devices(),
-            heartbeat_timeout_seconds=60,
-        )  # fmt: skip
+        where = f" at {place.coordinator}" if place.coordinator else ""
+        with waiting(lambda: f"the other processes of this run{where}", JOINING):
+            jax.distributed.initialize(
+                place.coordinator, place.num_processes, place.process_id, _local_devices(),
+                initialization_timeout=JOINING, heartbeat_timeout_seconds=60,
+            )  # fmt: skip
     except (ValueError, RuntimeError) as error:
         where = place.coordinator or "the launcher's environment"
         raise InputError(

@@ -36,6 +36,7 @@ from panacea_jax.records.journal import Answers
 from panacea_jax.stages import lineage
 from panacea_jax.stages.lineage import Start
 from panacea_jax.stages.rendering import decisive_for_prompts, make_template
+from panacea_jax.stages.room import MESH, advised
 from panacea_jax.stores import stand_in
 from panacea_jax.sums import sha256_model
 from panacea_jax.workdir import StageFolder
@@ -64,6 +65,10 @@ def sampling(config: ConfigDict) -> tuple[Sampling, int]:
     """How tokens are chosen, and the seed of the draws."""
     g = config.generate
     return Sampling(g.temperature, g.top_p), config.seed if g.seed is None else g.seed
+
+
+# What makes answering need less memory.
+KEYS = f"a smaller config.generate.batch_size or .max_new_tokens, config.generate.cache_dtype=int8, config.model.quantization=nf4, {MESH}"
 
 
 def decisive_for_answers(config: ConfigDict, start: Start) -> dict[str, Any]:
@@ -129,6 +134,7 @@ def generate_stage(config: ConfigDict, workdir: Path, start: Start | None = None
             return result
 
         # ---- prompts, model
+        stack.enter_context(advised("generate", KEYS))
         begun = stages[0][0]
         _, tokenizer, vocab_size = open_vocabulary(begun.base)
         template = make_template(config, tokenizer, workdir)

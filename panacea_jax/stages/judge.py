@@ -22,6 +22,7 @@ from panacea_jax.records.judged import (
     read_generations,
 )
 from panacea_jax.stages.card import write_scores
+from panacea_jax.stages.room import advised
 from panacea_jax.sums import note_sums
 from panacea_jax.workdir import write_json
 
@@ -64,16 +65,17 @@ def judge_stage(config: ConfigDict, workdir: Path, specs: Sequence[str] | None =
     template = one_template(folder, [s.generations for s in sets])
 
     # ---- verdicts
-    judge = make_judge(config)
-    pending = [_pending(s, judge.version) for s in sets]  # a look at all, before the first verdict
-    if isinstance(judge, ModelJudge):
-        for s, wanted in zip(sets, pending):
-            if wanted:
-                judge.check(*judged_texts(s.generations), s.name)
-    if any(pending):
-        judge.self_test()
-    for s in sets:
-        _judge(s, judge)
+    with advised("judge", "a smaller config.judge.batch_size"):
+        judge = make_judge(config)
+        pending = [_pending(s, judge.version) for s in sets]  # a look at all, before the first verdict
+        if isinstance(judge, ModelJudge):
+            for s, wanted in zip(sets, pending):
+                if wanted:
+                    judge.check(*judged_texts(s.generations), s.name)
+        if any(pending):
+            judge.self_test()
+        for s in sets:
+            _judge(s, judge)
     note_sums(workdir / "judgements", [s.path for s in sets])
 
     # ---- scores

@@ -4,6 +4,7 @@ A figure without a judge and without decoding: a defence that ruins the model sh
 its answers still pass for refusals or labels.
 """
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from panacea_jax.stages import lineage
 from panacea_jax.stages.generate import adapter_sha256, eval_records
 from panacea_jax.stages.lineage import Start
 from panacea_jax.stages.rendering import decisive_for_prompts, make_template
+from panacea_jax.stages.room import MESH, advised
 from panacea_jax.train.held_out import sum_nll
 from panacea_jax.workdir import StageFolder, write_json
 
@@ -64,7 +66,7 @@ def perplexity_stage(config: ConfigDict, workdir: Path, start: Start | None = No
         "num_examples": config.eval.num_examples,
     }
     out = workdir / "perplexity.json"
-    with StageFolder(workdir, "perplexity", decisive, inputs) as stage:
+    with StageFolder(workdir, "perplexity", decisive, inputs) as stage, contextlib.ExitStack() as stack:
         if stage.done and out.is_file():
             say(f"{out}: done already, skipped")
             return out
@@ -86,6 +88,7 @@ def perplexity_stage(config: ConfigDict, workdir: Path, start: Start | None = No
         stage.begin()
 
         # ---- figures
+        stack.enter_context(advised("perplexity", f"a smaller config.train.batch_size or config.data.max_length, {MESH}"))
         size = config.train.batch_size  # fits, as training held the same logits
         sets = {}
         for name, examples in encoded.items():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from panacea_jax.errors import InputError
+from panacea_jax.memory import forget_peak, peak_bytes
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
 from panacea_jax.untrusted import parsing, read_object
@@ -32,6 +33,9 @@ class Phase:
         lost: calls that were killed, so that their time is not known.
         before: it was done when this run began.
         warnings: how often each was given.
+        spent: of a stage that trains, seconds by what they went to, over all calls up to their last checkpoint.
+        peak_bytes: the most memory that a call took at a time, as far as it is known.
+        peak_of: what took it: a device, or the process.
         open: a call is at work, or was when it was killed.
     """
 
@@ -40,6 +44,9 @@ class Phase:
     lost: int = 0
     before: bool = False
     warnings: dict[str, int] = dataclasses.field(default_factory=dict)
+    spent: dict[str, float] = dataclasses.field(default_factory=dict)
+    peak_bytes: int = 0
+    peak_of: str = ""
     open: bool = False
 
 
@@ -72,6 +79,7 @@ class Phases:
             self._add_told(name, phase)
             return
         as_it_was = _bytes(self._workdir / SUMMARY)
+        forget_peak()
         phase.open, start = True, time.monotonic()
         if begun:  # else there is no folder of ours yet, and may never be
             self._save()
@@ -88,6 +96,7 @@ class Phases:
 
     def _close(self, name: str, phase: Phase, start: float) -> None:
         phase.seconds, phase.calls, phase.open = phase.seconds + time.monotonic() - start, phase.calls + 1, False
+        phase.peak_bytes, phase.peak_of = max((phase.peak_bytes, phase.peak_of), peak_bytes())
         self._add_told(name, phase)
         if self._begun(name):
             self._save()
@@ -109,9 +118,13 @@ class Phases:
         return manifest_if_any(mark.parent) if mark.name == MANIFEST else {}
 
     def _add_told(self, name: str, phase: Phase) -> None:
-        """Warnings that the stage's manifest tells of, as of a call that was killed or of another command."""
-        for text in self._manifest(name).get("outcome", {}).get("warnings", ()):
+        """What the stage's manifest tells of, as of a call that was killed or of another command."""
+        outcome = self._manifest(name).get("outcome", {})
+        for text in outcome.get("warnings", ()):
             phase.warnings.setdefault(text, 1)
+        phase.spent = outcome.get("seconds", phase.spent)
+        if outcome.get("peak_bytes", 0) > phase.peak_bytes:
+            phase.peak_bytes, phase.peak_of = outcome["peak_bytes"], outcome["peak_of"]
 
     def _save(self) -> None:
         if processes.first():

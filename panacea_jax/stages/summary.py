@@ -18,6 +18,7 @@ from panacea_jax.records.judged import load_judged
 from panacea_jax.stages import lineage
 from panacea_jax.stages.phases import SUMMARY, Phases
 from panacea_jax.terminal import safe_line
+from panacea_jax.train.goodput import shares
 from panacea_jax.untrusted import read_object
 from panacea_jax.workdir import plain, read_manifest, write_json
 
@@ -159,10 +160,13 @@ def _time_table(phases: Mapping[str, Any]) -> Table:
     table = Table(title="time", title_justify="left")
     table.add_column("phase")
     table.add_column("h:mm:ss", justify="right")
+    table.add_column("went to")
+    table.add_column("memory", justify="right")
     table.add_column("")
     for name, phase in phases.items():
-        table.add_row(name, _clock(phase["seconds"]) if phase["calls"] else "–", _when(phase))
-    table.add_row("all", _clock(sum(phase["seconds"] for phase in phases.values())), "")
+        most = f"{phase['peak_bytes'] / 2**30:.2f} GiB" if phase["peak_bytes"] else ""
+        table.add_row(name, _clock(phase["seconds"]) if phase["calls"] else "–", shares(phase["spent"]), most, _when(phase))
+    table.add_row("all", _clock(sum(phase["seconds"] for phase in phases.values())), "", "", "")
     return table
 
 

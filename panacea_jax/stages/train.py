@@ -4,7 +4,9 @@ Each reads from top to bottom: data, model, trainable tree, steps (or the one sh
 that is done is skipped, one that has a checkpoint goes on from it, any other starts anew.
 """
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +26,13 @@ from panacea_jax.data.template import Template
 from panacea_jax.defences import Ascent, Defence, Method
 from panacea_jax.defences.ascent import AUTO
 from panacea_jax.defences.protocol import check_packing
-from panacea_jax.disk import replacing
+from panacea_jax.disk import check_there, replacing
 from panacea_jax.errors import InputError
 from panacea_jax.export import deployed, save_epsilon, save_model, warn_if_bare, write_adapter
 from panacea_jax.healing.auto import ascend_auto, at_chosen_radius
 from panacea_jax.healing.curve import write_radius
 from panacea_jax.healing.sets import HeldOutSet
+from panacea_jax.memory import forget_peak, peak_bytes
 from panacea_jax.models.adapter import Adapter, layers_text
 from panacea_jax.models.fused import choose_backend
 from panacea_jax.models.model import Model
@@ -49,8 +52,10 @@ from panacea_jax.stages.held_out import (
 )
 from panacea_jax.stages.lineage import Start
 from panacea_jax.stages.rendering import make_template
+from panacea_jax.stages.room import advised, keys_of_training, needed_by_a_step, warn_of_memory
 from panacea_jax.stages.streams import make_streams, stage_inputs
 from panacea_jax.train.checkpoints import Checkpoints
+from panacea_jax.train.goodput import Goodput, shares
 from panacea_jax.train.held_out import HeldOut
 from panacea_jax.train.loop import Result, finetune
 from panacea_jax.train.loss_picture import plot_losses
@@ -177,15 +182,21 @@ def train_stage(
     apart = apart or (held_out_sets(config, start) if auto else ())
     made_by = decisive(config, start) | (decisive_for_exam(config) if auto else {})
     inputs = start.inputs() | stage_inputs(config, name, defence) | (fingerprint_of(apart) if apart else {})
+    spent = Goodput()
+    forget_peak()
     check_installed(config.track.to)
     tracking = Tracking(config.track.to, config.track.project, _flat(made_by))
     out = workdir / name / ("model" if start.full_parameters else "adapter")
-    with StageFolder(workdir, name, made_by, inputs) as stage:
+    with StageFolder(workdir, name, made_by, inputs) as stage, contextlib.ExitStack() as stack:
         if stage.done:
             say(f"{stage.folder}: done already, skipped")
             if not start.full_parameters:
                 warn_if_bare(out, "keeping")
             return out
+
+        warn_of_memory(config, name, start, defence)
+        needed = functools.partial(needed_by_a_step, config, start, defence)
+        stack.enter_context(advised(name, keys_of_training(config, start, defence), needed))
 
         # ---- data, model
         opened = open_stage(config, workdir, name, start, defence, apart)
@@ -196,25 +207,29 @@ def train_stage(
             result = _train(
                 config, stage.folder, defence, opened,
                 stay=checkpoint_spacing(config, streams["user"].steps_per_epoch) if name == "finetune" else 0,
-                donate=start.full_parameters, shared=shared, profile=profile, tracking=tracking,
+                donate=start.full_parameters, shared=shared, profile=profile, tracking=tracking, spent=spent,
             )  # fmt: skip
             if processes.first():
                 plot_losses(stage.folder)
             if auto:
-                exam = make_exam(config, apart, template, model)
-                result, radius = at_chosen_radius(result, defence, exam, budget_of(config))
+                with spent("evaluate"):
+                    exam = make_exam(config, apart, template, model)
+                    result, radius = at_chosen_radius(result, defence, exam, budget_of(config))
                 write_radius(radius, stage.folder)
         elif isinstance(defence, Ascent) and auto:
-            exam = make_exam(config, apart, template, model)
-            result, radius = ascend_auto(model, params, defence, streams, exam, budget_of(config))
+            with spent("evaluate"):
+                exam = make_exam(config, apart, template, model)
+                result, radius = ascend_auto(model, params, defence, streams, exam, budget_of(config))
             stage.begin()
             write_radius(radius, stage.folder)
         else:
-            result = apply_once(model, params, defence, streams)
+            with spent("step"):
+                result = apply_once(model, params, defence, streams)
             stage.begin()  # only now: the look at its input is over, which may have been found bad
 
         # ---- export
-        epsilon = export(config, stage.folder, start, result, defence.epsilon_mean(result.state))
+        with spent("save"):
+            epsilon = export(config, stage.folder, start, result, defence.epsilon_mean(result.state))
         report = defence.report(params, result.state)
         attention = choose_backend(config.model.attention, model.config, model.dtype, opened.mesh.devices.flat[0])  # fmt: skip
         outcome = {
@@ -227,8 +242,15 @@ def train_stage(
         }  # fmt: skip
         if processes.first():
             write_card(out, name, plain(made_by), inputs, outcome, epsilon)
-        stage.finish(outcome)
+        stage.finish(outcome | _spent(name, spent))
     return out
+
+
+def _spent(name: str, spent: Goodput) -> dict[str, Any]:
+    """What a stage took: said in a line, and for its manifest."""
+    seconds, (most, of) = spent.seconds(), peak_bytes()
+    say(f"{name}: {sum(seconds.values()):.1f} s: {shares(seconds)}; memory at most {most / 2**30:.2f} GiB of the {of}")
+    return {"seconds": seconds, "peak_bytes": most, "peak_of": of}
 
 
 class Opened(NamedTuple):
@@ -294,6 +316,7 @@ def _train(
     shared: Shared | None,
     profile: Profile | None,
     tracking: Tracking,
+    spent: Goodput,
 ) -> Result:
     """All steps of a stage, from its newest checkpoint on."""
     streams, held_out = opened.streams, opened.held_out
@@ -309,7 +332,7 @@ def _train(
         accumulate=config.train.accumulate, checkpoints=checkpoints, folder=folder, donate=donate,
         cache_frozen=config.train.cache_frozen,
         compiled=None if shared is None else shared.compiled, known=_known(config, opened, shared), profile=profile, learning_rate=rate,
-        tracking=tracking,
+        tracking=tracking, spike=config.watch.spike, spent=spent,
         held_out=HeldOut(held_out, config.train.batch_size, every, config.train.patience) if held_out else None,
     )  # fmt: skip
 
@@ -333,6 +356,7 @@ def export(
     """Write what is deployed (w + ε unless told otherwise), and ε, into the stage's folder; returns whether ε is "applied" or "left out",
     "" where there is none."""
     params, note = deployed(result, config.export.without_epsilon)
+    check_there(folder)
     with replacing(folder / ("model" if start.full_parameters else "adapter")) as new:
         if start.full_parameters:
             save_model(result.model, params, new)

@@ -18,8 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
-from panacea_jax.disk import check_room
-from panacea_jax.errors import InputError, no_space
+from panacea_jax.disk import check_room, check_there
+from panacea_jax.errors import InputError, no_space, out_of_reach
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
 from panacea_jax.stores import direct, publish, published
@@ -62,7 +62,7 @@ class Checkpoints:
         self._run, self._on_damage = run, on_damage
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=stay or None, create=True)
         self._silence = contextlib.ExitStack()
-        self._silence.enter_context(_one_voice())
+        self._silence.enter_context(_one_voice(folder))
         with _quiet():
             self._manager = ocp.CheckpointManager(direct(folder), options=options)
 
@@ -82,12 +82,13 @@ class Checkpoints:
         """Start saving; the arrays are copied off the device before this returns, so the state may be donated afterwards.
 
         Raises:
-            OSError: there is no room for it, said before anything is written.
+            OSError: there is no room for it, or the folder is gone; said before anything is written.
         """
         step, arrays = int(state.step), flatten(state)
         if step == self._manager.latest_step():
             return
         if isinstance(direct(self.folder), Path):
+            check_there(self.folder)
             check_room(self.folder, sum(x.nbytes for x in arrays.values()))
         publish(self.folder.parent)  # what was logged until here, without which nobody could go on from it
         notes = _signed(meta | {_RUN: self._run, _CHECKSUMS: checksums(arrays)})
@@ -273,12 +274,15 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_voice() -> Iterator[None]:
-    """Leave it to the command line to say that the disk is full: orbax writes in threads and tasks of its own, each of which logs it."""
+def _one_voice(folder: Path) -> Iterator[None]:
+    """Leave it to the command line to say that the disk is full, or gone: orbax writes in threads and tasks of its own, each of which logs
+    it."""
 
     def keep(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        return error is None or no_space(error) is None
+        if error is None:
+            return folder.is_dir() or "orbax" not in Path(record.pathname).parts
+        return no_space(error) is None and out_of_reach(error, [str(folder)]) is None
 
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     for logger in loggers:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from panacea_jax import watchdog
 from panacea_jax.data.batches import Batch, Stream
 from panacea_jax.data.encode import check_ids
 from panacea_jax.defences import Defence, Method
@@ -35,9 +36,20 @@ def host_batches(
     streams: Mapping[str, Stream], method: Method, start: int, steps: int
 ) -> Iterator[dict[str, Batch]]:
     """The batches of steps ``start`` … ``steps`` − 1, by stream, each a function of its step alone."""
-    intervals = {name: spec.interval for name, spec in method.streams.items()}
     for step in range(start, steps):
-        yield {name: s.batch(step // intervals.get(name, 1)) for name, s in streams.items()}
+        yield {name: s.batch(turn) for name, s, turn in _turns(streams, method, step)}
+
+
+def record_numbers(streams: Mapping[str, Stream], method: Method, step: int) -> dict[str, list[int]]:
+    """Numbers of the records that step ``step`` (from 0) takes, by stream."""
+    return {name: [i for batch in s.numbers(turn) for i in batch] for name, s, turn in _turns(streams, method, step)}
+
+
+def _turns(streams: Mapping[str, Stream], method: Method, step: int) -> Iterator[tuple[str, Stream, int]]:
+    """Each stream, and which of its batches a step takes."""
+    intervals = {name: spec.interval for name, spec in method.streams.items()}
+    for name, stream in streams.items():
+        yield name, stream, step // intervals.get(name, 1)
 
 
 def put(model: Model, batches: Mapping[str, Batch]) -> dict[str, Batch]:
@@ -58,7 +70,9 @@ class WholeSet:
         self._model, self._stream = model, stream
 
     def __iter__(self) -> Iterator[Batch]:
-        return (put(self._model, {"": batch})[""] for batch in self._stream.once())
+        for batch in self._stream.once():
+            yield put(self._model, {"": batch})[""]
+            watchdog.alive()
 
 
 def whole_sets(model: Model, method: Method, streams: Mapping[str, Stream]) -> dict[str, Any]:

@@ -18,9 +18,12 @@ from panacea_jax.models.adapter import Adapter
 from panacea_jax.models.model import Model
 from panacea_jax.parallel import processes
 from panacea_jax.progress import Progress
+from panacea_jax.train.blame import Blame
 from panacea_jax.train.checkpoints import Checkpoints
+from panacea_jax.train.diagnostics import SPIKE
 from panacea_jax.train.entering import with_entering
 from panacea_jax.train.feeding import host_batches, put, streams_of, whole_sets
+from panacea_jax.train.goodput import Goodput
 from panacea_jax.train.held_out import HeldOut
 from panacea_jax.train.metrics import MetricsWriter
 from panacea_jax.train.signals import Preempted, sigterm
@@ -78,6 +81,8 @@ def finetune(
     cache_frozen: bool = True,
     known: dict[bytes, np.ndarray] | None = None,
     tracking: Tracking | None = None,
+    spike: float = SPIKE,
+    spent: Goodput | None = None,
 ) -> Result:
     """Train ``params`` with a defence and return w, ε and what is deployed.
 
@@ -103,15 +108,17 @@ def finetune(
         cache_frozen: compute what enters the lowest adapted layer once for each record, see ``train.entering``.
         known: what runs on the same frozen layers share of that, by tokens.
         tracking: trackers that are told the metrics beside ``metrics.jsonl``; by default TensorBoard.
+        spike: robust standard deviations above the median of the steps before from which on a loss is reported; 0: never.
+        spent: what counts the seconds, by what they go to; resumed, those before are added.
 
     Raises:
         KeyError: a stream that the defence needs is missing.
         InputError: a packed stream, of which the defence would compute something else; rows that ``accumulate`` does not divide.
-        Diverged: the loss is NaN or infinite; the step is named, the last good checkpoint stays.
+        Diverged: the loss, or a weight after a step, is NaN or infinite; step, tensor and records are named, the last checkpoint stays.
         Preempted: SIGTERM; the state was saved.
     """
     # ---- what is asked for
-    defence = defence.for_steps(steps)
+    defence, spent = defence.for_steps(steps), spent or Goodput()
     needed = streams_of(model, defence, streams)
     if any(stream.packing for stream in streams.values()):
         check_packing(defence)
@@ -137,11 +144,14 @@ def finetune(
     notes: dict[str, Any] = {}
     if checkpoints is not None and checkpoints.latest() is not None:
         state, notes = checkpoints.restore(state)
+        spent.restore(notes)
     else:
-        state = looking.before(state)
+        with spent("step"):
+            state = looking.before(state)
     start = int(state.step)
     if cache_frozen and start < steps:
-        needed = with_entering(model, params, defence, needed, steps, known)
+        with spent("data"):
+            needed = with_entering(model, params, defence, needed, steps, known)
     # Not device_put, which cannot place a key on the devices of other processes.
     key = jax.jit(lambda: jax.random.key(seed), out_shardings=shardings.step)()
 
@@ -149,7 +159,7 @@ def finetune(
     writer = MetricsWriter(folder, start, tracking) if folder is not None and processes.first() else None
     watch = Watch(
         model, steps=steps, log_every=log_every, origin=origin, full=full, writer=writer, learning_rate=learning_rate,
-        passes=passes_as_received(defence),
+        passes=passes_as_received(defence), blame=Blame(model, params, defence, needed, origin), spike=spike,
     )  # fmt: skip
     watch.restore(notes)
     if held_out is not None:
@@ -159,10 +169,15 @@ def finetune(
 
     def save() -> None:
         if checkpoints is not None:
-            meta = {"seed": seed, "step_bytes": step_bytes, **adapted, **watch.notes()}
+            meta = {"seed": seed, "step_bytes": step_bytes, "seconds": spent.seconds(), **adapted, **watch.notes()}
             meta |= held_out.notes() if held_out is not None else {}
-            with jax.transfer_guard("allow"):
+            with spent("save"), jax.transfer_guard("allow"):
                 checkpoints.save(state, meta)
+
+    def close() -> None:
+        if checkpoints is not None:
+            with spent("save"):
+                checkpoints.close()
 
     # ---- steps
     sizes = before = step_fn._cache_size()  # type: ignore[attr-defined]
@@ -170,8 +185,7 @@ def finetune(
     with contextlib.ExitStack() as stack:
         if writer is not None:
             stack.callback(writer.close)
-        if checkpoints is not None:
-            stack.callback(checkpoints.close)
+        stack.callback(close)
         record = None
         if profile is not None and folder is not None:
             record = stack.enter_context(profile.during(folder / "profile"))
@@ -184,31 +198,34 @@ def finetune(
         )
         # What goes between host and device here is asked for: a batch ahead, and the metrics of the step before.
         stack.enter_context(jax.transfer_guard("disallow"))
-        for host, device in batches:
+        for host, device in spent.waiting("data", batches):
             if record is not None:
                 record(done + 1)
-            with jax.profiler.StepTraceAnnotation("train", step_num=done + 1):
+            shape = tuple(b.tokens.shape for b in device.values())
+            with spent("step" if shape in shapes else "compile"), jax.profiler.StepTraceAnnotation("train", step_num=done + 1):
                 state, metrics = step_fn(state, model.weights, device, key)
             done += 1
             processes.arrived(f"step {done} of {steps}")
-            with jax.profiler.TraceAnnotation("metrics"):
+            with spent("step"), jax.profiler.TraceAnnotation("metrics"):
                 watch.step(done, host, metrics, state.params)
             if sizes != (size := step_fn._cache_size()):  # type: ignore[attr-defined]
                 sizes = size
                 if on_compile is not None:
                     on_compile(sizes - before)
-            if (shape := tuple(b.tokens.shape for b in device.values())) not in shapes:
+            if shape not in shapes:
                 shapes.add(shape)
-                step_bytes = max(step_bytes, _memory(step_fn, state, model.weights, device, key))
+                with spent("compile"):
+                    step_bytes = max(step_bytes, _memory(step_fn, state, model.weights, device, key))
             bar.advance(watch.summary)
             if held_out is not None and (held_out.due(done) or done == steps):
-                with jax.transfer_guard("allow"), jax.profiler.TraceAnnotation("held out"):
+                with jax.transfer_guard("allow"), jax.profiler.TraceAnnotation("held out"), spent("evaluate"):
                     watch.held_out(done, held_out.look(model, state.params))
             # The last step is saved below, when the defence has had its last word on ε.
             last = done == steps or (held_out is not None and held_out.stopped)
             stopping = stop.asked()
             if checkpoints is not None and not last and (checkpoints.due(done) or stopping):
-                watch.flush()  # a state is saved only after its loss was seen to be finite
+                with spent("step"):
+                    watch.flush()  # a state is saved only after its loss and its weights were seen to be finite
                 with jax.profiler.TraceAnnotation("checkpoint"):
                     save()
             if stopping and not last:
@@ -216,9 +233,9 @@ def finetune(
                 raise Preempted(f"stopped by SIGTERM after step {done}; {saved} is saved")
             if last:
                 break
-        watch.flush()
         processes.arrived("the end of training")
-        with jax.transfer_guard("allow"):
+        with spent("step"), jax.transfer_guard("allow"):
+            watch.flush()
             state = looking.after(state)
         save()
 

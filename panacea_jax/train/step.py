@@ -16,6 +16,9 @@ from panacea_jax.defences.protocol import Metrics
 from panacea_jax.models.model import Model
 from panacea_jax.train.optimizer import Partial, where_trained
 
+# Among the metrics of a step, for ``blame`` alone.
+FIRST_NONFINITE = "first_nonfinite"
+
 
 class TrainState(NamedTuple):
     """Everything that a step reads and writes; a checkpoint holds exactly this.
@@ -122,10 +125,17 @@ def make_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
             params = optax.apply_updates(state.params, updates)
         metrics |= {"norm_gradient": optax.tree.norm(grads), "norm_update": optax.tree.norm(updates),
-                    "norm_params": optax.tree.norm(params)}  # fmt: skip
+                    "norm_params": optax.tree.norm(params), FIRST_NONFINITE: first_nonfinite(grads)}  # fmt: skip
         return TrainState(params, opt_state, inner, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def first_nonfinite(tree: Any) -> Int[Array, ""]:
+    """Number of the first leaf that holds a NaN or an infinity, -1 for none."""
+    # Not from the sums of squares of a norm: these would be summed over devices each, and the norm have other last bits.
+    wrong = ~jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)])
+    return jnp.where(wrong.any(), jnp.argmax(wrong), -1)
 
 
 class CompiledSteps:

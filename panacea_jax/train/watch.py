@@ -17,9 +17,11 @@ from panacea_jax.data.batches import Batch
 from panacea_jax.errors import InputError
 from panacea_jax.models.model import Model
 from panacea_jax.train import throughput
-from panacea_jax.train.diagnostics import Diagnostics
+from panacea_jax.train.blame import Blame
+from panacea_jax.train.diagnostics import SPIKE, Diagnostics
 from panacea_jax.train.metrics import MetricsWriter
 from panacea_jax.train.signals import Diverged
+from panacea_jax.train.step import FIRST_NONFINITE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,8 @@ class Watch:
         full: bool = False,
         writer: MetricsWriter | None = None,
         learning_rate: float | optax.Schedule | None = None,
+        blame: Blame | None = None,
+        spike: float = SPIKE,
     ) -> None:
         """
         Args:
@@ -99,11 +103,14 @@ class Watch:
             full: whether all parameters are trained.
             writer: where metrics go; None: nowhere.
             learning_rate: of each step, to be logged.
+            blame: names records and tensors of a step that went wrong; None: nobody does.
+            spike: see ``Diagnostics``.
         """
         self._model, self._writer, self._log_every, self._steps = model, writer, log_every, steps
         self._full, self._passes, self._origin, self._rate = full, passes, origin, learning_rate
+        self._blame = blame
         self._pending: tuple[int, dict[str, Any]] | None = None
-        self._diagnostics = Diagnostics(steps)
+        self._diagnostics = Diagnostics(steps, spike)
         self._tokens, self._all_tokens, self._since = 0, 0.0, time.perf_counter()
         self._steps_since = 0
         self.warnings: list[str] = []
@@ -137,25 +144,42 @@ class Watch:
         """Fetch the pending step, check it, log it.
 
         Raises:
-            Diverged: its loss is NaN or infinite.
+            Diverged: its loss, or the norm of the weights after it, is NaN or infinite.
         """
         if self._pending is None:
             return
         step, metrics = self._pending
         self._pending = None
         scalars = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not math.isfinite(scalars["loss"]):
-            raise Diverged(
-                f"step {step}: the task loss is {scalars['loss']}; nothing was saved after it"
-            )
+        gradient = int(scalars.pop(FIRST_NONFINITE, -1))
+        if not math.isfinite(scalars["loss"]) or not math.isfinite(scalars.get("norm_params", 0)):
+            raise Diverged(self._diverged(step, scalars, gradient))
         if scalars.get("displacement", 0) > 0:
             scalars["rho_displacement"] = scalars["norm_epsilon"] / scalars["displacement"]
+        if spike := self._diagnostics.spike(scalars):
+            if self._writer is not None:
+                self._writer.write(step, {"spike": scalars["loss"]})
+            if spike.told:
+                self._warn(f"step {step}: {spike.text}{self._records(step)}")
         for warning in self._diagnostics.observe(step, scalars):
-            self.warnings.append(warning)
-            logging.warning("%s", warning)
+            self._warn(warning)
         self.summary = f"loss {scalars['loss']:.3f}"
         if step % self._log_every == 0 or step == self._steps:
             self._log(step, scalars)
+
+    def _warn(self, warning: str) -> None:
+        self.warnings.append(warning)
+        logging.warning("%s", warning)
+
+    def _records(self, step: int) -> str:
+        return f"; {self._blame.records(step)}" if self._blame is not None else ""
+
+    def _diverged(self, step: int, scalars: Mapping[str, float], gradient: int) -> str:
+        loss = scalars["loss"]
+        what = f"the task loss is {loss}" if not math.isfinite(loss) else f"the weights are not finite after it (task loss {loss:.3f})"
+        with jax.transfer_guard("allow"):
+            cause = f": {self._blame.cause(step, gradient)}" if self._blame is not None else ""
+        return f"step {step}: {what}{cause}{self._records(step)}; nothing was saved after it"
 
     def held_out(self, step: int, loss: float) -> None:
         """Log the loss on held-out records after a step, whose own metrics go first."""

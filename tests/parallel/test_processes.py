@@ -233,6 +233,24 @@ def test_one_killed_stops_all_and_the_restart_is_bit_equal(place, cache, four, t
     assert all(want[n].tobytes() == got[n].tobytes() for n in want)
 
 
+def test_one_of_two_killed_stops_the_other_and_both_go_on(place, cache, tmp_path):
+    whole = Together(cache, tmp_path / "logs", 2, _finetune(place, tmp_path / "whole"))
+    assert whole.wait() == [0, 0], whole.said(0)
+    assert "waiting for the other processes of this run at 127.0.0.1:" in whole.said(1)
+    workdir = tmp_path / "run"
+    run = Together(cache, tmp_path / "killed", 2, _finetune(place, workdir))
+    run.until(lambda: len(_checkpoints(workdir)) >= 2)
+    run.processes[1].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    assert run.wait(120)[0] == 1 and time.monotonic() - killed < 60
+    lines = [line for line in run.said(0).splitlines() if line.startswith("panacea: ")]
+    assert len(lines) == 1 and lines[0].startswith("panacea: process 1 (") and "Start all of them again" in lines[0], run.said(0)
+    again = Together(cache, tmp_path / "again", 2, _finetune(place, workdir))
+    assert again.wait() == [0, 0], again.said(0)
+    want, got = _adapter(tmp_path / "whole"), _adapter(workdir)
+    assert "resumed from" in again.said(0) and all(want[n].tobytes() == got[n].tobytes() for n in want)
+
+
 def test_sigterm_to_one_saves_and_stops_all(place, cache, four, tmp_path):
     workdir = tmp_path / "run"
     mesh = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
@@ -360,24 +378,37 @@ def _sign(at, end="", code=1):
 
 
 def test_a_hang_says_where_everybody_is(guard, monkeypatch, caplog):
-    """Also before the first step and at a meeting; more rarely each time; and again once something has moved."""
+    """Also before the first step; more rarely each time; and again once something has moved."""
     now = [1000.0]
     monkeypatch.setattr(lifeline.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(lifeline, "SILENCE", 1e9)
-    guard.at = "meeting 3"
+    guard.at = "step 1 of 9"
 
     def warnings_at(second):
         now[0] = 1000.0 + second
         caplog.clear()
-        guard._look({0: _sign("meeting 3"), 1: _sign("the start")})
+        guard._look({0: _sign(guard.at), 1: _sign(guard.at)})
         return [record.getMessage() for record in caplog.records]
 
     assert warnings_at(0) == [] and warnings_at(299) == []
     (said,) = warnings_at(301)
-    assert "0 (node): meeting 3, 1 (node): the start" in said
+    assert "0 (node): step 1 of 9, 1 (node): step 1 of 9" in said
     assert warnings_at(500) == [] and len(warnings_at(602)) == 1 and warnings_at(1100) == []
-    guard.at = "step 1 of 9"
+    guard.at = "step 2 of 9"
     assert warnings_at(1200) == [] and len(warnings_at(1501)) == 1
+
+
+def test_who_waits_at_a_meeting_says_soon_for_whom(guard, monkeypatch, caplog):
+    now = [1000.0]
+    monkeypatch.setattr(lifeline.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(lifeline, "SILENCE", 1e9)
+    guard.at = "meeting 3"
+    for second in (0, 9, 11, 19, 21, 39, 41):
+        now[0] = 1000.0 + second
+        guard._look({0: _sign("meeting 3"), 1: _sign("step 7 of 9")})
+    assert [r.getMessage().partition(";")[0] for r in caplog.records] == [
+        f"waiting for {seconds} s for processes 1 (node): step 7 of 9" for seconds in (10, 20, 40)
+    ]
 
 
 def test_the_others_end_with_the_code_of_the_first_to_stop(guard, capfd):

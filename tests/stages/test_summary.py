@@ -43,7 +43,7 @@ def summarise(workdir, capsys, **changes):
     config.update_from_flattened_dict(changes)
     phases = Phases(workdir)
     phases.passed = {
-        "finetune": Phase(3723.4, calls=2, lost=1, before=True),
+        "finetune": Phase(3723.4, calls=2, lost=1, before=True, spent={"step": 3.0, "compile": 1.0}, peak_bytes=3 * 2**29),
         "heal": Phase(before=True),
         "generate": Phase(12.2, calls=1),
     }
@@ -67,9 +67,9 @@ def test_scores_answers_warnings_time_and_files(workdir, capsys):
     assert found["defences"] == {"finetune": "panacea", "heal": "realign"}
     assert (found["deployed"], found["epsilon"]) == ("heal/adapter", "applied")
     assert "  heal/adapter                  the PEFT adapter to deploy, ε applied" in out
-    assert ["finetune", "1:02:03", "done before, in 2 calls, 1 killed call not counted"] in rows
-    assert ["heal", "–", "done before by another command, not timed"] in rows
-    assert ["generate", "0:00:12", ""] in rows and ["all", "1:02:16", ""] in rows
+    assert ["finetune", "1:02:03", "step 75 %, compile 25 %", "1.50 GiB", "done before, in 2 calls, 1 killed call not counted"] in rows
+    assert ["heal", "–", "", "", "done before by another command, not timed"] in rows
+    assert ["generate", "0:00:12", "", "", ""] in rows and ["all", "1:02:16", "", "", ""] in rows
     assert r"  finetune (2 times): twice \x1b[1m" in out and "  finetune, generate: both" in out
     there = {"heal/adapter", "finetune/epsilon.safetensors", "generations", "judgements", "scores.json", "summary.json"}
     assert set(found["files"]) == there

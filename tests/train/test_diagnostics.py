@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from panacea_jax.train.diagnostics import WINDOW, Diagnostics
@@ -40,6 +41,40 @@ def test_signatures(change, word):
 def test_the_clamp_is_reported_at_once():
     (warning,) = watch(HEALTHY | {"clamped": 1.0}, 2)
     assert "clamp" in warning and warning.startswith("step 0")
+
+
+def spikes(losses, threshold=8.0):
+    diagnostics, found = Diagnostics(0, threshold), []
+    for step, loss in enumerate(losses):
+        if spike := diagnostics.spike({"loss": loss}):
+            found.append((step, spike.told))
+        diagnostics.observe(step, {"loss": loss})
+    return found
+
+
+def noisy(steps, seed=0):
+    return [2 + 0.2 * x for x in np.random.default_rng(seed).standard_normal(steps)]
+
+
+def test_a_loss_that_stands_out_is_a_spike():
+    """Eight robust standard deviations of noise of 0.2 are 1.6; two of them before change neither median nor scatter much."""
+    losses = noisy(100)
+    assert spikes(losses) == []
+    for at in (40, 60, 61):
+        losses[at] = 6.0
+    assert spikes(losses) == [(40, True), (60, True), (61, False)]
+    assert spikes(losses, threshold=0.0) == []
+
+
+def test_neither_few_losses_nor_small_ones_tell_a_spike():
+    assert spikes([2.0] * 19 + [9.0]) == [] and spikes([2.0] * 20 + [9.0]) == [(20, True)]
+    assert spikes([0.001] * 50 + [0.3]) == [] and spikes([0.001] * 50 + [0.45]) == [(50, True)]
+
+
+def test_a_run_of_spikes_is_told_in_bounds():
+    losses = [2.0, 2.0, 2.0, 9.0] * 30
+    assert spikes([2.0] * 40 + losses)[-1] == (159, False)
+    assert sum(told for _, told in spikes([2.0] * 40 + losses)) == 10
 
 
 def test_rising_loss():

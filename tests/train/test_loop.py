@@ -1,5 +1,6 @@
 """The loop: exact resume, few compilations, a NaN stop, SIGTERM, metrics."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,12 +13,14 @@ import pytest
 
 from panacea_jax.data.batches import Stream
 from panacea_jax.data.encode import Example
+from panacea_jax.data.order import indices
 from panacea_jax.defences import Loss, Panacea, Sft, panacea
 from panacea_jax.errors import InputError
 from panacea_jax.models import lora
 from panacea_jax.models.full import full_parameters
 from panacea_jax.models.model import load
 from panacea_jax.perturbation import to_sphere
+from panacea_jax.train.blame import Blame
 from panacea_jax.train.checkpoints import Checkpoints
 from panacea_jax.train.loop import finetune
 from panacea_jax.train.optimizer import learning_rate, make_optimizer
@@ -173,9 +176,85 @@ def test_nan_names_the_step_and_saves_nothing_after_it(model, tmp_path):
         def init(self, params):
             return jnp.zeros((), jnp.int32)
 
-    with pytest.raises(Diverged, match="step 4"):
+    with pytest.raises(Diverged, match=f"step 4: the task loss is nan.*{taken(4)}; nothing was saved"):
         run(model, defence=Broken(), checkpoints=checkpoints)
     assert Checkpoints(tmp_path / "c").latest() == 3
+
+
+def taken(step):
+    """The records of a step of the stream "user", counted from 1."""
+    return "records " + ", ".join(str(i + 1) for i in indices(0, "user", step - 1, 4, 24, True)) + " of user"
+
+
+class Shaken(Sft):
+    """SFT that shakes its loss and gradient at one step."""
+
+    _at, _shake = 3, staticmethod(lambda loss, grads: (loss, grads))
+
+    def gradient(self, loss_fn, params, batches, state, key):
+        loss, grads = jax.value_and_grad(loss_fn)(params, batches["user"])
+        shaken = self._shake(loss, grads)
+        loss, grads = jax.tree.map(lambda x, y: jnp.where(state == self._at - 1, y, x), (loss, grads), shaken)
+        return grads, state + 1, {"loss": loss}
+
+    def init(self, params):
+        return jnp.zeros((), jnp.int32)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_the_first_gradient_that_is_not_finite_is_named_before_its_weights_are_saved(model, tmp_path, full):
+    """The loss is finite still; by the next step every weight would be NaN, since the norm of all gradients is."""
+
+    class Torn(Shaken):
+        @staticmethod
+        def _shake(loss, grads):
+            leaves, tree = jax.tree.flatten(grads)
+            return loss, jax.tree.unflatten(tree, [x.at[0].set(jnp.nan if i in (1, 3) else x[0]) for i, x in enumerate(leaves)])
+
+    second = "layers.input_layernorm.scale" if full else "layers.self_attn.q_proj.b"
+    with pytest.raises(Diverged) as error:
+        run(model, full=full, defence=Torn(), checkpoints=Checkpoints(tmp_path / "c", every=1))
+    said = str(error.value)
+    assert said.startswith("step 3: the weights are not finite after it (task loss ") and taken(3) in said
+    assert f"the gradient of {second} is the first that is not finite, by name" in said
+    assert Checkpoints(tmp_path / "c").latest() == 2
+
+
+def test_a_base_that_is_not_finite_is_named_with_the_layer(model):
+    kernel = model.weights["layers"]["mlp"]["up_proj"]["kernel"]
+    layers = model.weights["layers"] | {"mlp": model.weights["layers"]["mlp"] | {"up_proj": {"kernel": kernel.at[1, 2, 3].set(jnp.nan)}}}
+    broken = dataclasses.replace(model, weights=model.weights | {"layers": layers})
+    with pytest.raises(Diverged, match=r"step 1: .* tensor layers\.mlp\.up_proj\.kernel \(layer 1\) of the base is not finite; records"):
+        run(broken, defence=Sft())
+
+
+def test_a_start_that_is_not_finite_is_named(model):
+    _, params = start(model, False)
+    broken = dataclasses.replace(params, layers=jax.tree.map(lambda x: x.at[0].set(jnp.inf), params.layers))
+    with pytest.raises(Diverged, match=r"tensor layers\.self_attn\.q_proj\.a \(layer 0\) of the start of training"):
+        finetune(model, broken, Sft(), streams(), optimizer=make_optimizer(1e-2), steps=2)
+
+
+def test_an_id_beyond_the_vocabulary_is_the_first_to_blame(model):
+    """Streams are refused for such ids; this is for who changes one on the way."""
+    found = streams()
+    number = found["user"].numbers(2)[0][1]
+    found["user"].examples[number].tokens[3] = 70000
+    cause = Blame(model, start(model, False)[1], Sft(), {"user": found["user"]}).cause(3, -1)
+    assert cause == f"record {number + 1} of user has the token id 70000, beyond the vocabulary of {model.config.vocab_size}"
+
+
+def test_a_spike_is_told_with_its_records(model, tmp_path):
+    class Jumping(Shaken):
+        _at, _shake = 23, staticmethod(lambda loss, grads: (loss + 9, grads))
+
+    quiet = run(model, defence=Jumping(), steps=24, spike=0.0)
+    result = run(model, defence=Jumping(), steps=24, folder=tmp_path, log_every=100)
+    assert_equal(quiet.params, result.params)
+    assert quiet.warnings == () and len(result.warnings) == 1
+    assert result.warnings[0].startswith("step 23: the task loss jumped to ") and result.warnings[0].endswith(taken(23))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "spike" in row] == [23]
 
 
 def test_sigterm_saves_and_the_restart_ends_bit_for_bit(model, tmp_path):

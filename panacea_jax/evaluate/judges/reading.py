@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
+from panacea_jax import watchdog
 from panacea_jax.data.encode import check_ids
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges.protocol import Judge
@@ -165,6 +166,7 @@ def read_ends(
         wanted[: len(chosen)] = columns[chosen]
         batch = jax.device_put((tokens, valid, wanted), sharding)
         got = jax.device_get(run(model.weights, *batch))
+        watchdog.alive()
         logits[chosen], total[chosen] = (part[: len(chosen)] for part in got)
     return Reading(logits, total)
 
