@@ -78,6 +78,7 @@ def finetune(place, tmp_path, refused):
         (["doctor", "--workdir=x"], ["'workdir'"]),
         (["finetune", "stray"], ["unexpected argument 'stray'"]),
         (["finetune"], ["--workdir is not set"]),
+        (["finetune", "--workdir=runs/[a]"], ["--workdir=runs/[a]: a name with *, ? or [ in it"]),
         (["finetune", "--workdir"], ["--workdir"]),
         (["judge"], ["--workdir is not set"]),
         (["convert"], ["--out is not set"]),

@@ -4,6 +4,7 @@ A new command is a file in ``stages/``, a function here that starts it, and its 
 it runs, so that ``--help`` and bad flags answer at once.
 """
 
+import glob
 import shlex
 import sys
 from collections.abc import Callable
@@ -38,6 +39,8 @@ class Command(NamedTuple):
 def _workdir(values: "FlagValues") -> Path:
     if not values.workdir:
         raise InputError("--workdir is not set: name a folder for the results")
+    if glob.escape(values.workdir) != values.workdir:  # orbax would write checkpoints there that it cannot read
+        raise InputError(f"--workdir={values.workdir}: a name with *, ? or [ in it is taken for a pattern; choose another")
     return _written(values.workdir)
 
 
