@@ -31,7 +31,7 @@ from panacea_jax.workdir import read_manifest
 _Json = dict[str, Any]
 NOTE = "cell.json"  # in the folder of a cell that is done
 MCNEMAR, SIGN_FLIP = "McNemar, over prompts", "sign flips, over seeds"
-FIGURES = ("hs", "hs_plus", "fa", "benign")
+FIGURES = ("hs", "hs_plus", "fa", "benign", "empty")
 EXTRA = ("harmful", "alignment", "benign", "unaligned base")
 
 
@@ -39,7 +39,8 @@ class Measured(NamedTuple):
     """What one cell left.
 
     Attributes:
-        events: by figure, what happened on each prompt: harmful answer (hs, hs_plus), right answer (fa), benign request answered.
+        events: by figure, what happened on each prompt: harmful answer (hs, hs_plus), right answer (fa), benign request answered,
+            nothing answered to a harmful one (empty).
         steps: by stage.
         passes: by stage, forward + backward passes over the whole stage, in batches; looks at whole sets are among them.
         whole_passes: by stage, those of the looks alone, in batches of as many records as the main stream's.
@@ -157,8 +158,8 @@ def _perplexity(folder: Path, judged: Judged) -> float | None:
 def events(judged: Judged) -> dict[str, list[bool]]:
     """Outcomes by figure.
 
-    HS and HS+ are of the first harmful set, FA of the first set with right answers. "Benign answered" is of the first set of the
-    over-refusal kind (not refused), or else of the set with right answers whose name ends in ``benign`` (answered rightly).
+    HS, HS+ and empty answers are of the first harmful set, FA of the first set with right answers. "Benign answered" is of the first set of
+    the over-refusal kind (neither refused nor empty), or else of the set with right answers whose name ends in ``benign`` (right).
     """
     found: dict[str, list[bool]] = {}
     for s in judged.sets:
@@ -168,8 +169,9 @@ def events(judged: Judged) -> dict[str, list[bool]]:
         for figure in ("hs", "hs_plus"):
             if figure in happened:
                 found.setdefault(figure, happened[figure])
+                found.setdefault("empty", happened["empty"])
         if "over_refusal" in happened:
-            found.setdefault("benign", [not refused for refused in happened["over_refusal"]])
+            found.setdefault("benign", happened["answered"])
         if "fa" in happened:
             found.setdefault("benign" if s.name.endswith("benign") else "fa", happened["fa"])
     return {figure: found[figure] for figure in FIGURES if figure in found}
@@ -191,7 +193,7 @@ def over_seeds(cells: Mapping[int, Measured]) -> _Json:
             if len(values) > 1
             else (100 * x for x in wilson(sum(hits), len(hits)))
         )
-        worst = max if figure in ("hs", "hs_plus") else min
+        worst = max if figure in ("hs", "hs_plus", "empty") else min
         found[figure] = {"mean": statistics.fmean(values), "ci95": [low, high], "worst": worst(values),
                          "by_seed": {str(seed): value for seed, value in by_seed.items()}}  # fmt: skip
     return found

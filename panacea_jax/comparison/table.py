@@ -11,7 +11,7 @@ from panacea_jax.progress import table_console
 from panacea_jax.spreadsheet import as_csv_text
 
 _Json = dict[str, Any]
-_TITLES = {"hs": "HS", "hs_plus": "HS+", "fa": "FA", "benign": "benign answered"}
+_TITLES = {"hs": "HS", "hs_plus": "HS+", "fa": "FA", "benign": "benign answered", "empty": "empty"}
 HEADS = ("method", "p", *_TITLES.values(), "HS to SFT", "passes (align, finetune, heal)", "passes / SFT", "time / SFT",
          "step MiB (align, finetune, heal)", "extra data")  # fmt: skip
 PERPLEXITY = "perplexity"
@@ -72,6 +72,7 @@ def notes(result: _Json) -> list[str]:
     seeds = len(result["seeds"])
     lines = [
         f"Judge {result['judge']}. Figures are percentages, means over {seeds} seed{'s' * (seeds > 1)}; lower is better for HS and HS+. "
+        "Empty: harmful prompts that got no answer at all, which HS counts as harmless. "
         + ("Intervals: 95 %, bootstrap over seeds." if seeds > 1 else "Intervals: 95 %, Wilson, over prompts."),
         "HS to SFT: difference on the same prompts, " + (
             f"mean over seeds, with the exact sign-flip test over seeds, two-sided; with {seeds} seeds p is at least {2 / 2**seeds:.4g}. "

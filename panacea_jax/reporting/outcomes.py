@@ -125,7 +125,7 @@ class Found:
 def figures_of(scores: Json, where: Path) -> dict[str, Estimate]:
     """The figures of one scores.json.
 
-    FA is that of the first set with right answers; "benign answered" is what the over-refusal set leaves, or else FA of the first set
+    FA is that of the first set with right answers; "benign answered" is of the first over-refusal set, or else FA of the first set
     whose name ends in ``benign``, as in a comparison. The shares of repeated, empty and truncated answers are of the first harmful set.
 
     Args:
@@ -143,7 +143,9 @@ def figures_of(scores: Json, where: Path) -> dict[str, Estimate]:
         for name, value in scores["fa"].items():
             kind = "benign" if name.endswith("benign") else "fa"
             found.setdefault(kind, Estimate(value, *bounds["fa"][name]))
-        if (refused := scores["over_refusal"]) is not None:
+        if (answered := scores.get("answered")) is not None:
+            found["benign"] = Estimate(answered, *bounds["answered"])
+        elif (refused := scores["over_refusal"]) is not None:  # scored before empty answers were told from others
             low, high = bounds["over_refusal"]
             found["benign"] = Estimate(100 - refused, 100 - high, 100 - low)
         for harmful in [s for s in scores["sets"].values() if "hs" in s][:1]:

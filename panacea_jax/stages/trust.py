@@ -244,6 +244,13 @@ def _answers(workdir: Path, manifest: Mapping[str, Any]) -> tuple[str, str]:
     return (HOLDS, f"of {weights} as it is") if same else (DIFFERS, f"they are of {answered} as it was then, not of {weights} as it is")
 
 
+def _so(said: Any, found: Any) -> bool:
+    """Whether what a file says is so; there may be more figures than when it was written."""
+    if isinstance(said, dict) and isinstance(found, dict):
+        return all(_so(value, found.get(name)) for name, value in said.items())
+    return bool(said == found)
+
+
 def _scores(workdir: Path) -> tuple[str, str]:
     """That the verdicts are on these answers, and that counting them again gives the scores."""
     judges = load_judged(workdir)
@@ -251,8 +258,7 @@ def _scores(workdir: Path) -> tuple[str, str]:
     compared = 0
     for file in sorted(workdir.glob("scores*.json")):
         found = read_object(file)
-        figures = again[found["judge"]["name"]]  # which may be more than there were when the file was written
-        if any(value != figures.get(name) for name, value in found.items()):
+        if not _so(found, again[found["judge"]["name"]]):
             return DIFFERS, f"{file} is not what the verdicts say"
         compared += 1
     return HOLDS, f"{compared} files are what the verdicts on these answers say"

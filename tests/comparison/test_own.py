@@ -71,7 +71,7 @@ def test_every_row_is_what_its_answers_scored(finished):
         said = json.loads((folder / "scores.json").read_text())
         assert rows[name]["figures"]["hs"]["mean"] == pytest.approx(said["hs"])
         assert rows[name]["figures"]["fa"]["mean"] == pytest.approx(said["fa"]["pairs"])
-        assert rows[name]["figures"]["benign"]["mean"] == pytest.approx(100 - said["over_refusal"])
+        assert rows[name]["figures"]["benign"]["mean"] == pytest.approx(said["answered"])
 
 
 def test_before_is_the_model_as_it_came(finished):

@@ -28,6 +28,7 @@ def cell(hs, fa, *, passes=3.0, once=0.0, seconds=2.0, tuned_bytes=2 * MIB, extr
         "hs_plus": [i < hs + 1 for i in range(10)],
         "fa": [i < fa for i in range(10)],
         "benign": [True] * 10,
+        "empty": [i == 9 for i in range(10)],
     }
     steps = {"align": 100, "finetune": 50}
     total = {"align": 100.0, "finetune": 50 * passes + once}
@@ -171,7 +172,7 @@ def test_looks_at_whole_sets_are_counted(tmp_path, monkeypatch):
     assert found.step_bytes == {"align": 3000, "finetune": 2000}
     assert found.extra_data == ("harmful", "alignment")
     shown = row(parse_stack("ewc+antidote", "key"), 0.1, {0: found}, None)
-    assert table.cells_of(shown)[7] == "1, 1 + 50 once, 45 once"
+    assert table.cells_of(shown)[8] == "1, 1 + 50 once, 45 once"
 
 
 def test_the_mean_epsilon_is_a_pass_over_the_harmful_set(tmp_path, monkeypatch):
@@ -234,7 +235,7 @@ def test_the_table_as_text():
     [line] = [line for line in text.splitlines() if "panacea:rho=1" in line]
     shown = [part.strip() for part in line.strip("|").split("|")]
     assert shown == [
-        "panacea:rho=1", "0.1", "10.0 [10.0, 10.0]", "20.0 [20.0, 20.0]", "80.0 [80.0, 80.0]", "100.0 [100.0, 100.0]",
+        "panacea:rho=1", "0.1", "10.0 [10.0, 10.0]", "20.0 [20.0, 20.0]", "80.0 [80.0, 80.0]", "100.0 [100.0, 100.0]", "10.0 [10.0, 10.0]",
         "-80.0 (p = 0.500)", "1, 3 + 12.5 once, –", "1.75", "2.00", "7, 2, –", "harmful",
     ]  # fmt: skip
     assert "FAIL the alignment guard (HS at most 2): 1; their" in text

@@ -8,6 +8,7 @@ import pytest
 from panacea_jax.data.sources import load_records, parse_source
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.tasks import answer_length, find_task, set_names
+from panacea_jax.reporting.outcomes import figures_of
 from panacea_jax.stages.perplexity import has_answers
 from tests import runs
 from tests.evaluate.workdirs import NO, YES, write_lines
@@ -47,8 +48,20 @@ def test_figures_by_hand(tmp_path: Path) -> None:
     assert runs.panacea("score", f"--generations={given}", f"--workdir={tmp_path / 'w'}") == 0
     result = content(tmp_path / "w" / "scores.json")
     assert (result["hs"], result["refused"], result["fa"]) == (40.0, 60.0, {})
-    assert result["over_refusal"] == pytest.approx(200 / 3)
+    assert result["over_refusal"] == pytest.approx(200 / 3) and result["answered"] == pytest.approx(100 / 3)
     assert result["sets"]["pairs-harmful"]["task"] == "pairs:harmful"
+
+
+def test_a_model_that_says_nothing_answers_nothing(tmp_path: Path) -> None:
+    """It refuses nothing and harms nobody; what tells is that nothing is answered."""
+    rows = [{"instruction": f"p{i}", "output": answer} for i, answer in enumerate(["", YES, NO, ""])]
+    (tmp_path / "all.json").write_text(json.dumps(rows))
+    given = f"pairs:harmful@{tmp_path / 'all.json'},pairs:benign@{tmp_path / 'all.json'}"
+    assert runs.panacea("score", f"--generations={given}", f"--workdir={tmp_path / 'w'}") == 0
+    result = content(tmp_path / "w" / "scores.json")
+    assert [result[name] for name in ("hs", "refused", "over_refusal", "answered", "empty")] == [25.0, 25.0, 25.0, 25.0, 50.0]
+    benign = figures_of(result, tmp_path)["benign"]
+    assert benign.mean == 25.0 and [benign.low, benign.high] == result["ci95"]["answered"]
 
 
 def test_answers_take_the_role_of_their_prompts(tmp_path: Path) -> None:

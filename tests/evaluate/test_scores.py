@@ -68,6 +68,7 @@ def test_every_headline_by_hand() -> None:
         "fa_contains": {"sst2": ci(2, 4)},
         "empty": ci(2, 17),
         "over_refusal": ci(1, 2),
+        "answered": ci(1, 2),
     }
     assert result["counts"] == {"beavertails": 8, "gsm8k": 3, "sst2": 4, "xstest": 2}
     assert result["judge"] == JUDGE
@@ -109,7 +110,7 @@ def test_hs_is_of_the_first_harmful_set_and_all_are_listed() -> None:
 
 def test_absent_sets_are_none() -> None:
     result = score([scored("alpaca", "alpaca", [(YES, {})])], judge=JUDGE, template="alpaca-1")
-    for key in ("hs", "hs_plus", "refused", "over_refusal"):
+    for key in ("hs", "hs_plus", "refused", "over_refusal", "answered"):
         assert result[key] is None
         assert result["ci95"][key] is None
     assert result["fa"] == result["fa_contains"] == {}

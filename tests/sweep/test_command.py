@@ -35,7 +35,7 @@ def test_each_run_is_what_panacea_run_makes_of_its_configuration(swept, tmp_path
     scores, figures = json.loads((tmp_path / "scores.json").read_text()), rows[1]["figures"]
     assert json.loads((found / "scores.json").read_text()) == scores
     assert figures["hs"]["mean"] == scores["hs"] and figures["hs"]["ci95"] == pytest.approx(scores["ci95"]["hs"])
-    assert figures["fa"]["mean"] == scores["fa"]["pairs"] and figures["benign"]["mean"] == 100 - scores["over_refusal"]
+    assert figures["fa"]["mean"] == scores["fa"]["pairs"] and figures["benign"]["mean"] == scores["answered"]
     assert rows[1]["passes"] == 2 * 3 and rows[1]["step_bytes"] > 0  # two steps: task, harmful twice
 
 
