@@ -686,7 +686,8 @@ def test_a_damaged_checkpoint_seen_from_outside(finished, tmp_path):
     done = run()
     assert done.returncode == 0, done.stderr
     named, resumed, *rest = done.stderr.splitlines()
-    assert named.startswith(f"WARNING: {newest}: damaged checkpoint") and resumed.startswith("resumed from") and not rest, done.stderr
+    assert named.startswith(f"WARNING: {newest}: damaged checkpoint") and resumed.startswith("resumed from"), done.stderr
+    assert len(rest) == 1 and rest[0].startswith("finetune: "), done.stderr  # where the time went
 
 
 def test_layers_without_epsilon(refused, finished, tmp_path):

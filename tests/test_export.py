@@ -151,6 +151,7 @@ def test_the_key_export_without_epsilon(result, tmp_path, caplog, bare):
 
 def test_a_defence_without_epsilon_warns_of_nothing(result, tmp_path, caplog):
     plain = dataclasses.replace(result, epsilon=None, deployed=result.params)
+    (tmp_path / "s").mkdir()
     with caplog.at_level(logging.WARNING):
         pj.export_adapter(plain, tmp_path / "a", without_epsilon=True)
         stage.export(get_config(), tmp_path / "s", Start("base"), plain)

@@ -11,8 +11,8 @@ from panacea_jax.progress import table_console
 from panacea_jax.spreadsheet import as_csv_text
 
 _Json = dict[str, Any]
-_TITLES = {"hs": "HS", "hs_plus": "HS+", "fa": "FA", "benign": "benign answered", "empty": "empty"}
-HEADS = ("method", "p", *_TITLES.values(), "HS to SFT", "passes (align, finetune, heal)", "passes / SFT", "time / SFT",
+FIGURE_TITLES = {"hs": "HS", "hs_plus": "HS+", "fa": "FA", "benign": "benign answered", "empty": "empty"}
+HEADS = ("method", "p", *FIGURE_TITLES.values(), "HS to SFT", "passes (align, finetune, heal)", "passes / SFT", "time / SFT",
          "step MiB (align, finetune, heal)", "extra data")  # fmt: skip
 PERPLEXITY = "perplexity"
 WORST_HEADS = ("method", "p", "worst HS", "at", "FA there", "worst so far, setting by setting")
@@ -30,7 +30,7 @@ def _has_perplexity(result: _Json) -> bool:
 
 def cells_of(row: _Json, settings: bool = False) -> list[str]:
     """One line of the table as text; ``settings``: some were varied."""
-    figures = [figure_text(row["figures"].get(name)) for name in _TITLES]
+    figures = [figure_text(row["figures"].get(name)) for name in FIGURE_TITLES]
     passes = ", ".join(_passes(row, stage) for stage in STAGES)
     memory = ", ".join(f"{n / 2**20:.0f}" if (n := row["step_bytes"].get(s)) else "–" for s in STAGES)  # fmt: skip
     setting = [row.get("setting", "–")] if settings else []
@@ -155,8 +155,8 @@ def _worst_rows(result: _Json) -> list[list[str]]:
 def as_csv(result: _Json) -> str:
     """A line a method and ratio, numbers unrounded; an empty cell is not known."""
     parts = ("mean", "low", "high", "worst")
-    heads = [f"{name}_{part}" for name in _TITLES for part in parts]
-    tests = [f"{name}_{part}" for name in _TITLES for part in ("to_sft", "p")]
+    heads = [f"{name}_{part}" for name in FIGURE_TITLES for part in parts]
+    tests = [f"{name}_{part}" for name in FIGURE_TITLES for part in ("to_sft", "p")]
     by_stage = [(what, stage) for what in ("steps", "passes", "whole_passes", "step_bytes") for stage in STAGES]  # fmt: skip
     stages = [f"{what}_{stage}" for what, stage in by_stage]
     optional = [name for name, there in (("setting", "worst" in result), (PERPLEXITY, _has_perplexity(result))) if there]
@@ -164,10 +164,10 @@ def as_csv(result: _Json) -> str:
     lines = [["method", "ratio", "seeds", *heads, *tests, *stages, *last]]
     for row in result["rows"]:
         figures: list[Any] = []
-        for name in _TITLES:
+        for name in FIGURE_TITLES:
             found = row["figures"].get(name)
             figures += [found["mean"], *found["ci95"], found["worst"]] if found else [""] * 4
-        tested = [(row["against_sft"] or {}).get(name, {}).get(key) for name in _TITLES for key in ("difference", "p")]  # fmt: skip
+        tested = [(row["against_sft"] or {}).get(name, {}).get(key) for name in FIGURE_TITLES for key in ("difference", "p")]  # fmt: skip
         counts = [row[what].get(stage) for what, stage in by_stage]
         lines.append([row["method"], row["ratio"], " ".join(map(str, row["seeds"])), *figures, *tested, *counts, row["passes_to_sft"],
                       row["time_to_sft"], ", ".join(row["extra_data"]), *(row.get(name) for name in optional)])  # fmt: skip

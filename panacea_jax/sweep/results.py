@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from panacea_jax.comparison.results import FIGURES, measure_stages, over_seeds
-from panacea_jax.comparison.table import figure_text
+from panacea_jax.comparison.table import FIGURE_TITLES, figure_text
 from panacea_jax.config.axes import OBJECTIVES
 from panacea_jax.defences.protocol import STAGES
 from panacea_jax.evaluate.front import undominated
@@ -23,7 +23,6 @@ from panacea_jax.untrusted import read_object
 from panacea_jax.workdir import MANIFEST, read_manifest
 
 _Json = dict[str, Any]
-_TITLES = {"hs": "HS", "hs_plus": "HS+", "fa": "FA", "benign": "benign answered"}
 COSTS = ("passes", "step_seconds", "step_bytes")
 
 
@@ -52,7 +51,7 @@ def outcome_of(config: ConfigDict, folder: Path) -> _Json:
 
 def rule_of(objectives: Sequence[str]) -> str:
     """How the best is chosen, in words."""
-    signed = [f"{'+' if OBJECTIVES[name] else '−'} {_TITLES[name]}" for name in objectives]
+    signed = [f"{'+' if OBJECTIVES[name] else '−'} {FIGURE_TITLES[name]}" for name in objectives]
     return f"the highest {' '.join(sorted(signed)).removeprefix('+ ')}, in points; of equals the first"
 
 
@@ -143,7 +142,7 @@ def show_table(rows: Sequence[_Json], objectives: Sequence[str]) -> None:
     table = Table(title="sweep", title_justify="left")
     axes = list(rows[0]["setting"])
     figures = [name for name in FIGURES if any(name in row.get("figures", {}) for row in rows)]
-    for head in ("", *axes, *(_TITLES[name] for name in figures), "passes", "step s", "folder"):
+    for head in ("", *axes, *(FIGURE_TITLES[name] for name in figures), "passes", "step s", "folder"):
         table.add_column(head, overflow="fold")
     for row in rows:
         mark = "best" if row.get("best") else "front" if row.get("front") else "" if "figures" in row else row["status"]
@@ -153,7 +152,7 @@ def show_table(rows: Sequence[_Json], objectives: Sequence[str]) -> None:
         cells = [mark, *map(_text, row["setting"].values()), *found, *costs, f"{where} + {len(more)}" if more else where]
         table.add_row(*map(escape, cells))
     console.print(table)
-    names = ", ".join(_TITLES[name] for name in objectives)
+    names = ", ".join(FIGURE_TITLES[name] for name in objectives)
     lines = [f"Best: {rule_of(objectives)}. Front: no other row is better in one of {names} and no worse in the rest."]
     lines += [f"Failed: {' '.join(row['folders'].values())}: {row['error']}" for row in rows if "error" in row]
     for line in lines:

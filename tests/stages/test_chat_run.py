@@ -118,7 +118,7 @@ def test_a_work_directory_has_one_date(place, tmp_path: Path, monkeypatch: pytes
     from panacea_jax.data import template
 
     clocked(place)
-    today = [datetime.date(2026, 1, 30)]
+    today, stamp = [datetime.date(2026, 1, 30)], datetime.datetime
 
     class Clock(datetime.date):
         @classmethod
@@ -126,7 +126,7 @@ def test_a_work_directory_has_one_date(place, tmp_path: Path, monkeypatch: pytes
             return today[0]
 
     class Module:
-        date = Clock
+        date, datetime = Clock, stamp
 
     for module in (workdir, template):
         monkeypatch.setattr(module, "datetime", Module)

@@ -41,7 +41,7 @@ def exports(files, workdir):
     return {
         name: data.replace(str(workdir).encode(), b"WORKDIR")
         for name, data in files.items()
-        if any(fnmatch.fnmatch(name, pattern) for pattern in EXPORTS)
+        if any(fnmatch.fnmatch(path, pattern) for pattern in EXPORTS for path in (name, f"./{name}"))
     }
 
 
