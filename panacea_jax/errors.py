@@ -80,6 +80,10 @@ def out_of_reach(error: BaseException, folders: Collection[str]) -> tuple[str, s
     roots = tuple(os.path.abspath(folder) for folder in folders)
     for one in _chain(error):
         text = str(one)
+        # So says orbax of a folder that went while it was saving.
+        lost = [word.rstrip(".") for word in text.split() if word.startswith(roots)] if roots and "No ArrayMetadata found" in text else []
+        if lost:
+            return lost[0], os.strerror(errno.ENOENT)
         for number, reason in (_CLOSED | _GONE).items():
             if (isinstance(one, OSError) and one.errno == number) or reason in text or text.startswith(_STATUS.get(number, "\0")):
                 named = os.fsdecode(getattr(one, "filename", None) or next(iter(_PATH.findall(text)), ""))
