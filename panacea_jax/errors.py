@@ -50,14 +50,14 @@ _FULL = {number: os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, 
 # How a folder that is gone, or closed to us, is said; the latter ones only by a file system that went away, whatever the file.
 _CLOSED = {number: os.strerror(number) for number in (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM)}
 _GONE = {number: os.strerror(number) for number in (errno.EROFS, errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.EHOSTDOWN)}
-# The words of tensorstore for two of them.
-_STATUS = {errno.ENOENT: "NOT_FOUND:", errno.EACCES: "PERMISSION_DENIED:"}
+# The words of tensorstore for two of them, and of orbax for a folder that went while it was saving.
+_WORDS = {errno.ENOENT: ("NOT_FOUND:", "No ArrayMetadata found"), errno.EACCES: ("PERMISSION_DENIED:",)}
 # How XLA's back-ends, NumPy and Python say how much memory they asked for.
 _ASKED = re.compile(
     r"(?:allocate|allocating|reserve|request for|Used|temporaries)\s*\(?([\d.]+)\s*([KMGTP]?)(?:i?B)?\b", re.IGNORECASE
 )
 _COMPILING = re.compile(r"CompileTime|memory space|compile permanent error|while compiling", re.IGNORECASE)
-_PATH = re.compile(r"[\"'](/[^\"']+)[\"']")
+_PATH = re.compile(r"(?<=[\"'])/[^\"']+(?=[\"'])|(?<=directory: )/\S+(?=\. )")
 # Names of environment variables that hold what no log may show, and a password in an address.
 _SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")
 _LOGIN = re.compile(r"//[^/@\s]+@")
@@ -80,12 +80,8 @@ def out_of_reach(error: BaseException, folders: Collection[str]) -> tuple[str, s
     roots = tuple(os.path.abspath(folder) for folder in folders)
     for one in _chain(error):
         text = str(one)
-        # So says orbax of a folder that went while it was saving.
-        lost = [word.rstrip(".") for word in text.split() if word.startswith(roots)] if roots and "No ArrayMetadata found" in text else []
-        if lost:
-            return lost[0], os.strerror(errno.ENOENT)
         for number, reason in (_CLOSED | _GONE).items():
-            if (isinstance(one, OSError) and one.errno == number) or reason in text or text.startswith(_STATUS.get(number, "\0")):
+            if (isinstance(one, OSError) and one.errno == number) or reason in text or text.startswith(_WORDS.get(number, ())):
                 named = os.fsdecode(getattr(one, "filename", None) or next(iter(_PATH.findall(text)), ""))
                 within = named and any(Path(os.path.abspath(named)).is_relative_to(root) for root in roots)
                 if within or (number in _GONE and isinstance(one, OSError)):

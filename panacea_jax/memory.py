@@ -3,6 +3,7 @@
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -14,14 +15,19 @@ _GROUPS = (
 )
 
 
+def limit_of(device: Any) -> int | None:
+    """Bytes that JAX may use on a device of this process; None where the back-end does not say (CPU)."""
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
 def room_of_a_device() -> tuple[int, str] | None:
     """Bytes that a device of this process may hold, and what they are of; None where nobody tells.
 
     Accelerators tell their limit. The CPU's devices share what the machine, or the container, has left now.
     """
     devices = jax.local_devices()
-    if (stats := devices[0].memory_stats()) and stats.get("bytes_limit"):
-        return int(stats["bytes_limit"]), f"of {devices[0].device_kind}"
+    if limit := limit_of(devices[0]):
+        return limit, f"of {devices[0].device_kind}"
     if devices[0].platform != "cpu" or (left := _left()) is None:
         return None
     return left // len(devices), "of RAM that is free"

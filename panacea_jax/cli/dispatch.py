@@ -126,7 +126,7 @@ def _run_command(name: str, arguments: Sequence[str], together: contextlib.ExitS
             return _fail(f"{str(error.filename)[:RECORD]}: {error.strerror}", EXIT_BAD_INPUT)
         if full := no_space(error):
             file, reason = full
-            where = file or _written(arguments)
+            where = file or next(iter(_written(arguments)), "the disk")
             return _fail(f"{where}: cannot be written ({reason}); make room and start the same command again", EXIT_FAILED)
         if gone := out_of_reach(error, _folders(arguments)):
             file, reason = gone
@@ -206,12 +206,12 @@ def _one_voice(folders: Sequence[str]) -> Iterator[None]:
 
 def _folders(arguments: Sequence[str]) -> list[str]:
     """What the flags say that a command writes to."""
-    return [a.partition("=")[2] for a in arguments if re.match("--?(workdir|out)=", a)]
+    return [flag.partition("=")[2] for flag in _written(arguments)]
 
 
-def _written(arguments: Sequence[str]) -> str:
-    """The flag that says where a command writes."""
-    return next((a for a in arguments if re.match("--?(workdir|out)=", a)), "the disk")
+def _written(arguments: Sequence[str]) -> list[str]:
+    """The flags that say where a command writes."""
+    return [a for a in arguments if re.match("--?(workdir|out)=", a)]
 
 
 def _fail(message: str, code: int) -> int:

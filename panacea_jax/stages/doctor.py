@@ -12,11 +12,12 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from panacea_jax.memory import limit_of
 from panacea_jax.parallel import make_mesh
 from panacea_jax.parallel.sharding import batch_rows
 from panacea_jax.stages.doctor_files import describe_files
 from panacea_jax.stages.doctor_model import describe_attention, describe_memory, describe_model
-from panacea_jax.stages.doctor_report import Report, capacity, gib
+from panacea_jax.stages.doctor_report import Report, gib
 from panacea_jax.workdir import versions
 
 
@@ -63,7 +64,7 @@ def _devices(report: Report) -> list[jax.Device]:
     for device in devices:
         kinds.setdefault((device.platform, device.device_kind), []).append(device)
     rows = [
-        (place, kind, str(len(found)), gib(capacity(found[0])))
+        (place, kind, str(len(found)), gib(limit_of(found[0]) if found[0] in jax.local_devices() else None))
         for (place, kind), found in kinds.items()
     ]
     title = f"devices ({jax.process_count()} process{'es' * (jax.process_count() > 1)})"

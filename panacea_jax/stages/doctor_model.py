@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from panacea_jax.config import make_defence
 from panacea_jax.errors import InputError
+from panacea_jax.memory import limit_of
 from panacea_jax.models import lora
 from panacea_jax.models.config import ModelConfig, read_config
 from panacea_jax.models.families import config_from_folder
@@ -20,7 +21,7 @@ from panacea_jax.models.model import Model, abstract_model
 from panacea_jax.models.weights import find_tensors
 from panacea_jax.parallel import weight_sharding
 from panacea_jax.planning.abstract_step import abstract_weights, fresh_adapter, placed, tree_bytes
-from panacea_jax.stages.doctor_report import NOT_LOOKED_AT, Report, capacity, gib, mib, model_folder
+from panacea_jax.stages.doctor_report import NOT_LOOKED_AT, Report, gib, mib, model_folder
 from panacea_jax.train.optimizer import optimizer_of
 from panacea_jax.train.step import state_shardings
 
@@ -136,7 +137,7 @@ def _memory(
     """
     kinds = resident_bytes(model, config, shapes, adapter)
     total = sum(n for _, n in kinds)
-    limit = capacity(model.mesh.local_devices[0])
+    limit = limit_of(model.mesh.local_devices[0])
     rows = [(kind, mib(n)) for kind, n in (*kinds, ("total", total))]
     report.table("memory of one device", ("kept all through training", "#per device"), rows)
     report.line("(besides: gradients, activations, logits, compiled programs)")

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import jax
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -71,13 +70,6 @@ def mib(n: int) -> str:
 def gib(n: int | None) -> str:
     """Likewise many; of None that it is not known."""
     return "not said" if n is None else f"{n / 2**30:,.1f} GiB"
-
-
-def capacity(device: jax.Device) -> int | None:
-    """Bytes that JAX may use on a device; None where the back-end does not say (CPU)."""
-    local = device.process_index == jax.process_index()
-    stats = device.memory_stats() if local else None
-    return (stats or {}).get("bytes_limit")
 
 
 def model_folder(path: str) -> Path | None:
