@@ -13,6 +13,8 @@ import absl.logging
 import pytest
 
 from panacea_jax import cli, config
+from panacea_jax.cli.dispatch import _computes
+from panacea_jax.cli.huge_pages import TUNABLES
 from panacea_jax.cli.keys import key_table
 from panacea_jax.cli.parsing import parse_command
 from panacea_jax.errors import GateNotMet, InputError
@@ -258,3 +260,22 @@ def test_a_reader_that_leaves_is_no_error_to_trace():
     )
     os.close(writes)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("own", [None, "", "glibc.malloc.check=0"])
+def test_commands_that_compute_start_with_large_pages(own):
+    """Once, as the same process with the same arguments; what the user has set stays."""
+    code = "import os, sys; from panacea_jax.cli.huge_pages import in_huge_pages; before = os.environ.get('GLIBC_TUNABLES');"
+    code += " print(os.getpid(), flush=True); in_huge_pages(); print(before, sys.argv[1:])"
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"} | ({} if own is None else {"GLIBC_TUNABLES": own})
+    done = subprocess.run([sys.executable, "-c", code, "a b", "--c"], capture_output=True, text=True, env=environment, check=True)
+    *starts, last = done.stdout.splitlines()
+    known = TUNABLES if own is None and "CS_GNU_LIBC_VERSION" in os.confstr_names else own
+    assert last == f"{known} ['a b', '--c']"
+    assert len(starts) == (2 if known == TUNABLES else 1) and len(set(starts)) == 1
+
+
+def test_which_commands_compute():
+    chosen = {name for name in cli.COMMANDS if _computes(name)}
+    assert {"quickstart", "run", "sweep", "finetune", "generate", "perplexity"} <= chosen
+    assert not chosen & {"doctor", "plan", "convert", "verify", "report", "launch"}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from panacea_jax.cli.commands import COMMANDS
 from panacea_jax.cli.help import HELP, HELPFULL, VERSION, command_help, usage, version
+from panacea_jax.cli.huge_pages import in_huge_pages
 from panacea_jax.errors import (
     GateNotMet,
     InputError,
@@ -38,6 +39,8 @@ EXIT_FAILED, EXIT_BAD_INPUT, EXIT_GATE, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2,
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``panacea``; ends the process with the command's exit code."""
+    if argv is None and len(sys.argv) > 1 and _computes(sys.argv[1]):
+        in_huge_pages()
     signal.signal(signal.SIGINT, _interrupted)
     with contextlib.ExitStack() as together:
         try:
@@ -53,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _computes(name: str) -> bool:
+    """Whether a command has steps, answers or evaluation batches of its own, or has commands that do."""
+    return name == "quickstart" or (name in COMMANDS and any(key.partition(".")[0] == "watch" for key in COMMANDS[name].reads))
 
 
 def run(arguments: Sequence[str], together: contextlib.ExitStack | None = None) -> int:
@@ -175,11 +183,11 @@ def _log_plainly() -> None:
 
 @contextlib.contextmanager
 def _watched(name: str, values: "FlagValues", config: "ConfigDict") -> Iterator[None]:
-    """A command that has steps, answers or evaluation batches is watched."""
+    """A command that computes is watched."""
     from panacea_jax.stores import is_address
     from panacea_jax.watchdog import watched
 
-    if not any(key.partition(".")[0] == "watch" for key in COMMANDS[name].reads):
+    if not _computes(name):
         yield
         return
     folder = Path(values.workdir) if values.workdir and not is_address(values.workdir) else None

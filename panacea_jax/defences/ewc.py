@@ -17,7 +17,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from panacea_jax.defences.protocol import (
     Batches,
@@ -32,6 +31,7 @@ from panacea_jax.defences.protocol import (
     StreamSpec,
     check_not_negative,
 )
+from panacea_jax.perturbation import inner
 
 
 class EwcState(NamedTuple):
@@ -98,4 +98,4 @@ class Ewc(Defence):
         drift = jax.tree.map(jnp.subtract, params, state.start)
         pull = jax.tree.map(lambda f, d: self.lam * f * d, state.fisher, drift)
         grads = jax.tree.map(lambda g, p: g + 2 * p, g, pull)
-        return grads, state, {"loss": loss, "penalty": optax.tree.vdot(pull, drift)}
+        return grads, state, {"loss": loss, "penalty": inner(pull, drift)}

@@ -43,7 +43,7 @@ from panacea_jax.defences.protocol import (
     Stage,
 )
 from panacea_jax.parallel import processes
-from panacea_jax.perturbation import norms, off_span, onto_ball, stacked_layers, to_sphere
+from panacea_jax.perturbation import inner, norms, off_span, onto_ball, stacked_layers, to_sphere
 
 # The reference clamps the harmful loss at w + ε here; above it the pass has no gradient.
 HARMFUL_LOSS_CLAMP = 5.0
@@ -87,7 +87,7 @@ def _difference(a: Params, b: Params) -> Params:
 def _cosine(a: Params, b: Params) -> Float[Array, ""]:
     """Cosine between two trees; 0 when either is zero."""
     scale = optax.tree.norm(a) * optax.tree.norm(b)
-    return jnp.where(scale > 0, optax.tree.vdot(a, b) / jnp.where(scale > 0, scale, 1.0), 0.0)
+    return jnp.where(scale > 0, inner(a, b) / jnp.where(scale > 0, scale, 1.0), 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +210,7 @@ class Panacea(PanaceaOptions):
             mean = jax.tree.map(
                 lambda m, e: m + (e - m) / refreshes, state.epsilon_mean, term.epsilon
             )
-            dot = optax.tree.vdot(g, term.h)
+            dot = inner(g, term.h)
             h2 = jnp.square(term.measured["norm_h"])
             # g ≈ (1 − p) g_clean + p h for a user set with a share p of harmful tokens, so <g,h>/<h,h> ≈ p while g_clean ⟂ h.
             share = jnp.where(h2 > 0, dot / jnp.where(h2 > 0, h2, 1.0), 0.0)

@@ -31,6 +31,7 @@ from jaxtyping import Array, Float
 
 from panacea_jax.defences.loss import Loss
 from panacea_jax.defences.protocol import Metrics, Params
+from panacea_jax.perturbation import inner
 
 # Of the radius a step; of the predicted rise; and the least share of ρ, from which it can still grow back.
 SHRINK, LEAST_RISE, LEAST_SHARE = 0.9, 0.25, 2.0**-10
@@ -122,12 +123,12 @@ class Steering:
             epsilon: ε.
             loss: L_harm(w). loss_perturbed: L_harm(w + ε).
         """
-        square = state.square + optax.tree.vdot(h, h)
+        square = state.square + inner(h, h)
         state = state._replace(along=state.along + along, square=square)
         if not self.ceiling:
             return state
         high = loss_perturbed > self.ceiling * state.start_loss
-        bent = loss_perturbed - loss < LEAST_RISE * optax.tree.vdot(h, epsilon)
+        bent = loss_perturbed - loss < LEAST_RISE * inner(h, epsilon)
         share = state.share * jnp.where(high | bent, SHRINK, 1 / SHRINK)
         return state._replace(share=jnp.clip(share, LEAST_SHARE, 1.0).astype(state.share.dtype))
 

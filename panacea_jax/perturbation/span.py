@@ -1,4 +1,4 @@
-"""Take a direction off others: what is left changes their losses by nothing, to first order."""
+"""Inner products of trees, and a direction taken off others: what is left changes their losses by nothing, to first order."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +15,14 @@ DEPENDENT = 1e-5
 def _less(tree: Any, factor: Float[Array, ""], other: Any) -> Any:
     """``tree − factor · other``."""
     return jax.tree.map(lambda x, y: x - factor.astype(x.dtype) * y, tree, other)
+
+
+def inner(a: Any, b: Any) -> Float[Array, ""]:
+    """⟨a, b⟩ over the leaves of two trees of one structure.
+
+    ``optax.tree.vdot`` lays every leaf out as one long axis, and where devices share a leaf each of them then gathers all of it.
+    """
+    return optax.tree.sum(jax.tree.map(lambda x, y: jnp.sum(x * y), a, b))
 
 
 def off_span(tree: Any, others: Sequence[Any]) -> Any:
@@ -36,5 +44,5 @@ def off_span(tree: Any, others: Sequence[Any]) -> Any:
 
 def _off_basis(tree: Any, basis: Sequence[Any]) -> Any:
     for unit in [*basis, *basis]:
-        tree = _less(tree, optax.tree.vdot(tree, unit), unit)
+        tree = _less(tree, inner(tree, unit), unit)
     return tree

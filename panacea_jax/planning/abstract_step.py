@@ -32,7 +32,7 @@ from panacea_jax.train.step import TrainState, fresh_state, state_shardings
 
 
 class AbstractStep(NamedTuple):
-    """The arguments of a training step as shapes with shardings, and what they belong to."""
+    """The arguments of a training step as shapes with shardings, what they belong to, and the platform of the devices it is for."""
 
     model: Model
     defence: Defence
@@ -44,6 +44,7 @@ class AbstractStep(NamedTuple):
     key: Any
     attention: Backend
     remat: str
+    platform: str
     accumulate: int = 1
 
 
@@ -89,7 +90,8 @@ def abstract_step(
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = _like(key.shape, key.dtype, replicated(mesh))
     weights = None if full else base
-    backend = choose_backend(c.attention, model, c.dtype, target or mesh.devices.flat[0])
+    place = target or mesh.devices.flat[0]
+    backend = choose_backend(c.attention, model, c.dtype, place)
     return AbstractStep(
         static,
         defence,
@@ -101,6 +103,7 @@ def abstract_step(
         key,
         backend,
         c.remat,
+        place.platform,
         config.train.accumulate,
     )
 

@@ -159,28 +159,39 @@ def temporary(step: AbstractStep) -> dict[str, int]:
     ``activations`` and ``logits``, of the pass where they are largest together: the residual stream of each layer, which the backward
     pass starts from, and what one layer (of all, without remat) keeps of attention and MLP; a chunk of logits and their gradient in
     float32. ``gathered weights``: a layer's (or, from few bits, brought back) and the head's. ``gradients``.
+
+    XLA's compiler for GPUs takes up two passes at a time, whose streams are there together, and starts what the passes stack from one array
+    of ``zeros``, which stays until the last of them; it copies a layer's weights out of their stack, for cuBLAS.
     """
     c, mesh, width = step.model.config, step.model.mesh, step.model.dtype.itemsize
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-    activations, logits = max((_of_a_pass(step, batch) for batch in step.batches.values()), key=sum)
+    gpu, several = step.platform == "gpu", _passes(step) > 1
+    activations, logits, streams = max((_of_a_pass(step, batch) for batch in step.batches.values()), key=lambda of: of[0] + of[1])
     per_layer = (c.matmul_parameters() - c.hidden_size * c.vocab_size) / c.num_layers
     few_bits = any(x.dtype.itemsize == 1 for x in jax.tree.leaves(step.weights))
     # Trained weights travel in float32, the dtype they are kept in; those in few bits come back through two float32 arrays.
     travel = 4 if step.weights is None else width
     gathered = (per_layer + c.hidden_size * c.vocab_size) * travel / tensor * (fsdp > 1)
-    if few_bits:
+    if gpu and fsdp == 1:
+        gathered = per_layer * width / tensor
+    elif few_bits and not gpu:
         gathered += per_layer * (4 + 4 + (fsdp == 1) * width) / tensor
-    gradients = (2 if _passes(step) > 1 else 1) * tree_bytes(step.state.params)
-    return {
+    trained = tree_bytes(step.state.params)
+    found = {
         "activations": int(activations),
         "logits": int(logits),
         "gathered weights": int(gathered),
-        "gradients": gradients,
+        "gradients": (2 if several else 1) * trained,
     }
+    if gpu and several:
+        found["activations"] += int(streams)
+        found["gradients"] *= 2  # g, h, h' and w + ε at once
+        found["zeros"] = int(streams) + trained
+    return found
 
 
-def _of_a_pass(step: AbstractStep, batch: Batch) -> tuple[float, float]:
-    """Bytes of activations and of logits that one device holds in a pass over a batch."""
+def _of_a_pass(step: AbstractStep, batch: Batch) -> tuple[float, float, float]:
+    """Bytes that one device holds in a pass over a batch: activations; logits; of the activations the residual streams."""
     c, mesh, width = step.model.config, step.model.mesh, step.model.dtype.itemsize
     tensor = mesh.shape["tensor"]
     rows, length = batch.tokens.shape
@@ -196,4 +207,5 @@ def _of_a_pass(step: AbstractStep, batch: Batch) -> tuple[float, float]:
     else:
         kept = c.num_layers * _with_backward(step) * (inside - scores * (step.remat == "dots"))
     chunk = tokens if length <= WHOLE else min(tokens, CHUNK)
-    return c.num_layers * _with_backward(step) * stream + kept, chunk * c.vocab_size / tensor * (2 * 4 + width)
+    streams = c.num_layers * _with_backward(step) * stream
+    return streams + kept, chunk * c.vocab_size / tensor * (2 * 4 + width), streams
