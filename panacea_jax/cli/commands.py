@@ -254,7 +254,7 @@ def _doctor(values: "FlagValues", config: "ConfigDict") -> None:
 def _plan(values: "FlagValues", config: "ConfigDict") -> Path | None:
     from panacea_jax.stages.plan import plan_stage
 
-    return plan_stage(config, values.topology, values.search, _out(values.workdir), values.price)
+    return plan_stage(config, values.topology, values.search, _out(values.workdir), values.price, values.explain)
 
 
 def _launch(values: "FlagValues", config: "ConfigDict") -> None:
@@ -343,7 +343,7 @@ COMMANDS = {
     ),
     "plan": Command(
         "memory and least time of a step, hours and cost of the recipe, on a machine that is not there", _plan,
-        ("workdir", "topology", "search", "price", "show_records"),
+        ("workdir", "topology", "search", "explain", "price", "show_records"),
         reads=(
             "model", "lora", "data", "defence", "optimizer", "train", "align", "heal", "eval.tasks", "eval.num_examples",
             "generate.batch_size", "generate.max_new_tokens", "mesh",

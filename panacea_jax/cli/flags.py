@@ -29,6 +29,7 @@ FLAGS = {
     "probe": Flag("number of harmful batches to look at without training", 0),
     "topology": Flag("machine to plan for: v5e:4x4, 2*v5p:2x2x1 (two slices), tpu7x:2x2x1, gpu:h100x8 …"),
     "search": Flag("try meshes, batch sizes and remat policies; the cheapest that fits comes first", False),
+    "explain": Flag("print where the time of a compiled step goes: by scope, and the three largest operations", False),
     "price": Flag("dollars a chip-hour; 0: of the table that comes with the package", 0.0),
     "out": Flag("folder to write: of convert a Hugging Face folder, of layers and report one in place of their own"),
     "gate": Flag("JSON file of bounds, in place of config.gate"),

@@ -17,7 +17,6 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from panacea_jax.defences.cross_entropy import num_chunks
 from panacea_jax.errors import InputError
 from panacea_jax.models.config import ModelConfig
 from panacea_jax.models.decoder import REMAT
@@ -26,11 +25,12 @@ from panacea_jax.models.hub import local_folder
 from panacea_jax.models.model import abstract_model
 from panacea_jax.parallel.chips import Chip
 from panacea_jax.parallel.mesh import make_mesh, stand_ins
-from panacea_jax.parallel.sharding import batch_rows, weight_sharding
+from panacea_jax.parallel.sharding import weight_sharding
 from panacea_jax.planning import cost_model
 from panacea_jax.planning.abstract_step import AbstractStep, abstract_step, resident
+from panacea_jax.planning.explain import Explained, explain
 from panacea_jax.planning.gpu_target import COMPILER_OPTIONS
-from panacea_jax.planning.hlo import collectives, custom_calls
+from panacea_jax.planning.hlo import custom_calls, operations
 from panacea_jax.planning.topology import Topology
 from panacea_jax.progress import Progress
 from panacea_jax.train.step import make_step
@@ -63,6 +63,7 @@ class Plan:
         seconds: least time of a step by what bounds it: compute, memory, links, network.
         compile_seconds: time to compile; None without a compiler.
         calls: of a compiled program, how often it calls which kernel that is no part of it (cuDNN's, cuBLAS', Pallas'), in its text.
+        explained: where the least time of a compiled program goes.
         refused: what the compiler said of a program that is too large for a device; "" if it compiled, or was not asked.
     """
 
@@ -83,6 +84,7 @@ class Plan:
     seconds: dict[str, float]
     compile_seconds: float | None
     calls: dict[str, int]
+    explained: Explained | None
     refused: str = ""
 
     @property
@@ -139,7 +141,7 @@ def _plan(config: ConfigDict, model: ModelConfig, machine: Topology, compiled: b
     step = abstract_step(config, model, mesh, chip if chip.platform == "gpu" else None)
     kept, modelled = resident(step), cost_model.temporary(step)
     temporary, arguments, refused = sum(modelled.values()), None, ""
-    sent, taken, calls = cost_model.sent(step), None, {}
+    sent, taken, calls, explained = cost_model.sent(step), None, {}, None
     if compiled and machine.devices is not None:
         start = time.perf_counter()
         try:
@@ -156,19 +158,17 @@ def _plan(config: ConfigDict, model: ModelConfig, machine: Topology, compiled: b
             arguments = memory.argument_size_in_bytes + kept.get("start of training", 0)
             temporary = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
             temporary += memory.output_size_in_bytes - memory.alias_size_in_bytes
-            rows = step.batches["user"].tokens.shape[0] // batch_rows(mesh) // step.accumulate
-            chunks = num_chunks(rows, config.data.max_length - 1)
             try:
                 text = executable.as_text()
-                sent = float(sum(c.sent for c in collectives(text, model.num_layers, mesh.size, chunks)))
-                calls = custom_calls(text)
+                found = operations(text, mesh.size)
+                sent, calls, explained = sum((o.sent for o in found), 0.0), custom_calls(text), explain(found, chip)
             except jax.errors.JaxRuntimeError:  # libtpu compiles what this jaxlib cannot print
                 logging.warning("%s: the program cannot be read; sent is the model's", machine.name)
         taken = time.perf_counter() - start
     return Plan(
         machine.name, dict(mesh.shape), config.train.batch_size, step.batches["user"].tokens.shape[0], step.remat,
         f"{step.attention.name}: {step.attention.why}", kept, arguments, temporary, modelled, _usable(chip) / chip.devices,
-        cost_model.flops(step), sent, cost_model.sent_between(step), cost_model.seconds(step, chip, sent), taken, calls, refused,
+        cost_model.flops(step), sent, cost_model.sent_between(step), cost_model.seconds(step, chip, sent), taken, calls, explained, refused,
     )  # fmt: skip
 
 

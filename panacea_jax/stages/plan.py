@@ -11,6 +11,7 @@ from rich.table import Table
 from panacea_jax.data.slices import find_slice
 from panacea_jax.data.sources import parse_source
 from panacea_jax.errors import InputError
+from panacea_jax.planning.explain import TURNS, Explained
 from panacea_jax.planning.plan import Plan, plans_for
 from panacea_jax.planning.prices import PRICES, READ
 from panacea_jax.planning.recipe import Counts, RecipePhase, recipe_phases
@@ -22,7 +23,7 @@ from panacea_jax.workdir import write_json
 
 
 def plan_stage(
-    config: ConfigDict, name: str, search: bool = False, workdir: Path | None = None, price: float = 0.0
+    config: ConfigDict, name: str, search: bool = False, workdir: Path | None = None, price: float = 0.0, explained: bool = False
 ) -> Path | None:
     """Plan the fine-tuning step of a configuration for a topology, add up its recipe, and print both; returns ``plan.json``, if that is
     written, beside ``plan_recipe.json``.
@@ -33,6 +34,7 @@ def plan_stage(
         search: try alternatives, see :func:`panacea_jax.planning.plan.plans_for`.
         workdir: where the files go; None writes none.
         price: dollars a chip-hour; 0: that of ``planning/prices.py``.
+        explained: print where the least time of the first plan's step goes.
 
     Raises:
         InputError: the topology, the model or a mesh that does not divide the devices; nothing that fits, after the table.
@@ -46,6 +48,10 @@ def plan_stage(
     machine = topology(name)
     plans = plans_for(config, machine, search)
     print_plans(plans)
+    if explained:
+        if plans[0].explained is None:
+            raise InputError(f"--explain: nothing was compiled for --topology={name}; docs/planning.md says what it takes")
+        print_explained(plans[0].explained)
     phases = recipe_phases(config, machine, _counts(config), plans[0])
     cost = _cost(phases, machine, price)
     print_recipe(phases, cost, machine)
@@ -107,6 +113,32 @@ def print_plans(plans: list[Plan]) -> None:
         + " Times: the least that the data sheets allow, if all overlaps; nothing was run.",
         highlight=False,
     )
+
+
+def print_explained(explained: Explained) -> None:
+    """Print where the least time of a step goes."""
+    console = table_console(140)
+    table = Table(title="Where the least time goes, each operation by itself, one after the other", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for heading in (*TURNS, "together", "bound by", "TFLOP", "moved", "sent"):
+        table.add_column(heading, justify="right")
+    for place, turns in explained.places.items():
+        costs = list(turns.values())
+        times = (f"{turns[turn].seconds * 1e3:.1f} ms" if turn in turns else "" for turn in TURNS)
+        table.add_row(
+            place, *times, f"{sum(c.seconds for c in costs) * 1e3:.1f} ms", max(costs, key=lambda c: c.seconds).bound,
+            f"{sum(c.flops for c in costs) / 1e12:.2f}", _gib(sum(c.moved for c in costs)), _gib(sum(c.sent for c in costs)),
+        )  # fmt: skip
+    console.print(table)
+    for number, (what, times, cost) in enumerate(explained.largest, 1):
+        line = f"{number}. {times} × {what}: {cost.seconds * 1e3:.2f} ms, by {cost.bound} ({cost.flops / 1e12:.2f} TFLOP"
+        console.print(f"{line}, {_gib(cost.moved)} moved, {_gib(cost.sent)} sent)", highlight=False, soft_wrap=True)
+    (wide, flops), (sent, waits) = explained.wide, explained.exchanges
+    console.print(
+        f"Only moved: {_gib(explained.copies.moved)}, {explained.copies.seconds * 1e3:.1f} ms. Matrix products of float32: "
+        f"{wide / 1e12:.2f} of {flops / 1e12:.2f} TFLOP. Exchanges: {sent}, of which {waits} wait.",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 # ---- the recipe

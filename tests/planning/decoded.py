@@ -14,7 +14,7 @@ from panacea_jax.models.families import config_from_dict
 from panacea_jax.parallel import make_mesh
 from panacea_jax.planning import cost_model
 from panacea_jax.planning.abstract_step import abstract_step
-from panacea_jax.planning.hlo import collectives
+from panacea_jax.planning.hlo import exchanges
 from tests.planning.planned import SHAPE
 
 
@@ -37,7 +37,7 @@ def main(fsdp):
     compiled = program.extend.lower(step.weights, params, unstacked, rows, np.asarray([1], np.int32)).compile()
     text = compiled.as_text()
     entry = text[text.index("\nENTRY") :]  # outside the loop over tokens
-    found = collectives(entry, 1, fsdp)
+    found = exchanges(entry, fsdp)
     print(json.dumps([sum(c.sent for c in found if c.kind == "all-gather"), cost_model.sent_to_gather(step)]))
 
 

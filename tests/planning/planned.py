@@ -12,7 +12,7 @@ from panacea_jax.models.families import config_from_dict
 from panacea_jax.parallel import make_mesh, sharding
 from panacea_jax.planning import cost_model
 from panacea_jax.planning.abstract_step import abstract_step, resident
-from panacea_jax.planning.hlo import collectives
+from panacea_jax.planning.hlo import exchanges
 from panacea_jax.train.step import make_step
 
 SHAPE = {
@@ -40,10 +40,8 @@ def main(meshes, remat):
         step = abstract_step(config, model, mesh)
         program = make_step(step.model, step.defence, step.optimizer, step.shardings)
         compiled = program.lower(step.state, step.weights, step.batches, step.key).compile()
-        exchanged = collectives(
-            compiled.as_text(), model.num_layers, mesh.size, cross_entropy.num_chunks(batch // (data * fsdp), LENGTH - 1)
-        )
-        gathers = [c.size for c in exchanged if c.kind == "all-gather"]
+        exchanged = exchanges(compiled.as_text(), mesh.size)
+        gathers = [c.result for c in exchanged if c.kind == "all-gather"]
         found.append({
             "sent": sum(c.sent for c in exchanged),
             "modelled": cost_model.sent(step),

@@ -12,11 +12,12 @@ from panacea_jax.defences import DEFENCES, Defence
 from panacea_jax.defences.cross_entropy import CHUNK
 from panacea_jax.models.families import config_from_dict
 from panacea_jax.parallel import make_mesh
-from panacea_jax.parallel.chips import CHIPS
+from panacea_jax.parallel.chips import CHIPS, Chip
 from panacea_jax.parallel.mesh import stand_ins
 from panacea_jax.planning import cost_model, plan
 from panacea_jax.planning.abstract_step import abstract_step
-from panacea_jax.planning.hlo import collectives
+from panacea_jax.planning.explain import explain
+from panacea_jax.planning.hlo import exchanges, operations
 from panacea_jax.planning.topology import Topology, topology
 from panacea_jax.stages import plan as plan_command
 from panacea_jax.train.step import make_step
@@ -134,24 +135,71 @@ def test_temporary_bytes_by_kind(remat):
     }
 
 
-LINES = """
-  %a = bf16[32,128,4096]{2,1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, metadata={op_name="jit(f)/while/body/x"}
+PROGRAM = """
+HloModule jit_step
+
+%cut (p.0: f32[10,4,8], p.1: s32[]) -> f32[4,8] {
+  %p.0 = f32[10,4,8]{2,1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = f32[1,4,8]{2,1,0} dynamic-slice(%p.0, %p.1, %zero, %zero), dynamic_slice_sizes={1,4,8}
+  ROOT %flat = f32[4,8]{1,0} bitcast(%slice)
+}
+
+%body (carry: (s32[], f32[2,4], f32[10,4,8])) -> (s32[], f32[2,4], f32[10,4,8]) {
+  %carry = (s32[], f32[2,4]{1,0}, f32[10,4,8]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%carry), index=0
+  %x = f32[2,4]{1,0} get-tuple-element(%carry), index=1
+  %w = f32[10,4,8]{2,1,0} get-tuple-element(%carry), index=2
+  %one = f32[4,8]{1,0} fusion(%w, %i), kind=kLoop, calls=%cut, metadata={op_name="jit(f)/layers/while/body/slice"}
+  %y = f32[2,8]{1,0} dot(%x, %one), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op_name="jit(f)/transpose(jvp(layers))/while/body/mlp/dot"}
+  %a = bf16[32,128,4096]{2,1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, metadata={op_name="jit(f)/while/body/x"}
   %again = bf16[32,128,4096]{2,1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, metadata={op_name="jit(f)/while/body/x"}
-  %r = (f32[8]{0}, f32[4,2]{1,0}) all-reduce(%a, %b), channel_id=2, replica_groups=[2,4]<=[8], metadata={op_name="jit(step)/add"}
+  ROOT %out = (s32[], f32[2,4]{1,0}, f32[10,4,8]{2,1,0}) tuple(%i, %x, %w)
+}
+
+ENTRY %main (q: (s32[], f32[2,4], f32[10,4,8])) -> f32[8] {
+  %q = (s32[], f32[2,4]{1,0}, f32[10,4,8]{2,1,0}) parameter(0)
+  %loop = (s32[], f32[2,4]{1,0}, f32[10,4,8]{2,1,0}) while(%q), condition=%test, body=%body, backend_config={"known_trip_count":{"n":"10"}}
+  %r = (f32[8]{0}, f32[4,2]{1,0}) all-reduce(%m, %b), channel_id=2, replica_groups=[2,4]<=[8], metadata={op_name="jit(step)/add"}
   %s = (f32[2]{0}, f32[8]{0}) all-gather-start(%c), channel_id=3, replica_groups=mesh['a'=4,'b'=2] {'a'}, metadata={op_name="jit(step)/y"}
+  %done = f32[8]{0} all-gather-done(%s)
   %o = f32[8]{0} all-gather(%c), channel_id=9, replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}, dimensions={0}
   %alone = f32[8]{0} all-reduce(%d), channel_id=4, replica_groups={{0},{1}}, metadata={op_name="jit(step)/z"}
-  %fusion = f32[8]{0} fusion(%all-gather.1), calls=%all-gather
-"""
+  %turned = f32[8,4]{1,0} transpose(%h), dimensions={1,0}
+  ROOT %last = f32[8]{0} add(%o, %done)
+}
+"""  # noqa: E501 - as the compiler has them
 
 
 def test_reading_a_program():
-    gather, reduce, start, other = collectives(LINES, layers=10, devices=8)
-    assert (gather.size, gather.group, gather.times) == (2 * 32 * 128 * 4096, 4, 10)
-    assert gather.sent == 10 * gather.size * 3 / 4
-    assert (reduce.size, reduce.group, reduce.sent) == (64, 4, 2 * 64 * 3 / 4)
-    assert (start.size, start.group) == (32, 4)
-    assert (other.size, other.group, other.times) == (32, 4, 1)
+    gather, reduce, start, other = exchanges(PROGRAM, devices=8)
+    assert (gather.result, gather.group, gather.times, gather.waits) == (2 * 32 * 128 * 4096, 4, 10, True)
+    assert gather.sent == 10 * gather.result * 3 / 4
+    assert (reduce.result, reduce.group, reduce.sent) == (64, 4, 2 * 64 * 3 / 4)
+    assert (start.result, start.group, start.waits) == (32, 4, False)
+    assert (other.result, other.group, other.times) == (32, 4, 1)
+
+
+def test_what_operations_compute_and_move():
+    """Ten turns of a product by a layer's weights; of the ten layers' stack a turn reads its own."""
+    found = {o.name.rpartition("/")[2]: o for o in operations(PROGRAM, devices=8) if o.group == 1 and o.name}
+    dot, cut = found["dot"], found["slice"]
+    assert (dot.kind, dot.times, dot.flops, dot.dtype) == ("matmul", 10, 2 * 2 * 4 * 8, "f32")
+    assert dot.moved == 4 * (2 * 4 + 4 * 8 + 2 * 8)
+    assert (cut.kind, cut.times, cut.moved) == ("copy", 10, 4 * (4 * 8 + 1 + 4 * 8))
+
+
+def test_where_the_time_goes():
+    chip = Chip(flops=1e3, memory=1e9, bandwidth=1e4, links=1e6)
+    explained = explain(operations(PROGRAM, devices=8), chip)
+    product = explained.places["MLP"]["backward"]
+    assert (product.bound, product.flops) == ("compute", 1280)
+    assert product.seconds == pytest.approx(1.28)
+    assert explained.largest[0][0] == "all-gather: x, elsewhere, forward"
+    assert explained.largest[0][2].seconds == pytest.approx(10 * 2 * 32 * 128 * 4096 * 3 / 4 / 1e6)
+    assert (explained.wide, explained.exchanges) == ((1280, 1280), (4, 3))
+    assert explained.copies.moved == 10 * 260 + 128  # cut out ten times; and turned
 
 
 def test_a_gpu_is_planned_by_the_model(tmp_path, capsys, monkeypatch):
@@ -241,7 +289,7 @@ def test_only_gradients_cross_slices():
     step = abstract_step(config, config_from_dict(CONFIG | small), mesh)
     program = make_step(step.model, step.defence, step.optimizer, step.shardings)
     text = program.lower(step.state, step.weights, step.batches, step.key).compile().as_text()
-    assert {c.group for c in collectives(text, 3, 8) if c.kind == "all-gather"} == {4}
+    assert {c.group for c in exchanges(text, 8) if c.kind == "all-gather"} == {4}
     between = re.findall(r'MegascaleRendezvousKeyName="([a-z-]+)', text)
     assert between and set(between) == {"all-reduce"}
 
