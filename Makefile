@@ -8,7 +8,7 @@ TEST := $(VENV)/.installed-test
 DEV := $(VENV)/.installed-dev
 SUPPLY := $(VENV)/supply/bin
 
-.PHONY: quickstart test test-all fuzz faults kills lint docs lock licences sbom audit clean
+.PHONY: quickstart test test-all fuzz faults kills counts lint docs lock licences sbom audit clean
 
 # The whole experiment in a miniature world: no download, results in quickstart_results/.
 # Another world: make quickstart ARGS=--world=1
@@ -37,6 +37,10 @@ faults: $(TEST)
 # Two hundred SIGKILLs at random instants of whole runs of three methods, a comparison and a sweep: an hour.
 kills: $(TEST)
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m tests.kills 200 $(ARGS)
+
+# What compiled steps compute, move, send and hold, counted anew: for a change that is meant to change it.
+counts: $(TEST)
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m tests.planning.test_counts
 
 lint: $(DEV)
 	$(VENV)/bin/ruff check .

@@ -70,7 +70,7 @@ _Computations = dict[str, dict[str, _Instruction]]
 
 
 def operations(text: str, devices: int) -> list[Operation]:
-    """The operations of a program, those in loops as often as the loop turns (once, where the text does not say).
+    """The operations of a program, those in loops as often as the loop turns (once, where that is not to be read).
 
     Args:
         text: ``compiled.as_text()``.
@@ -158,10 +158,9 @@ def _executed(computations: _Computations, name: str, times: int) -> Iterator[tu
     for instruction in body.values():
         called = _called(instruction)
         if instruction.opcode == "while":
-            turns = re.search(r'"known_trip_count":\s*\{"n":\s*"(\d+)"', instruction.rest)
             loop = re.search(r"body=%?([\w.~-]+)", instruction.rest)
             if loop:
-                yield from _executed(computations, loop[1], times * (int(turns[1]) if turns else 1))
+                yield from _executed(computations, loop[1], times * _turns(computations, instruction))
         elif instruction.opcode == "conditional" and called:
             longest = max(called, key=lambda c: len(computations.get(c, {})))
             yield from _executed(computations, longest, times)
@@ -170,6 +169,17 @@ def _executed(computations: _Computations, name: str, times: int) -> Iterator[tu
                 yield from _executed(computations, inner, times)
         elif instruction.opcode not in _FREE and not instruction.opcode.endswith(("-done", "-update")):
             yield body, instruction, times
+
+
+def _turns(computations: _Computations, loop: _Instruction) -> int:
+    """How often a loop turns: as the text says, else what its condition compares the turn's number with; 1 where that is no constant."""
+    known = re.search(r'"known_trip_count":\s*\{"n":\s*"(\d+)"', loop.rest)
+    if known:
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.~-]+)", loop.rest)
+    body = computations.get(condition[1], {}) if condition else {}
+    limits = [i for i in body.values() if i.opcode == "constant" and i.shape.startswith("s32[]") and i.inside.isdigit()]
+    return max((int(i.inside) for i in limits), default=1)
 
 
 def _called(instruction: _Instruction) -> list[str]:

@@ -190,6 +190,24 @@ def test_what_operations_compute_and_move():
     assert (cut.kind, cut.times, cut.moved) == ("copy", 10, 4 * (4 * 8 + 1 + 4 * 8))
 
 
+def test_turns_of_a_loop():
+    """As the text says, else by the condition, as programs of TPUs have it."""
+    told = ', backend_config={"known_trip_count":{"n":"10"}}'
+    assert told in PROGRAM
+    condition = """
+%test (t: (s32[], f32[2,4], f32[10,4,8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(7)
+  %t = (s32[], f32[2,4]{1,0}, f32[10,4,8]{2,1,0}) parameter(0)
+  %n = s32[]{:T(128)} get-tuple-element(%t), index=0
+  ROOT %less = pred[]{:T(512)} compare(%n, %limit), direction=LT
+}
+
+ENTRY"""
+    for text, turns in ((PROGRAM, 10), (PROGRAM.replace(told, ""), 1), (PROGRAM.replace(told, "").replace("\nENTRY", condition), 7)):
+        [dot] = [o for o in operations(text, devices=8) if o.flops]
+        assert dot.times == turns
+
+
 def test_where_the_time_goes():
     chip = Chip(flops=1e3, memory=1e9, bandwidth=1e4, links=1e6)
     explained = explain(operations(PROGRAM, devices=8), chip)
