@@ -85,7 +85,7 @@ class Loss:
         if self.accumulate > 1:
             return _forward_in_parts(self, params, batch, offsets, readings)
         inputs = Inputs.of(
-            batch.tokens, batch.valid, segments=batch.segments, dropout=batch.dropout, entering=batch.entering
+            batch.tokens, batch.valid, segments=batch.segments, dropout=batch.dropout, entering=batch.entering, right=True
         )  # fmt: skip
         return Forward(*self.bind(params).inspect(inputs, offsets, readings, self.remat))
 

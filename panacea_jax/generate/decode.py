@@ -267,7 +267,7 @@ def _programs(model: Model, sampling: Sampling, pad_id: int) -> Programs:
         """Prompts but for their last tokens, which the first decoding step reads."""
         tokens = jax.lax.with_sharding_constraint(tokens, batch_sharding(model.mesh))
         valid = jnp.arange(tokens.shape[1]) < length[:, None] - 1
-        inputs = Inputs.of(tokens, valid, first=num_slots(shared))
+        inputs = Inputs.of(tokens, valid, first=num_slots(shared), right=True)
         layers = model.bind(weights, _params(params, adapter)).prefill(inputs, shared)
         last = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
         left = jnp.full_like(length, left)

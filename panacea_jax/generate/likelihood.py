@@ -70,7 +70,7 @@ def _program(model: Model) -> Callable[..., Any]:
         counted: Bool[Array, "B T"],
     ) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
         bound = model.bind(weights, params)
-        x, _ = bound.hidden(Inputs.of(tokens, valid))
+        x, _ = bound.hidden(Inputs.of(tokens, valid, right=True))
 
         def at(place: tuple[Array, Array]) -> tuple[Array, Array]:
             """One position: the log-probability of its next token, and whether that is the most likely."""

@@ -229,8 +229,10 @@ class BoundDecoder:
         """The same for whole texts, one a row or one a segment, which see nothing but themselves: a fused back-end may attend."""
         positions, segments = inputs.positions, inputs.segments
         context, windows = self._context(positions, positions, inputs.valid, None)
+        lengths = None
         if segments is None:
             segments = inputs.valid.astype(jnp.int32)
+            lengths = segments.sum(axis=1) if inputs.right else None
         else:
             own = segments[:, :, None] == segments[:, None, :]
             context = context._replace(mask=context.mask & own)
@@ -238,7 +240,7 @@ class BoundDecoder:
         backend = choose_backend(d.attention, d.config, d.dtype, device).name
         if backend != "xla":
             fused = fused_attention(
-                backend, d.config, self.mesh, segments, context.mask, context.distance
+                backend, d.config, self.mesh, segments, context.mask, context.distance, lengths
             )
             context = context._replace(fused=fused)
         return context, windows

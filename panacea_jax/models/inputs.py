@@ -18,6 +18,7 @@ class Inputs:
         segments: numbers of the texts that share a row; a query sees keys of its own only. None: one text a row.
         dropout: raw random key of each row, for the masks of the adapter's inputs. None: no dropout.
         entering: what enters the lowest adapted layer, where it is known: nothing below is computed then.
+        right: texts begin where their rows do, so that padding stands behind them; a fused back-end then needs no mask.
     """
 
     tokens: Int[Array, "B T"]
@@ -26,6 +27,7 @@ class Inputs:
     segments: Int[Array, "B T"] | None = None
     dropout: UInt32[Array, "B _"] | None = None
     entering: Float[Array, "B T D"] | None = None
+    right: bool = False
 
     @classmethod
     def of(
@@ -38,6 +40,7 @@ class Inputs:
         dropout: UInt32[Array, "B _"] | None = None,
         entering: Float[Array, "B T D"] | None = None,
         first: int | Int[Array, "B 1"] = 0,
+        right: bool = False,
     ) -> "Inputs":
         """With what is not given filled in.
 
@@ -49,6 +52,7 @@ class Inputs:
             dropout: by default none.
             entering: by default it is computed.
             first: position of the first token.
+            right: padding, if any, stands behind the texts.
         """
         if valid is None:
             valid = jnp.ones(tokens.shape, bool)
@@ -56,7 +60,7 @@ class Inputs:
             positions = segment_positions(segments)
         elif positions is None:
             positions = default_positions(valid) + first
-        return cls(tokens, positions, valid, segments, dropout, entering)
+        return cls(tokens, positions, valid, segments, dropout, entering, right)
 
 
 def default_positions(valid: Bool[Array, "B T"]) -> Int[Array, "B T"]:

@@ -131,4 +131,4 @@ def computed(model: Model, params: Adapter, stream: Stream, taken: Sequence[int]
 
 @jax.jit
 def _entering(loss: Loss, params: Adapter, batch: Batch) -> Float[Array, "B T D"]:
-    return loss.bind(params).entering(Inputs.of(batch.tokens, batch.valid))
+    return loss.bind(params).entering(Inputs.of(batch.tokens, batch.valid, right=True))

@@ -51,10 +51,10 @@ def segments():
     return jnp.asarray(numbers)
 
 
-def logits_and_gradients(model, packed=False):
+def logits_and_gradients(model, packed=False, right=False):
     """Of the valid positions; the loss weighs every logit differently."""
     tokens, valid = inputs()
-    extra = {"segments": segments()} if packed else {}
+    extra = {"segments": segments()} if packed else {"right": right}
 
     def loss(weights):
         bound = model.bind(weights, None)
@@ -108,6 +108,24 @@ def test_cudnn_wiring_equals_plain(plain, monkeypatch):
         return
     for packed in (False, True):
         assert_same(logits_and_gradients(model, packed), logits_and_gradients(plain, packed))
+
+
+def test_cudnn_by_lengths_equals_plain(plain, monkeypatch):
+    """Where padding is behind the texts no mask is handed over, unless layers differ in their window; a row may be all padding."""
+    theirs, masked = jax.nn.dot_product_attention, []
+
+    def stand_in(*args, implementation, **kwargs):
+        masked.append("mask" in kwargs)
+        return theirs(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    monkeypatch.setattr(fused, "_cudnn_obstacle", lambda config, *_: "")
+    monkeypatch.setitem(globals(), "VALID", ((0, LENGTH), (0, 61), (0, 0)))
+    if plain.config.attention_softcap:
+        pytest.skip("not with soft caps")
+    want = logits_and_gradients(plain)
+    assert_same(logits_and_gradients(with_attention(plain, "cudnn"), right=True), want)
+    assert set(masked) == {len(set(plain.config.windows or (0,))) > 1}
 
 
 def test_splash_over_eight_devices(tmp_path):

@@ -216,7 +216,7 @@ def _compiled(graphdef: Any, mesh: Any, config: Any, dtype: Any) -> Callable[...
         columns: Int[Array, "B K"],
     ) -> tuple[Float[Array, "B K"], Float[Array, "B"]]:
         bound = model.bind(weights, None)
-        x, _ = bound.hidden(Inputs.of(tokens, valid))
+        x, _ = bound.hidden(Inputs.of(tokens, valid, right=True))
         last = jnp.maximum(jnp.sum(valid, axis=1) - 1, 0)
         logits = bound.logits(x[jnp.arange(x.shape[0]), last])
         chosen = jnp.take_along_axis(logits, columns, axis=1)
