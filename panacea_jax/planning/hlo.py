@@ -256,8 +256,10 @@ def _product(body: dict[str, _Instruction], i: _Instruction) -> float:
         kept = shapes[1][labels[1].index("o")] if labels and "o" in labels[1] else 1
         return 2.0 * _count(_dims(i.shape)) * _count(shapes[1]) / max(kept, 1)
     scores = re.search(r'"intermediate_tensor_shape".*?"dimensions":\s*\[([^\]]*)\]', i.rest)
-    if "fmha" in i.rest and scores:  # two products forward; backward the scores again and four more
-        return 2.0 * (5 if "Backward" in i.rest else 2) * _count(_numbers_of(scores[1].replace('"', ""))) * shapes[0][-1]
+    if "fmha" in i.rest and scores:  # two products forward; backward the scores again and four more; half of each below the diagonal
+        share = 0.5 if re.search(r'"mask_type":\s*"\w*CAUSAL', i.rest) else 1.0
+        products = 5 if "Backward" in i.rest else 2
+        return 2.0 * share * products * _count(_numbers_of(scores[1].replace('"', ""))) * shapes[0][-1]
     return 0.0
 
 
