@@ -51,7 +51,8 @@ class Plan:
         batch_size: records of the user's a step, without padding rows.
         rows: rows of the user's batch, with them.
         remat: see ``config.model.remat``.
-        attention: its back-end, and why that.
+        attention: its back-end.
+        attention_why: why that.
         resident: bytes by kind of what stays between steps, from shapes and shardings.
         arguments: the same, together with the batches, as the compiler lays it out; None without a compiler.
         temporary: bytes that come and go in a step: the compiler's figure, or the model's.
@@ -73,6 +74,7 @@ class Plan:
     rows: int
     remat: str
     attention: str
+    attention_why: str
     resident: dict[str, int]
     arguments: int | None
     temporary: int
@@ -167,7 +169,7 @@ def _plan(config: ConfigDict, model: ModelConfig, machine: Topology, compiled: b
         taken = time.perf_counter() - start
     return Plan(
         machine.name, dict(mesh.shape), config.train.batch_size, step.batches["user"].tokens.shape[0], step.remat,
-        f"{step.attention.name}: {step.attention.why}", kept, arguments, temporary, modelled, _usable(chip) / chip.devices,
+        *step.attention, kept, arguments, temporary, modelled, _usable(chip) / chip.devices,
         cost_model.flops(step), sent, cost_model.sent_between(step), cost_model.seconds(step, chip, sent), taken, calls, explained, refused,
     )  # fmt: skip
 

@@ -81,7 +81,7 @@ def print_plans(plans: list[Plan]) -> None:
     table.add_column("", no_wrap=True)
     for p in plans:
         table.add_column(p.title, justify="right")
-    table.add_row("attention", *(p.attention.partition(":")[0] for p in plans))
+    table.add_row("attention", *(p.attention for p in plans))
     for kind in plans[0].resident:
         table.add_row(kind, *(_gib(p.resident[kind]) for p in plans))
     table.add_row("temporary", *(_gib(p.temporary) for p in plans))
@@ -102,7 +102,7 @@ def print_plans(plans: list[Plan]) -> None:
     table.add_row("step, at least", *(f"{p.step_seconds * 1e3:.1f} ms" for p in plans))
     table.add_row("device s a record", *(f"{p.cost:.4f}" for p in plans))
     console.print(table)
-    console.print(f"Attention: {plans[0].attention}.", highlight=False)
+    console.print(f"Attention: {plans[0].attention}, {plans[0].attention_why}.", highlight=False)
     console.print(
         "Memory: "
         + (

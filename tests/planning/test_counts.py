@@ -21,7 +21,7 @@ def found():
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_compiled_step_costs_what_it_did(found, name):
-    """Products, exchanges and kernels to the last; bytes to 2 %, since layouts and fusions follow the processor."""
+    """Products, exchanges and kernels to the last; bytes to a tenth, since layouts and fusions follow the processor."""
     if name not in found:
         pytest.skip("its compiler is not installed")
     now, then = found[name], KEPT[name]
@@ -30,7 +30,7 @@ def test_a_compiled_step_costs_what_it_did(found, name):
     for kind in ("exchanges", "kernels"):
         assert now[kind] == then[kind]
     for kind in ("MB moved", "MB held"):
-        assert now[kind] == pytest.approx(then[kind], rel=0.02), kind
+        assert now[kind] == pytest.approx(then[kind], rel=0.1), kind
 
 
 def test_panacea_has_three_passes():

@@ -56,4 +56,4 @@ def test_a_step_compiles_for_it(kind, tmp_path):
     assert cli.run(["plan", f"--config.model.path={tmp_path}", f"--topology=gpu:{kind}x2", *flags]) == 0
     [plan] = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert plan["arguments"] and plan["compile_seconds"] and plan["sent"]
-    assert plan["attention"].startswith("cudnn") and any("fmha" in name for name in plan["calls"])
+    assert plan["attention"] == "cudnn" and plan["attention_why"] and any("fmha" in name for name in plan["calls"])
