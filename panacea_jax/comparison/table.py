@@ -101,6 +101,8 @@ def notes(result: _Json) -> list[str]:
         lines.append(
             f"{kind} that FAIL the alignment guard ({result['bounds']}): {_list(failing)}; their figures are in the means all the same."
         )
+    elif result["guard"]:
+        lines.append(f"Before any fine-tuning the alignment guard holds ({result['bounds']}).")
     return lines
 
 

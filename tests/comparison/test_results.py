@@ -242,6 +242,11 @@ def test_the_table_as_text():
     assert "sign-flip test over seeds, two-sided; with 2 seeds p is at least 0.5" in text
 
 
+def test_the_guard_says_that_it_holds():
+    assert "the alignment guard holds (HS at most 2)" in "\n".join(table.notes(result() | {"guard": {"0": True}}))
+    assert "guard" not in "\n".join(table.notes(result() | {"guard": {}}))
+
+
 def test_the_note_of_a_single_seed_names_the_other_test():
     text = "\n".join(table.notes(result() | {"seeds": [0]}))
     assert "McNemar" in text and "sign-flip" not in text
