@@ -16,6 +16,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 * 2**30))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Small programs compile for longer than they run, and each worker of pytest-xdist has one core.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_multi_thread_eigen=false")
+# Commands in processes of their own start once: large pages gain nothing at this size (test_cli.py has them).
+os.environ.setdefault("GLIBC_TUNABLES", "")
 
 from jaxtyping import install_import_hook  # noqa: E402 - the environment comes first
 
