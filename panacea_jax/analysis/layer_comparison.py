@@ -76,7 +76,7 @@ def compare_runs(runs: Sequence[LayerRun], kind: str) -> dict[str, Any]:
         "correlations": [{"figure", "a", "b", "layers", "spearman", …}, …]}``. The figures of "models" are relative, their std is over
         runs (n − 1; None for one run), "agreement" is the mean of Spearman's ρ of the shares over pairs of its runs. "effective" is left
         out of a model whose runs do not all have it. Two models are correlated at the depths of the one with fewer layers, the other
-        being read between its layers.
+        being read between its layers and not beyond them.
 
     Raises:
         InputError: runs of one model that differ in their layers.
@@ -147,8 +147,9 @@ def mean_and_std(values: Float[np.ndarray, " N"]) -> dict[str, float | None]:
 def _at_one_depth(
     a: Mapping[str, Any], b: Mapping[str, Any], figure: str
 ) -> list[Float[np.ndarray, " L"]]:
-    """A figure of two models at the depths of the one with fewer layers."""
+    """A figure of two models at the depths of the one with fewer layers, where the other has layers on both sides."""
     depths = [[row["depth"] for row in model["layers"]] for model in (a, b)]
     values = [[row[figure]["mean"] for row in model["layers"]] for model in (a, b)]
-    at = min(depths, key=len)
+    low, high = max(d[0] for d in depths), min(d[-1] for d in depths)
+    at = [depth for depth in min(depths, key=len) if low <= depth <= high]
     return [np.interp(at, depth, value) for depth, value in zip(depths, values)]

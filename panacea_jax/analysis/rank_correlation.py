@@ -25,13 +25,13 @@ def rank_correlation(x: Figure, y: Figure) -> dict[str, Any]:
 
     Returns:
         "layers", "spearman", "spearman_p", "kendall", "kendall_p"; all but the first None where a figure is the same in every layer, or
-        where there is one layer.
+        where there is one layer or none.
     """
     from scipy import stats  # slow to import
 
     first, second = np.asarray(x, np.float64), np.asarray(y, np.float64)
     count = len(first)
-    if np.ptp(first) == 0 or np.ptp(second) == 0:
+    if count < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return {"layers": count, **dict.fromkeys(("spearman", "spearman_p", "kendall", "kendall_p"))}  # fmt: skip
     rho, tau = stats.spearmanr(first, second), stats.kendalltau(first, second)
     found = {"layers": count, "spearman": float(rho.statistic), "spearman_p": float(rho.pvalue),

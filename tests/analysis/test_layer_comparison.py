@@ -64,6 +64,17 @@ def test_models_are_correlated_where_the_shallower_has_layers(runs):
     assert correlation["spearman"] == pytest.approx(1.5 / (1.5 * 2) ** 0.5)
 
 
+def test_nothing_is_compared_where_a_model_has_no_layers():
+    """An adapter of the upper four of ten layers, depths 2/3 to 1, beside one of three layers and one of two upper ones."""
+    upper, whole, two = run("a", "upper", 0.1, 0.2, 0.3, 0.4), run("b", "whole", 0.2, 0.3, 0.5), run("c", "two", 0.4, 0.6)
+    for model, layers in ((upper, (6, 7, 8, 9)), (two, (7, 9))):
+        for row, layer in zip(model.kinds["last"]["layers"], layers):
+            row["layer"] = layer
+    correlations = compare_runs([upper, whole, two], "last")["correlations"]
+    found = {(c["a"], c["b"]): (c["layers"], c["spearman"] and round(c["spearman"], 9)) for c in correlations}
+    assert found == {("upper", "whole"): (1, None), ("upper", "two"): (2, 1), ("whole", "two"): (2, 1)}
+
+
 def test_between_layers_a_model_is_read_on_the_straight_line():
     models = [run("a", "four", 0.4, 0.3, 0.2, 0.1), run("b", "six", *np.array([9, 1, 8, 2, 7, 3]) / 30)]
     [correlation] = compare_runs(models, "last")["correlations"]
