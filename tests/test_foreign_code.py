@@ -22,6 +22,7 @@ WITHIN = {
     "huggingface_hub": {"models/hub.py", "stages/push.py"},  # where the user names a hub id
 }  # fmt: skip
 CALLS = {"eval", "exec", "compile", "__import__"}
+ALLOWED = {("cli/huge_pages.py", "os.execv")}  # starts itself, with the arguments that it was given
 ENDS = ("np.load", "os.system", "os.execv", "os.popen", "yaml.unsafe_load", "yaml.full_load")
 
 
@@ -48,7 +49,7 @@ def test_the_package_calls_nothing_that_runs_text():
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func) if isinstance(node.func, ast.Name | ast.Attribute) else ""
                 asked = [ast.unparse(k.value) for k in node.keywords if k.arg in ("trust_remote_code", "allow_pickle")]
-                if called in CALLS or called.endswith(ENDS) or set(asked) - {"False"}:
+                if called in CALLS or (called.endswith(ENDS) and (name, called) not in ALLOWED) or set(asked) - {"False"}:
                     wrong.append(f"{name}:{node.lineno}: {called}")
     assert not wrong
 
