@@ -130,8 +130,8 @@ def print_explained(explained: Explained) -> None:
             f"{sum(c.flops for c in costs) / 1e12:.2f}", _gib(sum(c.moved for c in costs)), _gib(sum(c.sent for c in costs)),
         )  # fmt: skip
     console.print(table)
-    for number, (what, times, cost) in enumerate(explained.largest, 1):
-        line = f"{number}. {times} × {what}: {cost.seconds * 1e3:.2f} ms, by {cost.bound} ({cost.flops / 1e12:.2f} TFLOP"
+    for number, (what, count, cost) in enumerate(explained.largest, 1):
+        line = f"{number}. {count} × {what}: {cost.seconds * 1e3:.2f} ms, by {cost.bound} ({cost.flops / 1e12:.2f} TFLOP"
         console.print(f"{line}, {_gib(cost.moved)} moved, {_gib(cost.sent)} sent)", highlight=False, soft_wrap=True)
     (wide, flops), (sent, waits) = explained.wide, explained.exchanges
     console.print(
