@@ -220,6 +220,18 @@ def test_where_the_time_goes():
     assert explained.copies.moved == 10 * 260 + 128  # cut out ten times; and turned
 
 
+def test_what_explain_prints(tmp_path, capsys, monkeypatch):
+    """By scope, the largest operations and the rest; without a compiled program it says so."""
+    plan_command.print_explained(explain(operations(PROGRAM, devices=8), Chip(1e12, 1e9, 1e9, 1e9)))
+    out = capsys.readouterr().out
+    assert "MLP" in out and "1. 10 × all-gather: x, elsewhere, forward: 251.66 ms, by links" in out
+    assert "Exchanges: 4, of which 3 wait" in out
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    monkeypatch.setattr(plan_command, "topology", lambda name: Topology(name, CHIPS["h100"], 1, None))
+    assert cli.run(["plan", f"--config.model.path={tmp_path}", "--topology=gpu:h100x1", "--explain"]) == 2
+    assert "--explain: nothing was compiled for --topology=gpu:h100x1" in capsys.readouterr().err
+
+
 def test_a_gpu_is_planned_by_the_model(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
