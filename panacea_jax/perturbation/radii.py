@@ -102,7 +102,7 @@ class LayerRule:
             given = self.files[0] if self.files else self.rule
             raise InputError(f"{KEY}: {len(weights)} values in {given} for {layers} layers")
         if self.seed is not None:
-            weights = np.random.default_rng(self.seed).permutation(weights)
+            weights = _in_another_order(weights, self.seed)
         return weights / np.linalg.norm(weights)
 
     def _relative(self, layers: int, norms: Float[np.ndarray, "L"] | None) -> Float[np.ndarray, "_"]:
@@ -158,6 +158,14 @@ def _numbers(file: str, key: str) -> Float[np.ndarray, "_"]:
     except (LookupError, TypeError) as error:
         raise InputError(f"{what}: neither a list of numbers nor a layers.json") from error
     return _weights(kinds, what)
+
+
+def _in_another_order(weights: Float[np.ndarray, "L"], seed: int) -> Float[np.ndarray, "L"]:
+    """Dealt out anew until some layer has another; of a few layers every so many draws is the order that was. Equal ones stay."""
+    drawn, dealt = np.random.default_rng(seed), weights
+    while np.array_equal(dealt, weights) and np.ptp(weights) > 0:
+        dealt = drawn.permutation(weights)
+    return dealt
 
 
 def _weights(values: Any, what: str) -> Float[np.ndarray, "_"]:

@@ -38,6 +38,17 @@ def test_each_rule(rule, weights):
     assert np.linalg.norm(dealt) == pytest.approx(1)
 
 
+def test_the_control_is_never_the_order_that_was():
+    """numpy's first draw of four by seed 1 is 0, 1, 2, 3; two equal radii of four fall where they were by other seeds, too."""
+    for seed in range(40):
+        for rule in ("proportional", "top:2"):
+            plain = LayerRule(rule).unit(4, C)
+            dealt = LayerRule(rule, seed=seed).unit(4, C)
+            assert not np.allclose(dealt, plain)
+            np.testing.assert_allclose(np.sort(dealt), np.sort(plain))
+    np.testing.assert_allclose(LayerRule("uniform", seed=1).unit(4, C), 0.5)
+
+
 def test_the_control_is_another_order_by_seed():
     orders = {tuple(LayerRule("proportional", seed=seed).unit(4, C)) for seed in range(8)}
     assert len(orders) > 4
