@@ -60,7 +60,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _computes(name: str) -> bool:
     """Whether a command has steps, answers or evaluation batches of its own, or has commands that do."""
-    return name == "quickstart" or (name in COMMANDS and any(key.partition(".")[0] == "watch" for key in COMMANDS[name].reads))
+    return name == "quickstart" or (name in COMMANDS and _is_watched(name))
+
+
+def _is_watched(name: str) -> bool:
+    return any(key.partition(".")[0] == "watch" for key in COMMANDS[name].reads)
 
 
 def run(arguments: Sequence[str], together: contextlib.ExitStack | None = None) -> int:
@@ -183,11 +187,11 @@ def _log_plainly() -> None:
 
 @contextlib.contextmanager
 def _watched(name: str, values: "FlagValues", config: "ConfigDict") -> Iterator[None]:
-    """A command that computes is watched."""
+    """A command that has steps, answers or evaluation batches is watched."""
     from panacea_jax.stores import is_address
     from panacea_jax.watchdog import watched
 
-    if not _computes(name):
+    if not _is_watched(name):
         yield
         return
     folder = Path(values.workdir) if values.workdir and not is_address(values.workdir) else None

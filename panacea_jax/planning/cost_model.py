@@ -1,6 +1,6 @@
 """A model of what a step costs on one device: memory, operations, and what travels over links and network.
 
-It answers where nothing can be compiled (GPUs), and it sorts the candidates of a search. docs/planning.md sets its figures beside the
+It answers where no compiler is installed, and it sorts the candidates of a search. docs/planning.md sets its figures beside the
 compiler's.
 """
 

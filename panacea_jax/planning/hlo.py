@@ -203,18 +203,19 @@ def _inside(computations: _Computations, instruction: _Instruction) -> Iterator[
 
 
 def _exchange(kind: str, instruction: _Instruction, times: int, devices: int) -> Operation:
-    sizes = _sizes(instruction.shape)
     started = instruction.opcode.endswith("-start")
-    # The result of a start is the pair of its operands and its outcomes.
-    result = _outcome(sizes, kind) if started else sum(sizes)
+    result = _outcome(instruction.shape, kind) if started else sum(_sizes(instruction.shape))
     group = _group(instruction.rest, devices)
     return Operation(kind, _named(instruction), times, 0.0, 2 * result, result, group, waits=not started)
 
 
-def _outcome(sizes: Sequence[float], kind: str) -> float:
-    """Bytes of the second half of a start's pair; of an all-reduce, which has no pair where it has one operand, all."""
-    if len(sizes) % 2 or kind == "all-reduce":
-        return sum(sizes) if kind == "all-reduce" else max(sizes, default=0.0)
+def _outcome(shape: str, kind: str) -> float:
+    """Bytes of what a start makes. Its shape has the operands, as many outcomes and perhaps numbers of its own; an all-reduce's has
+    outcomes alone.
+    """
+    if kind == "all-reduce":
+        return sum(_sizes(shape))
+    sizes = _sizes(re.sub(r"\bu32\[\]", "", shape))
     return sum(sizes[len(sizes) // 2 :])
 
 

@@ -1,8 +1,8 @@
 """What a training step will need on machines that one does not have.
 
-For a TPU topology the real step is compiled for it, without a TPU: the compiler's own figures say what one chip must hold. For GPUs,
-which cannot be compiled for from afar, a memory model answers, the same that ``--search`` sorts candidates with. Times are a roofline,
-the least that the data sheets allow, not a measurement.
+For a TPU topology the real step is compiled for it, without a TPU: the compiler's own figures say what one chip must hold. For GPUs
+likewise, where XLA's compiler for them is installed; else a memory model answers, the same that ``--search`` sorts candidates with.
+Times are a roofline, the least that the data sheets allow, not a measurement.
 """
 
 import dataclasses

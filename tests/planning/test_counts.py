@@ -33,9 +33,9 @@ def test_a_compiled_step_costs_what_it_did(found, name):
         assert now[kind] == pytest.approx(then[kind], rel=0.1), kind
 
 
-def test_panacea_has_three_passes():
+def test_panacea_has_three_passes(found):
     """By the compiler's counts: three times the products of SFT's step, of batches as large."""
-    sft, panacea = (KEPT[f"{name}, 1 of the CPU"]["GFLOP"] for name in ("sft", "panacea"))
+    sft, panacea = (found[f"{name}, 1 of the CPU"]["GFLOP"] for name in ("sft", "panacea"))
     assert panacea == pytest.approx(3 * sft, rel=0.01)
 
 

@@ -181,6 +181,14 @@ def test_reading_a_program():
     assert (other.result, other.group, other.times) == (32, 4, 1)
 
 
+def test_a_start_makes_the_second_half_of_its_shape():
+    """Numbers that a TPU's program adds are neither."""
+    line = "  %s = (f32[4]{0}, f32[16]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%c), source_target_pairs={{0,1},{1,0}}\n"
+    several = "  %t = ((f32[2]{0}, f32[4]{0}), (f32[8]{0}, f32[16]{0})) all-gather-start(%c, %d), channel_id=5, replica_groups=[2,4]<=[8]\n"
+    found = exchanges(PROGRAM.replace("  %turned", line + several + "  %turned"), devices=8)
+    assert [o.result for o in found if o.kind == "collective-permute" or o.result == 96] == [64, 96]
+
+
 def test_what_operations_compute_and_move():
     """Ten turns of a product by a layer's weights; of the ten layers' stack a turn reads its own."""
     found = {o.name.rpartition("/")[2]: o for o in operations(PROGRAM, devices=8) if o.group == 1 and o.name}
