@@ -39,7 +39,8 @@ from panacea_jax.models import lora, tensorfile
 from panacea_jax.models.config import read_config
 from panacea_jax.models.families import config_from_dict
 from panacea_jax.models.model import abstract_model, load
-from panacea_jax.models.weights import hf_shapes, save_weights
+from panacea_jax.models.saving import save_weights
+from panacea_jax.models.weights import hf_shapes
 from panacea_jax.parallel import make_mesh, processes
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}

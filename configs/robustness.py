@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from panacea_jax.errors import InputError
 
 SEEDS = (70, 71, 72)
-METHODS = ("panacea:rho=0.25,lam=0.2,final_epsilon=mean", "realign:steps=50")
+METHODS = ("panacea:rho=auto,final_epsilon=mean", "realign:steps=50")
 
 # Half of the categories of the set that the paper takes its harmful records from.
 KNOWN = "animal_abuse+drug_abuse+financial_crime+hate_speech+privacy_violation+self_harm+terrorism"

@@ -19,8 +19,8 @@ from panacea_jax.models.families import config_from_dict
 from panacea_jax.models.model import Model
 from panacea_jax.models.names import to_ours
 from panacea_jax.models.peft import adapter_tensors, read_notes, save_adapter
+from panacea_jax.models.saving import entries, save_weights, write_file
 from panacea_jax.models.tensorfile import Entry, entries_of
-from panacea_jax.models.weights import entries, save_weights, write_file
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
 from panacea_jax.stores import by_address

@@ -13,7 +13,7 @@ import pytest
 from panacea_jax import cli
 from panacea_jax.models.families import config_from_dict
 from panacea_jax.models.model import random_model
-from panacea_jax.models.weights import save_weights
+from panacea_jax.models.saving import save_weights
 from panacea_jax.worlds.base import LLAMA
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

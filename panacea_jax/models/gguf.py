@@ -22,8 +22,9 @@ from panacea_jax.models.gguf_header import check_header
 from panacea_jax.models.gguf_metadata import Metadata
 from panacea_jax.models.gguf_tokenizer import make_tokenizer
 from panacea_jax.models.model import abstract_model
+from panacea_jax.models.saving import save_tensors
 from panacea_jax.models.tensorfile import Entry
-from panacea_jax.models.weights import hf_shapes, save_tensors
+from panacea_jax.models.weights import hf_shapes
 from panacea_jax.untrusted import parsing, reason
 
 # Stored types that stay as they are; all others, the quantised ones among them, become float32.

@@ -10,8 +10,8 @@ from panacea_jax.errors import InputError
 from panacea_jax.models.model import Model, abstract_model
 from panacea_jax.models.names import alone, to_hf, to_ours
 from panacea_jax.models.quantise import whole
+from panacea_jax.models.saving import entries
 from panacea_jax.models.tensorfile import Entry
-from panacea_jax.models.weights import entries
 
 
 def check_copy(name: str, tensor: np.ndarray, model: Model, where: Path) -> None:

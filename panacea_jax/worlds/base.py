@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from panacea_jax.models.families import config_from_dict
 from panacea_jax.models.model import random_model
-from panacea_jax.models.weights import save_weights
+from panacea_jax.models.saving import save_weights
 from panacea_jax.parallel import make_mesh
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")

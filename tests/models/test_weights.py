@@ -16,7 +16,7 @@ from panacea_jax.errors import InputError
 from panacea_jax.models import hub
 from panacea_jax.models import model as models
 from panacea_jax.models.config import read_config
-from panacea_jax.models.weights import save_weights
+from panacea_jax.models.saving import save_weights
 from tests.families import FAMILIES, build, save
 
 

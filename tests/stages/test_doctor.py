@@ -12,7 +12,7 @@ from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges import make_judge
 from panacea_jax.models.families import config_from_dict, config_from_folder
 from panacea_jax.models.model import random_model
-from panacea_jax.models.weights import save_weights
+from panacea_jax.models.saving import save_weights
 from panacea_jax.stages.doctor import doctor
 from tests.data.conftest import write_tokenizer
 from tests.evaluate.judges.models import write_classifier
