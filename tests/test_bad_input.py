@@ -93,6 +93,8 @@ def finetune(place, tmp_path, refused):
         (["layers", "--probe=1"], ["--workdir is not set"]),
         (["layers", "--probe=1", "--workdir=a"], ["config.model.path is not set"]),
         (["quickstart", "--world=first"], ["--world=first"]),
+        (["quickstart", "--config.compare.seeds=(1,)"], ["--config.compare.seeds: panacea quickstart reads no configuration"]),
+        (["report", "--workdir=a", "--config", "own"], ["--config: panacea report reads no configuration"]),
         (["finetune", "--config.lora.rnak=3"], ["--config.lora.rnak", "did you mean --config.lora.rank?"]),
         (["finetune", "--config.trian.steps=3"], ["--config.trian.steps", "did you mean --config.train.steps?"]),
         (["finetune", "--noconfig.data.shufle"], ["--config.data.shufle"]),

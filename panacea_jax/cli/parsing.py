@@ -35,6 +35,8 @@ def parse_command(
         flags.DEFINE_string("coordinator", "", PROCESS_FLAGS["coordinator"], flag_values=values)
         for name in ("num_processes", "process_id"):
             flags.DEFINE_integer(name, None, PROCESS_FLAGS[name], flag_values=values)
+    if not COMMANDS[command].reads and (ours := next(filter(_CONFIG.match, arguments), None)):
+        raise InputError(f"{ours.partition('=')[0]}: panacea {command} reads no configuration, so this would change nothing")
     recipe, arguments = _take_recipe(arguments)
     config = config_module.load_recipe(recipe) if recipe else config_module.get_config()
     for argument in arguments:
@@ -57,6 +59,7 @@ def parse_command(
 
 # --config.a.b=1, --config.a.b 1, --noconfig.a.b and, for one entry of a list, --config.a.b[0]=1
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=\[]*)")
+_CONFIG = re.compile(r"--?(?:no)?config(?:[.=]|$)")
 
 
 def _take_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
