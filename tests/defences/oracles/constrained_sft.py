@@ -28,7 +28,7 @@ def loss(mine, theirs, learnt, *, beta, first, early, count, floored=None) -> to
                 continue
             b = beta * (first if t == 1 else early) if t <= count else beta
             gain = ours[place] - start[place]
-            if 2 * float(torch.sigmoid(-b * gain)) < FLOOR:
+            if 2 * float(torch.sigmoid(-b * gain.detach())) < FLOOR:
                 terms.append(-FLOOR * ours[place])
                 low += 1
             else:
