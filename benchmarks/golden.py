@@ -30,6 +30,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "panacea": {"rho": 0.5, "lam": 0.3}, "tar": {"inner_steps": 4, "inner_every": 2}, "t_vaccine": {"layers": 1, "interval": 2},
     "lisa": {"alignment_steps": 2, "finetune_steps": 2}, "realign": {"steps": STEPS}, "repnoise": {"paired": False},
     "ewc": {"lam": 1e3}, "safelora": {"num_layers": 3}, "ascent": {"rho": 0.5},
+    "sbr": {"prompts": 4},
 }  # fmt: skip
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "panacea_mean": ("panacea", {"rho": 0.5, "lam": 0.3, "final_epsilon": "mean"}),

@@ -23,6 +23,7 @@ What a variant does not reproduce:
 * Antidote's RepNoise scores the last layer alone, without the + 1: here it has the official L_adv. T-Vaccine's TAR, which trains as SFT
   does. Antidote's rebuttal of Lisa on GSM8K, which is `lisa-antidote` with ρ 0.1, learning rate 1e-3 and no poison. VLGuard's mixing in
   Lisa's and Antidote's repositories, where the guide records take the place of benign ones. KL over positions in place of words.
+* SBR's 4-bit base, 8-bit AdamW and chat model. Constrained SFT's ten steps of warm-up (a share of all steps here) and its chat models.
 * Random perturbation by σ: no script sets it. `--config.heal.defence.sigma=…` does.
 
 Whether the alignment adapter is trained on or merged is the same for all, so that runs differ in the defence alone; the scripts' own
@@ -118,6 +119,17 @@ BUDGETS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "kl": ("kl:lam=0.1", VACCINE_REPO),
     "vlguard-mix": ("vlguard:mode=mix", VACCINE_REPO | {"data.num_alignment": 100} | ALIGNED_BEFORE),
     "vlguard-sum": ("vlguard:mode=sum,lam=0.1", {"data.num_alignment": 2000} | ALIGNED_BEFORE),  # Panacea repository
+    "sbr": (  # its repository: Llama-3.1-8B-Instruct, whose alignment it has for nothing
+        "sbr:lam=50,prompts=8",
+        {"lora.rank": 16, "lora.alpha": 16.0, "lora.rslora": True, "lora.targets": SEVEN, "optimizer.learning_rate": 1e-5,
+         "optimizer.schedule": "linear", "optimizer.warmup_ratio": 0.0, "optimizer.weight_decay": 0.0, "train.batch_size": 32,
+         "data.max_length": 512},
+    ),
+    "constrained_sft": (  # its repository: all weights, its utility sets' three epochs
+        "constrained_sft:beta=0.1,first_factor=5,early_factor=20,early_tokens=5",
+        {"align.train.full_parameters": True, "train.full_parameters": True, "optimizer.schedule": "linear", "optimizer.b1": 0.5,
+         "optimizer.weight_decay": 0.0, "train.batch_size": 64, "train.epochs": 3, "data.max_length": 512},
+    ),
     # After fine-tuning.
     "antidote": ("antidote:dense_ratio=0.1", ANTIDOTE_REPO),
     "antidote-gsm8k": ("antidote:dense_ratio=0.05", ANTIDOTE_REPO),

@@ -142,7 +142,8 @@ def _whole_passes(defence: Method, manifest: _Json, folder: Path) -> float:
         total += weight * records / config["train"]["batch_size"]
     main = config["train"]["batch_size"]
     for stream, count in single_batches_of(defence).items():
-        total += count * config["train"].get(f"{stream}_batch_size", main) / main
+        size = defence.streams[stream].first or config["train"].get(f"{stream}_batch_size", main)
+        total += count * size / main
     return total
 
 

@@ -7,7 +7,7 @@ rows; what a step takes, and what its loss is, stays the same.
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -137,6 +137,12 @@ class Stream:
         """Rows that a packed batch may have: about a quarter, a half, three quarters and all of `rows`."""
         parts, each = self.rows // self.row_multiple, self.row_multiple
         return tuple(sorted({-(-parts * quarters // 4) * each for quarters in range(1, 5)}))
+
+    def first(self, n: int) -> "Stream":
+        """The first n records alone, all of them in every batch and in the set's order, a row each; InputError if there are fewer."""
+        if len(self.examples) < n:
+            raise InputError(f"stream {self.name!r}: holds {len(self.examples)} records, and the first {n} are asked for")
+        return replace(self, examples=self.examples[:n], batch_size=n, shuffle=False, order="", packing=False)
 
     def batch(self, step: int) -> Batch:
         """The batch [rows, T] of a step, as numpy arrays; with `repeats` k, [rows · k, T].

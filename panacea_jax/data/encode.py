@@ -78,6 +78,24 @@ def encode_prompt(record: Record, template: Template) -> list[int]:
     return ids
 
 
+def encode_prompts(records: Sequence[Record], template: Template, max_length: int, key: str) -> list[Example]:
+    """Tokenise prompts alone: nothing of them is learnt, and none is cut.
+
+    Raises:
+        InputError: the template has no form for a record, or its prompt is longer than `max_length`; by its number.
+    """
+    examples = []
+    for number, record in enumerate(records, start=1):
+        try:
+            ids = encode_prompt(record, template)
+        except InputError as error:
+            raise InputError(f"{key}: record {number}: {error}") from error
+        if len(ids) > max_length:
+            raise InputError(f"{key}: record {number}: its prompt has {len(ids)} tokens, more than config.data.max_length={max_length}")
+        examples.append(Example(np.asarray(ids, np.int32), np.zeros(len(ids), np.bool_)))
+    return examples
+
+
 def encode_all(
     records: Sequence[Record], template: Template, max_length: int, key: str, *, loss_on: str = "all", max_cut: float = 1.0
 ) -> list[Example]:  # fmt: skip

@@ -166,7 +166,7 @@ def parse_mixture(spec: str) -> list[tuple[str, float | None]]:
 
 
 def load_records(
-    spec: str, key: str, *, need_output: bool = False, layout: Layout = BY_COLUMNS
+    spec: str, key: str, *, need_output: bool = False, prompts: bool = False, layout: Layout = BY_COLUMNS
 ) -> list[Record]:
     """Load every record of a source, in its order; a slice is not cut out yet (`take`).
 
@@ -175,6 +175,7 @@ def load_records(
         key: Configuration key that held `spec`, for error lines.
         need_output: The records are trained on, so prompts alone (say BeaverTails without
             `response`) are refused, and slices and roles, which are of test sets.
+        prompts: The prompts alone count, so a record needs no answer; slices and roles are refused likewise.
         layout: How the columns of users' own files are read.
 
     Raises:
@@ -182,11 +183,11 @@ def load_records(
     """
     try:
         source = parse_source(spec)
-        if (source.slice or source.role) and need_output:
+        if (source.slice or source.role) and (need_output or prompts):
             what = "slices of test sets" if source.slice else "roles"
             raise InputError(f"{spec!r}: {what} are for config.eval.tasks only")
         rows = _rows(source.where)
-        if source.prompts_only:
+        if source.prompts_only or prompts:
             rows = ((place, _with_output(row)) for place, row in rows)
         records = [_record(source.task, row, place, need_output, layout) for place, row in rows]
         if not records:

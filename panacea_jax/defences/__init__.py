@@ -3,6 +3,7 @@
 from panacea_jax.defences.antidote import Antidote
 from panacea_jax.defences.ascent import Ascent
 from panacea_jax.defences.booster import Booster, BoosterVaccine
+from panacea_jax.defences.constrained_sft import ConstrainedSft
 from panacea_jax.defences.ewc import Ewc
 from panacea_jax.defences.kl import Kl
 from panacea_jax.defences.ldifs import Ldifs
@@ -17,6 +18,7 @@ from panacea_jax.defences.random_vaccine import RandomVaccine
 from panacea_jax.defences.realign import Realign
 from panacea_jax.defences.repnoise import RepNoise
 from panacea_jax.defences.safelora import SafeLora
+from panacea_jax.defences.sbr import Sbr
 from panacea_jax.defences.sft import Sft
 from panacea_jax.defences.t_vaccine import TVaccine
 from panacea_jax.defences.tar import Tar
@@ -39,6 +41,8 @@ DEFENCES: dict[str, type[Method]] = {
     "ewc": Ewc,
     "kl": Kl,
     "vlguard": Vlguard,
+    "sbr": Sbr,
+    "constrained_sft": ConstrainedSft,
     "ascent": Ascent,
     "random_perturbation": RandomPerturbation,
     "antidote": Antidote,
@@ -55,6 +59,7 @@ __all__ = [
     "DEFENCES",
     "Antidote",
     "Ascent",
+    "ConstrainedSft",
     "Defence",
     "Ewc",
     "Kl",
@@ -71,6 +76,7 @@ __all__ = [
     "Realign",
     "SafeLora",
     "RepNoise",
+    "Sbr",
     "Sft",
     "StreamSpec",
     "Tar",

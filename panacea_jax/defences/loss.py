@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from panacea_jax.data.batches import Batch, deinterleave, interleave
-from panacea_jax.defences.cross_entropy import summed_cross_entropy
+from panacea_jax.defences.cross_entropy import summed_cross_entropy, token_cross_entropy
 from panacea_jax.models.bound import SQUARES, BoundDecoder, Inputs, Offsets, SomeOffsets
 from panacea_jax.models.model import Model
 
@@ -98,22 +99,41 @@ class Loss:
         between = out.readings["block_out"][:-1]
         return jnp.concatenate([first[None], between, out.hidden[None]]), out.readings
 
-    def mean(self, params: Any, hidden: Float[Array, "B T D"], batch: Batch) -> Float[Array, ""]:
-        """Mean loss of final hidden states; 0 for a batch without response tokens."""
-        total, tokens = self._sum(params, hidden, batch)
+    def mean(
+        self,
+        params: Any,
+        hidden: Float[Array, "B T D"],
+        batch: Batch,
+        weight: Partial | None = None,
+    ) -> Float[Array, ""]:
+        """Mean loss of final hidden states; 0 for a batch without response tokens. ``weight`` scales each token's gradient, as of
+        ``summed_cross_entropy``."""
+        total, tokens = self._sum(params, hidden, batch, weight)
         return total / jnp.maximum(tokens, 1)
+
+    def of_tokens(
+        self, params: Any, hidden: Float[Array, "B T D"], batch: Batch
+    ) -> Float[Array, "B T-1"]:
+        """The loss of each token behind a row's first, 0 of those that are not to be predicted; not to be differentiated."""
+        targets, mask = batch.tokens[:, 1:], batch.loss_mask[:, 1:]
+        head = self.bind(params).decoder.head
+        return token_cross_entropy(head, hidden[:, :-1], targets, mask, self.model.mesh)
 
     def summed(self, params: Any, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Cross-entropy summed over response tokens, and their number: what a mean over several batches is made of."""
         return self._sum(params, self.forward(params, batch).hidden, batch)
 
     def _sum(
-        self, params: Any, hidden: Float[Array, "B T D"], batch: Batch
+        self,
+        params: Any,
+        hidden: Float[Array, "B T D"],
+        batch: Batch,
+        weight: Partial | None = None,
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         # Position t predicts token t + 1, so the mask is shifted by one; the last position predicts nothing.
         targets, mask = batch.tokens[:, 1:], batch.loss_mask[:, 1:]
         head = self.bind(params).decoder.head
-        total = summed_cross_entropy(head, hidden[:, :-1], targets, mask, self.model.mesh)
+        total = summed_cross_entropy(head, hidden[:, :-1], targets, mask, self.model.mesh, weight)
         return total, mask.sum().astype(total.dtype)
 
 

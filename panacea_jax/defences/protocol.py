@@ -56,6 +56,8 @@ class StreamSpec(NamedTuple):
         repeats: batches that a step receives, interleaved into one (see ``data.batches.deinterleave``).
         interval: steps that share a batch.
         paired: goes with the main stream record by record.
+        first: the first so many records of the set alone, all of them in every batch and in its order; 0: the whole set, batch by batch.
+        prompts: their prompts alone, so that the set needs no answers.
     """
 
     passes: float | int = 0
@@ -64,6 +66,8 @@ class StreamSpec(NamedTuple):
     repeats: int = 1
     interval: int = 1
     paired: bool = False
+    first: int = 0
+    prompts: bool = False
 
 
 class Method:

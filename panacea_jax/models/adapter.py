@@ -57,6 +57,13 @@ class Adapter:
         return tuple(name for name, block in BLOCK_OF.items() if name in self.layers.get(block, {}))
 
     @property
+    def width(self) -> int:
+        """D, the size of the model's hidden states: what goes into q, k, v, gate and up, and comes out of o and down."""
+        name = self.targets[0]
+        pair = self.layers[BLOCK_OF[name]][name]
+        return int(pair["b"].shape[2] if name in ("o_proj", "down_proj") else pair["a"].shape[1])
+
+    @property
     def lowest(self) -> int:
         """The lowest layer that is adapted: what enters it does not depend on the adapter."""
         return 0 if self.numbers is None else self.numbers[0]

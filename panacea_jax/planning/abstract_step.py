@@ -111,7 +111,7 @@ def abstract_step(
 def stream_sizes(config: ConfigDict, defence: Defence) -> dict[str, int]:
     """Records a step of the user's stream and of those that the defence asks for."""
     sizes = batch_sizes(config.train)
-    extra = {name: sizes[name] * spec.repeats for name, spec in defence.streams.items()}
+    extra = {name: spec.first or sizes[name] * spec.repeats for name, spec in defence.streams.items()}
     return {"user": sizes["user"], **extra}
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from panacea_jax.config import make_defence
 from panacea_jax.data import files
 from panacea_jax.data.encode import check_ids, encode, encode_prompt
 from panacea_jax.data.sources import Record, layout_of, load_records
@@ -59,22 +60,23 @@ def _judge(report: Report, config: ConfigDict) -> None:
 
 
 def _sources(report: Report, config: ConfigDict, vocabulary: Vocabulary | None) -> None:
-    keys = [(f"config.data.{name}", config.data[name], True) for name in STREAMS]
-    keys += [(f"config.eval.tasks[{i}]", spec, False) for i, spec in enumerate(config.eval.tasks)]
+    alone = _prompts_alone(config)
+    keys = [(f"config.data.{name}", config.data[name], True, name not in alone) for name in STREAMS]
+    keys += [(f"config.eval.tasks[{i}]", spec, False, False) for i, spec in enumerate(config.eval.tasks)]
     rows = []
-    for key, spec, trained in keys:
+    for key, spec, trained, answers in keys:
         if spec:
             with report.noting():
-                records = _records(spec, key, trained, config.data)
+                records = _records(spec, key, trained, answers, config.data)
                 rows.append((key, spec, NOT_LOOKED_AT if records is None else f"{len(records):,}"))
                 if records and vocabulary:
-                    _check_ids(records, vocabulary, config, f"{key}: {spec}", trained)
+                    _check_ids(records, vocabulary, config, f"{key}: {spec}", answers)
     if rows:
         report.table("sources", ("key", "source", "#records"), rows)
     _enough(report, config)
 
 
-def _records(spec: str, key: str, trained: bool, data: ConfigDict) -> list[Record] | None:
+def _records(spec: str, key: str, trained: bool, answers: bool, data: ConfigDict) -> list[Record] | None:
     """The records of a local source; None of one on the hub."""
     try:
         if not is_local(spec):
@@ -82,17 +84,17 @@ def _records(spec: str, key: str, trained: bool, data: ConfigDict) -> list[Recor
     except InputError as error:
         raise InputError(f"{key}: {error}") from error
     if trained:
-        return training_records(spec, key, layout_of(data))
+        return training_records(spec, key, layout_of(data), answers)
     return load_records(spec, key, layout=layout_of(data))
 
 
 def _check_ids(
-    records: Sequence[Record], vocabulary: Vocabulary, config: ConfigDict, where: str, trained: bool
+    records: Sequence[Record], vocabulary: Vocabulary, config: ConfigDict, where: str, answers: bool
 ) -> None:
     """Whether the model knows every token of what is trained on, or asked."""
     template = make_template(config, vocabulary.tokenizer)
     ids: Iterable[Any] = (encode_prompt(record, template) for record in records)
-    if trained:
+    if answers:
         ids = (encode(record, template, config.data.max_length).tokens for record in records)
     check_ids(ids, vocabulary.size, where)
 
@@ -107,4 +109,11 @@ def _enough(report: Report, config: ConfigDict) -> None:
             user_records(config)
         for name in ("alignment", "harmful"):
             if is_local(data[name]):
-                defender_records(config, name)
+                defender_records(config, name, name not in _prompts_alone(config))
+
+
+def _prompts_alone(config: ConfigDict) -> set[str]:
+    """Sets of which no stage's method wants the answers."""
+    sections = [section.defence for section in (config, config.align, config.heal) if section.defence.name]
+    asked = [item for section in sections for item in make_defence(section).streams.items()]
+    return {name for name, _ in asked if all(spec.prompts for other, spec in asked if other == name)}

@@ -80,7 +80,8 @@ def keys_of_training(config: ConfigDict, start: Start, method: Method) -> str:
     """What is left to make a step of training smaller."""
     train, sizes = config.train, batch_sizes(config.train)
     keys = [] if config.model.remat == "full" else ["config.model.remat=full"]
-    streams = ["user", *method.streams] if isinstance(method, Defence) else []
+    extra = [name for name, spec in method.streams.items() if not spec.first]  # whose batches are of the method's own size
+    streams = ["user", *extra] if isinstance(method, Defence) else []
     if max((sizes[name] for name in streams), default=1) > train.accumulate:
         keys.append(f"config.train.accumulate={2 * train.accumulate}")
     names = {"user": "batch_size", "harmful": "harmful_batch_size", "alignment": "alignment_batch_size"}

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from panacea_jax.config import batch_sizes
 from panacea_jax.data import files
 from panacea_jax.data.batches import Stream, length_buckets
-from panacea_jax.data.encode import Example, check_ids, encode_all
+from panacea_jax.data.encode import Example, check_ids, encode_all, encode_prompts
 from panacea_jax.data.mixing import first_records, held_out, mixture, poison, realignment
 from panacea_jax.data.sources import (
     BY_COLUMNS,
@@ -22,7 +22,7 @@ from panacea_jax.data.sources import (
     parse_source,
 )
 from panacea_jax.data.template import Template
-from panacea_jax.defences import Defence, Method
+from panacea_jax.defences import Defence, Method, StreamSpec
 from panacea_jax.errors import InputError
 from panacea_jax.healing.sets import Asked, without
 from panacea_jax.stores import stand_in
@@ -45,9 +45,9 @@ class StreamSource(NamedTuple):
     held_out: Sequence[Record] = ()
 
 
-def training_records(spec: str, key: str, layout: Layout = BY_COLUMNS) -> list[Record]:
-    """Records to train on, of one source or of a mixture. Of BeaverTails, attack and harmful sets take the answers judged unsafe, all
-    others the safe ones.
+def training_records(spec: str, key: str, layout: Layout = BY_COLUMNS, answers: bool = True) -> list[Record]:
+    """Records to train on, of one source or of a mixture; without ``answers`` their prompts alone count. Of BeaverTails, attack and harmful
+    sets take the answers judged unsafe, all others the safe ones.
 
     Raises:
         InputError: the source is not set or cannot be used, or nothing is left of it.
@@ -58,13 +58,13 @@ def training_records(spec: str, key: str, layout: Layout = BY_COLUMNS) -> list[R
         parts = parse_mixture(spec)
     except InputError as error:
         raise InputError(f"{key}: {error}") from error
-    sets = [_of_source(part, key, layout) for part, _ in parts]
+    sets = [_of_source(part, key, layout, answers) for part, _ in parts]
     weights = [weight for _, weight in parts if weight is not None]
     return mixture(sets, weights) if weights else [record for found in sets for record in found]
 
 
-def _of_source(spec: str, key: str, layout: Layout) -> list[Record]:
-    records = load_records(spec, key, need_output=True, layout=layout)
+def _of_source(spec: str, key: str, layout: Layout, answers: bool) -> list[Record]:
+    records = load_records(spec, key, need_output=answers, prompts=not answers, layout=layout)
     if parse_source(spec).task == "beavertails":
         safe = key not in ("config.data.attack", "config.data.harmful")
         records = by_safety(records, safe)
@@ -98,14 +98,14 @@ def user_records(config: ConfigDict) -> list[Record]:
     return poison(user, attack, n, data.poison_ratio, data.off_by_one)
 
 
-def defender_records(config: ConfigDict, name: str) -> list[Record]:
-    """Records of a set of the defender's: alignment, harmful or benign.
+def defender_records(config: ConfigDict, name: str, answers: bool = True) -> list[Record]:
+    """Records of a set of the defender's: alignment, harmful or benign; without ``answers`` their prompts alone count.
 
     Raises:
         InputError: the source is not set or cannot be used.
     """
     data, key = config.data, f"config.data.{name}"
-    records = training_records(data[name], key, layout_of(data))
+    records = training_records(data[name], key, layout_of(data), answers)
     count = data.get(f"num_{name}", 0)  # of the benign ones, always all
     return first_records(records, count, key, f"config.data.num_{name}", data.off_by_one)
 
@@ -126,8 +126,7 @@ def stage_records(
         records, out = _hold_out(config, defence, records)
         sources["user"] = StreamSource(key, records, sizes["user"], out)
     for name in defence.streams:
-        records = _set(config, name, apart)
-        sources[name] = StreamSource(f"config.data.{name}", records, sizes[name])
+        sources[name] = _extra(config, name, defence.streams[name], sizes[name], apart)
     for name, spec in defence.streams.items():
         if spec.paired:
             _check_pairs(name, sources["user"], sources[name])
@@ -136,13 +135,25 @@ def stage_records(
     return sources
 
 
-def _set(config: ConfigDict, name: str, apart: Collection[Asked]) -> list[Record]:
+def _extra(config: ConfigDict, name: str, spec: StreamSpec, size: int, apart: Collection[Asked]) -> StreamSource:
+    """What an extra stream draws on; ``size`` is that of its batches, unless they hold the set's first records.
+
+    Raises:
+        InputError: the source is not set or cannot be used, or there are fewer records than the method wants.
+    """
+    key, records = f"config.data.{name}", _set(config, name, apart, not spec.prompts)
+    if len(records) < spec.first:
+        raise InputError(f"{key}: {len(records)} records, of which {config.defence.name} at this setting wants the first {spec.first}")
+    return StreamSource(key, records[: spec.first or None], spec.first or size)
+
+
+def _set(config: ConfigDict, name: str, apart: Collection[Asked], answers: bool = True) -> list[Record]:
     """A set by its name, without what is held out.
 
     Raises:
         InputError: the source is not set or cannot be used, or all of it is held out.
     """
-    records = user_records(config) if name == "user" else defender_records(config, name)
+    records = user_records(config) if name == "user" else defender_records(config, name, answers)
     left = without(records, apart) if apart else records
     if apart and not left:
         raise InputError(f"config.data.{name}: all of its {len(records)} records ask what held-out ones do")
@@ -226,15 +237,18 @@ def make_streams(
     asked, mix = defence.streams, defence.benign_share is not None
     sources = stage_records(config, stage, defence, apart)
 
-    def encoded(records: Sequence[Record], key: str) -> list[Example]:
-        found = encode_all(records, template, data.max_length, key, loss_on=data.loss_on, max_cut=data.max_cut)
+    def encoded(records: Sequence[Record], key: str, prompts: bool = False) -> list[Example]:
+        if prompts:
+            found = encode_prompts(records, template, data.max_length, key)
+        else:
+            found = encode_all(records, template, data.max_length, key, loss_on=data.loss_on, max_cut=data.max_cut)
         check_ids((example.tokens for example in found), vocab_size, key)
         return found
 
     streams = {
         name: Stream(
             name=name,
-            examples=encoded(source.records, source.key),
+            examples=encoded(source.records, source.key, name in asked and asked[name].prompts),
             batch_size=source.batch_size,
             seed=config.seed,
             shuffle=data.shuffle and not mix,  # whose order keeps the ratio in each batch

@@ -17,11 +17,12 @@ from panacea_jax.parallel import batch_sharding
 def streams_of(
     model: Model, method: Method, streams: Mapping[str, Stream]
 ) -> dict[str, Stream]:
-    """Of the given streams those that a method draws on: with steps the user's, and its extra ones.
+    """Of the given streams those that a method draws on: with steps the user's, and its extra ones, of which it may want the first records
+    alone.
 
     Raises:
         KeyError: one is missing.
-        InputError: a record has a token id that the model does not know.
+        InputError: a record has a token id that the model does not know, or there are fewer records than the method wants.
     """
     names = [*(["user"] if isinstance(method, Defence) else []), *method.streams]
     if missing := [name for name in names if name not in streams]:
@@ -29,7 +30,8 @@ def streams_of(
     for name in names:
         rows = (example.tokens for example in streams[name].examples)
         check_ids(rows, model.config.vocab_size, f"stream {name!r}")
-    return {name: streams[name] for name in names}
+    few = {name: spec.first for name, spec in method.streams.items() if spec.first}
+    return {name: streams[name].first(few[name]) if name in few else streams[name] for name in names}
 
 
 def host_batches(

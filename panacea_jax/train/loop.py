@@ -140,7 +140,7 @@ def finetune(
     state = init_state(params, defence, optimizer, donate)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step_fn = (compiled or CompiledSteps()).find(model, defence, optimizer, shardings, accumulate)
-    looking = _Looking(model, defence, streams, accumulate)
+    looking = _Looking(model, defence, needed, accumulate)
     notes: dict[str, Any] = {}
     if checkpoints is not None and checkpoints.latest() is not None:
         state, notes = checkpoints.restore(state)

@@ -29,7 +29,7 @@ def train(folder, mesh, defence, full):
     rows = batch_rows(mesh)
     streams = {
         name: Stream(name, examples(seed), 3, 0, True, (16,), row_multiple=rows)
-        for seed, name in enumerate(("user", "alignment"))
+        for seed, name in enumerate(("user", "alignment", "harmful"))
     }
     optimizer = make_optimizer(1e-3 if full else 1e-2)
     return params, finetune(model, params, defence, streams, optimizer=optimizer, steps=4)
@@ -46,7 +46,8 @@ def main(folder):
     jax.config.update("jax_enable_x64", True)
     sharded, single = make_mesh(1, 4, 2), make_mesh(1, 1, 1, devices=jax.devices()[:1])
     found = {}
-    for name, defence in [*METHODS.items(), ("ewc_full", METHODS["ewc"])]:
+    full_too = [(f"{name}_full", METHODS[name]) for name in ("ewc", "sbr", "constrained_sft")]
+    for name, defence in [*METHODS.items(), *full_too]:
         full = name.endswith("_full")
         _, ours = train(folder, sharded, defence, full)
         start, alone = train(folder, single, defence, full)

@@ -27,8 +27,13 @@ def gradient(folder, mesh, full):
     tokens, starts = rng.integers(0, 40, (8, 50)).astype(np.int32), rng.integers(20, 49, (8, 1))
     mask = np.arange(50) >= starts
     batch = jax.device_put(Batch(tokens, mask, np.ones_like(mask)), batch_sharding(mesh))
-    found = jax.jit(lambda loss, p, b: jax.value_and_grad(loss)(p, b))(Loss.of(model), params, batch)
+    found = jax.jit(lambda loss, p, b: (*jax.value_and_grad(loss)(p, b), of_tokens(loss, p, b)))(Loss.of(model), params, batch)
     return jax.device_get(found)
+
+
+def of_tokens(loss, params, batch):
+    """Each token's loss by itself."""
+    return loss.of_tokens(params, loss.forward(params, batch).hidden, batch)
 
 
 @mock.patch.object(cross_entropy, "CHUNK", 16)
@@ -41,6 +46,7 @@ def main(folder):
             many = gradient(folder, make_mesh(*sizes), full)
             errors[f"loss {full}"] = abs(float(many[0] / one[0]) - 1)
             errors[f"gradient {full}"] = difference(many[1], one[1])
+            errors[f"tokens {full}"] = difference(many[2], one[2])
         found[str(sizes)] = errors
     print(json.dumps(found))
 

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from panacea_jax.data.batches import Stream
-from panacea_jax.defences import Ewc, Kl, Ldifs, Lisa, Vlguard
+from panacea_jax.defences import ConstrainedSft, Ewc, Kl, Ldifs, Lisa, Sbr, Vlguard
 from panacea_jax.models import lora
 from panacea_jax.models.model import load
 from panacea_jax.train.checkpoints import Checkpoints
@@ -26,6 +26,8 @@ METHODS = {
     "ewc": Ewc(lam=10.0),
     "kl": Kl(lam=1.0),
     "vlguard": Vlguard(mode="sum", lam=0.5),
+    "sbr": Sbr(lam=50.0, prompts=5),
+    "constrained_sft": ConstrainedSft(beta=2.0),
 }
 
 
@@ -40,6 +42,7 @@ def run(model, defence, steps, folder=None):
     streams = {
         "user": Stream("user", examples(1), 4, 0, True, (16,)),
         "alignment": Stream("alignment", examples(2), 3, 0, True, (16,)),
+        "harmful": Stream("harmful", examples(3), 3, 0, True, (16,)),
     }
     checkpoints = None if folder is None else Checkpoints(folder, every=3)
     optimizer = make_optimizer(1e-2)
@@ -64,7 +67,7 @@ def test_eight_devices_train_what_one_does(tmp_path):
     """mesh fsdp = 4, tensor = 2: the same adapters and states, and the same weights where all are trained."""
     folder = write_model(tmp_path / "base")
     found = on_devices("tests.defences.sharded", folder)
-    assert found.keys() == {*METHODS, "ewc_full"}
+    assert found.keys() == {*METHODS, "ewc_full", "sbr_full", "constrained_sft_full"}
     for name, (error, moved, compilations) in found.items():
         assert error < 1e-5 < 1e-2 < moved and compilations == 1, f"{name}: {found[name]}"
 

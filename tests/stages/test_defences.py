@@ -35,6 +35,8 @@ ROWS = {
     "ewc": ("finetune", "alignment", "1 (user 1); once 1 over all alignment"),
     "kl": ("finetune", "none", "1.5 (user 1.5)"),
     "vlguard": ("finetune", "alignment", "1 (user 1)"),
+    "sbr": ("finetune", "harmful", "2 (user 1, harmful 1); once 0.5 batches of harmful"),
+    "constrained_sft": ("finetune", "none", "1.5 (user 1.5)"),
     "ascent": ("heal", "harmful", "once 1 over all harmful"),
     "random_perturbation": ("heal", "none", "none"),
     "antidote": ("heal", "harmful", "once 0.5 over all harmful"),

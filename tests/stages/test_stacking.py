@@ -43,6 +43,8 @@ TRAINED = {
     "tar+vlguard+random_perturbation": [
         "--config.align.defence.inner_steps=2", "--config.align.defence.inner_every=1", "--config.defence.mode=sum",
     ],
+    "sft+sbr+random_perturbation": ["--config.defence.prompts=4"],
+    "sft+constrained_sft+random_perturbation": [],
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from panacea_jax.defences import (
     DEFENCES,
     Booster,
     BoosterVaccine,
+    ConstrainedSft,
     Defence,
     Ewc,
     Kl,
@@ -22,6 +23,7 @@ from panacea_jax.defences import (
     Panacea,
     RandomVaccine,
     RepNoise,
+    Sbr,
     Sft,
     Tar,
     TVaccine,
@@ -60,6 +62,8 @@ METHODS = [
     Ewc(lam=10.0),
     Kl(lam=1.0),
     Vlguard(mode="sum", lam=0.5),
+    Sbr(lam=5.0, prompts=3),
+    ConstrainedSft(beta=2.0),
 ]
 
 
