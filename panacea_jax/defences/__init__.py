@@ -16,10 +16,12 @@ from panacea_jax.defences.random_prune import RandomPrune
 from panacea_jax.defences.random_vaccine import RandomVaccine
 from panacea_jax.defences.realign import Realign
 from panacea_jax.defences.repnoise import RepNoise
+from panacea_jax.defences.safe_delta import SafeDelta
 from panacea_jax.defences.safelora import SafeLora
 from panacea_jax.defences.sft import Sft
 from panacea_jax.defences.t_vaccine import TVaccine
 from panacea_jax.defences.tar import Tar
+from panacea_jax.defences.triplet import Triplet
 from panacea_jax.defences.unlearn import Unlearn
 from panacea_jax.defences.vaccine import Vaccine
 from panacea_jax.defences.vlguard import Vlguard
@@ -47,6 +49,8 @@ DEFENCES: dict[str, type[Method]] = {
     "safelora": SafeLora,
     "realign": Realign,
     "unlearn": Unlearn,
+    "triplet": Triplet,
+    "safe_delta": SafeDelta,
 }
 
 __all__ = [
@@ -69,12 +73,14 @@ __all__ = [
     "RandomPrune",
     "RandomVaccine",
     "Realign",
+    "SafeDelta",
     "SafeLora",
     "RepNoise",
     "Sft",
     "StreamSpec",
     "Tar",
     "TVaccine",
+    "Triplet",
     "Unlearn",
     "Vaccine",
     "Vlguard",
