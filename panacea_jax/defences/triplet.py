@@ -15,7 +15,7 @@ Distances, margins and weights are those of the public code's script (github.com
 variant with an attack module, trained to find hard negatives, is not here. The method begins with an aligned model: nothing in it
 teaches refusals. For a base that is not aligned ``refusal`` adds the ordinary loss on the main stream; with α = β = λ = 0 that is SFT.
 
-Mended: at h = h⁰ the distance ‖h − h⁰‖ has no direction but that of roundings. Here it is √(‖h − h⁰‖² + r²) − r, r four roundings of h⁰.
+Mended: where h is h⁰ but for roundings, the direction of h − h⁰ is theirs, and the gradient of its norm as large as elsewhere; here it is 0.
 """
 
 import dataclasses
@@ -46,7 +46,6 @@ from panacea_jax.errors import InputError
 from panacea_jax.models.precision import wide
 
 TEMPERATURE = 2.0
-_ROUNDINGS = 4
 # Squared norms below are those of a zero, as in PyTorch's normalize.
 _SMALLEST = 1e-24
 
@@ -60,10 +59,16 @@ def cosine_distance(u: Float[Array, "*N D"], v: Float[Array, "*N D"]) -> Float[A
 
 
 def distance(h: Float[Array, "*N D"], start: Float[Array, "*N D"], rounding: float) -> Float[Array, "*N"]:
-    """``‖h − h⁰‖``, smooth within a few roundings of h⁰."""
-    floor = (_ROUNDINGS * rounding) ** 2 * jnp.sum(jnp.square(start), axis=-1)
-    floor = jnp.maximum(floor, float(np.finfo(h.dtype).tiny))
-    return jnp.sqrt(jnp.sum(jnp.square(h - start), axis=-1) + floor) - jnp.sqrt(floor)
+    """``[‖h − h⁰‖ − rounding · ‖h⁰‖]₊``, with no gradient where it is 0."""
+    norm, least = (
+        jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1), float(np.finfo(x.dtype).tiny))) for x in (h - start, start)
+    )
+    return jax.nn.relu(norm - rounding * least)
+
+
+def rounding_of(dtype: Any) -> float:
+    """What equal states may differ by: a rounding of the dtype that they are kept in, or some of the one that sums are made in."""
+    return max(float(jnp.finfo(dtype).eps), 32 * float(jnp.finfo(wide(dtype)).eps))
 
 
 def centres(states: _States, tokens: Bool[Array, "B T"]) -> Float[Array, "L D"]:
@@ -76,7 +81,7 @@ def hinges(
     states: _States, start: _States, centre: Float[Array, "L D"], tokens: Bool[Array, "B T"], margin: float, benign: bool
 ) -> Float[Array, ""]:
     """The hinge summed over layers and tokens, one layer at a time; ``benign`` says which of the two."""
-    dtype, rounding = wide(states.dtype), float(jnp.finfo(states.dtype).eps)
+    dtype, rounding = wide(states.dtype), rounding_of(states.dtype)
 
     def layer(total: Array, xs: Any) -> tuple[Array, None]:
         h, h0, mean = (x.astype(dtype) for x in xs)
@@ -137,6 +142,11 @@ class Triplet(Anchored):
         """Harmful and benign records, each with a forward pass at the start."""
         return {name: StreamSpec(passes=3 / 2) for name in ("harmful", "benign")}
 
+    def _layers(self, depth: int) -> slice:
+        """Which states of a model of so many layers the harmful hinge looks at."""
+        first, last = (round(share * depth) for share in self.depth)
+        return slice(first, last + 1)
+
     def gradient(
         self, loss_fn: Loss, params: Params, batches: Batches, state: Anchor, key: RandomKey
     ) -> Gradient:
@@ -145,7 +155,7 @@ class Triplet(Anchored):
             name: loss_fn.hidden_states(state.start, without_dropout(batch))[0] for name, batch in batches.items()
         }
         count = len(start["harmful"])
-        first, last = (round(share * (count - 1)) for share in self.depth)
+        every, chosen = slice(count), self._layers(count - 1)
 
         def total(w: Params) -> tuple[Float[Array, ""], Metrics]:
             states = {name: loss_fn.hidden_states(w, batch)[0] for name, batch in batches.items()}
@@ -155,11 +165,10 @@ class Triplet(Anchored):
             def hinge(name: str, margin: float, layers: slice, benign: bool) -> Float[Array, ""]:
                 return hinges(states[name][layers], start[name][layers], centre[layers], tokens[name], margin, benign)
 
-            every, chosen = slice(count), slice(first, last + 1)
             benign = hinge("user", self.margin_benign, every, True) + hinge("benign", self.margin_benign, every, True)
             benign = benign / (count * jnp.maximum(tokens["user"].sum() + tokens["benign"].sum(), 1))
             harmful = hinge("harmful", self.margin_harmful, chosen, False)
-            harmful = harmful / ((last + 1 - first) * jnp.maximum(tokens["harmful"].sum(), 1))
+            harmful = harmful / ((chosen.stop - chosen.start) * jnp.maximum(tokens["harmful"].sum(), 1))
             found = {"benign_hinge": benign, "harmful_hinge": harmful}
             loss = self.alpha * benign + self.beta * harmful
             if self.lam:

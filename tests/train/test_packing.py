@@ -24,6 +24,7 @@ from panacea_jax.defences import (
     RepNoise,
     Sft,
     Tar,
+    Triplet,
     TVaccine,
     Vaccine,
     Vlguard,
@@ -60,6 +61,7 @@ METHODS = [
     Ewc(lam=10.0),
     Kl(lam=1.0),
     Vlguard(mode="sum", lam=0.5),
+    Triplet(refusal=0.5),
 ]
 
 
@@ -131,7 +133,7 @@ def streams(packing, defence=None):
             repeats=repeats.get(name, 1), packing=packing,
         )  # fmt: skip
 
-    return {name: stream(name, i) for i, name in enumerate(("user", "harmful", "alignment"))}
+    return {name: stream(name, i) for i, name in enumerate(("user", "harmful", "alignment", "benign"))}
 
 
 def run(model, defence, packing, full=False, steps=4, checkpoints=None):
