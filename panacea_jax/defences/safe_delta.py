@@ -292,7 +292,8 @@ class _Matrices:
         self._stacks = flatten_dict(params["layers"], sep="/")
         others = flatten_dict({k: v for k, v in params.items() if k != "layers"}, sep="/")
         try:
-            self._tensors = head.by_embedding(find_tensors(local_folder(method.aligned)), others)
+            found = find_tensors(local_folder(method.aligned))
+            self._tensors = head.by_embedding(found, {path: x.shape for path, x in others.items()})
             loaded = {path: load_layer(self._tensors, path, None, x) for path, x in others.items()}
         except InputError as error:
             raise InputError(f"config.defence.aligned = {method.aligned}: {error}") from error

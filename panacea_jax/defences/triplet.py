@@ -15,7 +15,7 @@ Distances, margins and weights are those of the public code's script (github.com
 variant with an attack module, trained to find hard negatives, is not here. The method begins with an aligned model: nothing in it
 teaches refusals. For a base that is not aligned ``refusal`` adds the ordinary loss on the main stream; with α = β = λ = 0 that is SFT.
 
-Mended: where h is h⁰ but for roundings, the direction of h − h⁰ is theirs, and the gradient of its norm as large as elsewhere; here it is 0.
+Mended: where h is h⁰ but for roundings, h − h⁰ has their direction, and its norm a gradient as large as elsewhere; here that is 0.
 """
 
 import dataclasses

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,11 @@ RECORDS = examples(2)
 def streams(batch_size=4):
     """Of batches with rows of padding."""
     return {"alignment": Stream("alignment", RECORDS, batch_size, 0, False, length_buckets(32), row_multiple=3)}
+
+
+def few(vocab):
+    """Of a smaller vocabulary, all of one shape."""
+    return {"alignment": Stream("alignment", examples(1, vocab=vocab), 4, 0, False, (32,), True)}
 
 
 def noisy(tree, size, seed):
@@ -171,7 +177,7 @@ def test_adapter(world, start, setting, layers, tmp_path):
         if a is None:
             continue
         h = by_torch.hessian(sums[name], len(RECORDS), 0.01)
-        healed[name], kept = by_torch.heal(h, w0[name], w1[name], **SETTINGS[setting])
+        healed[name], _ = by_torch.heal(h, w0[name], w1[name], **SETTINGS[setting])
         ours[name] = bare[name].numpy() + tuned.scale * (b.astype(float) @ a)
     assert len(healed) == (4 if layers else 12)
     assert_healed(ours, healed, w0, tolerance)
@@ -270,8 +276,7 @@ def test_passes_and_compilations():
     assert flops(True) - flops(False) == pytest.approx(2 * tokens * (3 * d * d + mlp * mlp), rel=0.03)
     adapter = noisy(lora.init(model, 2, 4, ("q", "down"), key=jax.random.key(1)), 0.1, 0)
     before = module._through._cache_size()
-    given = {"alignment": Stream("alignment", RECORDS, 4, 0, False, (32,), True)}
-    apply_once(model, adapter, SafeDelta(), given)
+    apply_once(model, adapter, SafeDelta(), few(64))
     assert module._through._cache_size() == before + 1
 
 
@@ -286,7 +291,7 @@ def test_one_layers_gram_matrices_are_held_at_a_time(monkeypatch):
 
     monkeypatch.setattr(module, "select", watched)
     adapter = noisy(lora.init(model, 2, 4, ("down",), key=jax.random.key(1)), 0.1, 0)
-    apply_once(model, adapter, SafeDelta(), streams())
+    apply_once(model, adapter, SafeDelta(), few(64))
     assert len(held) == 5 and set(held[1:]) == {held[1]} and held[1] <= 4, held
 
 
@@ -295,8 +300,7 @@ def test_bfloat16_and_few_bits_are_finite(tmp_path):
     for more in ({}, {"quantization": "int8"}):
         model = load(base, dtype="bfloat16", **more)
         adapter = noisy(lora.init(model, 2, 4, ("q", "down"), key=jax.random.key(0)), 0.1, 0)
-        given = {"alignment": Stream("alignment", examples(1, vocab=40), 4, 0, False, (32,))}
-        healed = apply_once(model, adapter, SafeDelta(), given).deployed
+        healed = apply_once(model, adapter, SafeDelta(), few(40)).deployed
         for x, y in zip(jax.tree.leaves(healed), jax.tree.leaves(adapter), strict=True):
             assert x.dtype == y.dtype == jnp.float32 and np.isfinite(x).all()
         assert float(changed(healed, adapter)) > 0.1
@@ -312,45 +316,41 @@ def test_eight_devices_heal_as_one_does(tmp_path):
 # ---------------------------------------------------------------- command line
 
 
-def healed_run(root, *more):
-    """finetune → heal from the command line."""
-    place = runs.make_place(root / "place")
-    flags = place.flags("--config.defence.name=sft", "--config.train.steps=2", "--config.optimizer.learning_rate=1e-2", *more)
-    assert runs.panacea("finetune", *flags, f"--workdir={root / 'run'}") == 0
-    flags = [flag for flag in flags if not flag.startswith(("--config.defence.", "--config.lora.init_from"))]
-    heal = ("--config.defence.name=safe_delta", "--config.defence.budget=0.05")
-    assert runs.panacea("heal", *flags, *heal, f"--workdir={root / 'run'}") == 0
-    return place, json.loads((root / "run/heal/manifest.json").read_text())
+def healed_run(finished, root, *more):
+    """What the healing of a finished run's fine-tuning says of itself."""
+    place, run = finished
+    shutil.copytree(run / "finetune", root / "finetune")
+    flags = place.flags("--config.defence.name=safe_delta", "--config.defence.budget=0.05", *more)
+    assert runs.panacea("heal", *flags, f"--workdir={root}") == 0
+    return place, json.loads((root / "heal/manifest.json").read_text())
 
 
-def test_all_parameters_are_compared_with_what_fine_tuning_began_with(tmp_path):
-    place, manifest = healed_run(tmp_path, "--config.train.full_parameters=True")
+def test_all_parameters_are_compared_with_what_fine_tuning_began_with(tmp_path, tmp_path_factory):
+    finished = runs.finished_full_run(tmp_path_factory)
+    place, manifest = healed_run(finished, tmp_path, "--config.train.full_parameters=True")
     assert manifest["config"]["defence"]["aligned"] == str(place.base)
     assert str(place.base) in manifest["inputs"] and place.spec("alignment") in manifest["inputs"]
     kept = manifest["outcome"]["report"]["kept_inputs"]
     assert {len(x) for x in kept.values()} == {2} and len(kept) == 7
-    base, tuned, healed = (load_file(f / "model.safetensors") for f in (place.base, tmp_path / "run/finetune/model", tmp_path / "run/heal/model"))
+    folders = place.base, tmp_path / "finetune/model", tmp_path / "heal/model"
+    base, tuned, healed = (load_file(folder / "model.safetensors") for folder in folders)
     assert healed.keys() == tuned.keys()
     for name, x in healed.items():
         assert np.isfinite(x).all()
         if "_proj" not in name:
             np.testing.assert_array_equal(x, base[name])
         else:
-            assert 0 < np.linalg.norm(x - base[name]) and np.linalg.norm(x - tuned[name]) > 0
+            assert np.linalg.norm(x - base[name]) > 0 and np.linalg.norm(x - tuned[name]) > 0
 
 
-def test_an_adapter_that_went_on_from_the_aligned_one_gets_the_ranks_of_both(tmp_path):
-    root = tmp_path / "before"
-    place = runs.make_place(root / "place")
-    flags = place.flags("--config.defence.name=sft", "--config.train.steps=2", "--config.train.batch_size=4")
-    assert runs.panacea("align", *flags, f"--workdir={root}") == 0
-    aligned = root / "align/adapter"
-    _, manifest = healed_run(tmp_path, f"--config.lora.init_from={aligned}")
-    assert manifest["config"]["defence"]["aligned"] == str(aligned)
-    out = tmp_path / "run/heal/adapter"
+def test_an_adapter_that_went_on_from_the_aligned_one_gets_the_ranks_of_both(tmp_path, tmp_path_factory):
+    _, run = finished = runs.finished_run(tmp_path_factory)
+    _, manifest = healed_run(finished, tmp_path)
+    assert manifest["config"]["defence"]["aligned"] == str(run / "align/adapter")
+    out = tmp_path / "heal/adapter"
     config = json.loads((out / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 8)
-    tuned, healed = (load_file(f / "adapter_model.safetensors") for f in (tmp_path / "run/finetune/adapter", out))
+    tuned, healed = (load_file(f / "adapter_model.safetensors") for f in (tmp_path / "finetune/adapter", out))
     assert tuned.keys() == healed.keys()
     assert all(np.isfinite(x).all() and x.shape != tuned[name].shape for name, x in healed.items())
 
@@ -358,12 +358,11 @@ def test_an_adapter_that_went_on_from_the_aligned_one_gets_the_ranks_of_both(tmp
 def test_what_is_refused(tmp_path):
     base = write_model(tmp_path / "base")
     model = load(base, dtype="float32")
-    given = {"alignment": Stream("alignment", examples(1, vocab=40), 4, 0, False, (32,))}
     adapter = lora.init(model, 2, 4, ("q", "down"), key=jax.random.key(0))
 
     def refused(text, params, m=model, **settings):
         with pytest.raises(InputError, match=text):
-            apply_once(m, params, SafeDelta(**settings), given)
+            apply_once(m, params, SafeDelta(**settings), few(40))
 
     bare, params = full_parameters(model)
     refused(r"config\.defence\.aligned is not set", params, bare)
