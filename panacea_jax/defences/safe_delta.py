@@ -183,8 +183,7 @@ class SafeDelta(Method):
         return {"kept_inputs": state.kept, "safety_loss": state.losses}
 
 
-@functools.partial(jax.jit, static_argnames="method")
-def select(method: SafeDelta, products: Float[Array, "in in"], records: Int[Array, ""] | int, delta: _Delta) -> KeptInputs:
+def select(method: SafeDelta, products: Float[Array, "in in"], records: int, delta: _Delta) -> KeptInputs:
     """``K``, and what it is compensated by.
 
     Args:
@@ -193,30 +192,48 @@ def select(method: SafeDelta, products: Float[Array, "in in"], records: Int[Arra
         records: n.
         delta: Δ of one projection.
     """
+    most = len(delta) - int(method.guarded * len(delta))
+    return _select(products, records, delta, float(method.budget), float(method.damping), most, method.rule)
+
+
+# Numbers are no part of the program: one serves all budgets.
+@functools.partial(jax.jit, static_argnames="rule")
+def _select(
+    products: Float[Array, "in in"],
+    records: Int[Array, ""] | int,
+    delta: _Delta,
+    budget: Float[Array, ""] | float,
+    damping: Float[Array, ""] | float,
+    most: Int[Array, ""] | int,
+    rule: str,
+) -> KeptInputs:
     n = len(delta)
     h = 2 * products.astype(delta.dtype) / records
     diagonal = jnp.where(jnp.diagonal(h) == 0, 1, jnp.diagonal(h))
-    h = h.at[jnp.diag_indices(n)].set(diagonal + method.damping * jnp.mean(diagonal))
+    h = h.at[jnp.diag_indices(n)].set(diagonal + damping * jnp.mean(diagonal))
     # H = R Rᵀ by the factor of H turned round, and UᵀU = H⁻¹ with U = R⁻¹: no inverse is factorised.
     root = jax.lax.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
     factor = jax.scipy.linalg.solve_triangular(root, jnp.eye(n, dtype=h.dtype)).T
-    inverse = jnp.square(jnp.diagonal(factor)) if method.rule == "code" else _diagonal(factor)
-    prices = 1 / inverse
+    prices = 1 / (jnp.square(jnp.diagonal(factor)) if rule == "code" else _diagonal(factor))
     order = jnp.argsort(prices, stable=True)
     spent = jnp.cumsum((prices * jnp.sum(jnp.square(delta), axis=1))[order])
-    first = (spent <= method.budget * jnp.mean(prices)) & (jnp.arange(n) < n - int(method.guarded * n))
+    first = (spent <= budget * jnp.mean(prices)) & (jnp.arange(n) < most)
     return KeptInputs(jnp.zeros(n, bool).at[order].set(first), factor, root)
 
 
-@functools.partial(jax.jit, static_argnames="method")
 def carry(method: SafeDelta, selection: KeptInputs, x: Float[Array, "in k"]) -> Float[Array, "in k"]:
     """What is left of Δ, or of a left factor of it: ``x`` itself on the kept inputs, on the others what compensates for that."""
+    return _carry(selection, x, method.rule if method.compensate else "none")
+
+
+@functools.partial(jax.jit, static_argnames="how")
+def _carry(selection: KeptInputs, x: Float[Array, "in k"], how: str) -> Float[Array, "in k"]:
     kept, factor = selection.kept[:, None], selection.factor.astype(x.dtype)
     x = jnp.where(kept, x, 0)
-    if not method.compensate:
+    if how == "none":
         return x
     with jax.default_matmul_precision("highest"):
-        if method.rule == "paper":
+        if how == "paper":
             moves = factor @ (factor.T @ (x / _diagonal(factor)[:, None]))
         else:
             # L_KK with ones in place of the others: what it solves for is zero there.
