@@ -60,6 +60,8 @@ GRID = (
     "random_perturbation:rho=0.25|1|2|4",
     "safelora:select=threshold,threshold=0.25|0.5|0.75|1",
     "realign:steps=25|50|100|200",
+    "triplet:refusal=1,alpha=0.05|0.5,lam=0.07|0.7",
+    "safe_delta:budget=0.01|0.1|1|10",
 )
 
 # Hyper-parameters of the papers and repositories.
@@ -67,6 +69,7 @@ PUBLISHED = (
     "vaccine:rho=5", "random_vaccine:rho=2", "t_vaccine", "booster", "booster_vaccine:rho=5", "repnoise:alpha=0.1,paired=False", "panacea",
     "lisa:rho=0.01", "ldifs", "ewc", "kl", "vlguard:mode=sum", "sbr", "constrained_sft", "antidote:dense_ratio=0.05",
     "random_prune:dense_ratio=0.05", "magnitude_prune:dense_ratio=0.05", "random_perturbation", "safelora", "realign",
+    "triplet:refusal=1", "safe_delta",
 )  # fmt: skip
 
 

@@ -24,6 +24,9 @@ What a variant does not reproduce:
   does. Antidote's rebuttal of Lisa on GSM8K, which is `lisa-antidote` with ρ 0.1, learning rate 1e-3 and no poison. VLGuard's mixing in
   Lisa's and Antidote's repositories, where the guide records take the place of benign ones. KL over positions in place of words.
 * SBR's 4-bit base, 8-bit AdamW and chat model. Constrained SFT's ten steps of warm-up (a share of all steps here) and its chat models.
+* Triplet's base, Llama 3 8B Instruct, which is aligned (here `refusal=1` teaches refusals beside it), its sets, WildGuardMix,
+  WildJailbreak and UltraChat, and dropout 0.05. Safe Delta's base, Llama 2 Chat, its full fine-tuning, and 128 safe records, which
+  `config.data.num_alignment=128` would take for the alignment stage too.
 * Random perturbation by σ: no script sets it. `--config.heal.defence.sigma=…` does.
 
 Whether the alignment adapter is trained on or merged is the same for all, so that runs differ in the defence alone; the scripts' own
@@ -71,6 +74,10 @@ ANTIDOTE_REPO = {
 LISA_REPO = {
     "lora.rank": 8, "lora.targets": ("q", "v"), "data.num_examples": 5000, "data.num_alignment": 10000, "optimizer.learning_rate": 1e-5,
     "optimizer.weight_decay": 0.0, "train.batch_size": 5, "train.alignment_batch_size": 5,
+}  # fmt: skip
+TRIPLET_REPO = {
+    "align.train.steps": 900, "align.train.batch_size": 16, "align.train.harmful_batch_size": 16, "align.optimizer.learning_rate": 1e-4,
+    "align.optimizer.weight_decay": 0.0, "lora.rank": 16, "lora.alpha": 16.0, "lora.targets": SEVEN, "data.benign": BENIGN,
 }  # fmt: skip
 
 BUDGETS: dict[str, tuple[str, Mapping[str, Any]]] = {
@@ -140,6 +147,9 @@ BUDGETS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "safelora-number": ("safelora:select=number,num_layers=10", UNALIGNED),
     "safelora-threshold": ("safelora:select=threshold,threshold=0.5", UNALIGNED),
     "realign": ("realign:steps=100", {"data.benign": BENIGN}),
+    # Representations and weights, of 2025.
+    "triplet": ("triplet:refusal=1", TRIPLET_REPO),  # its script's numbers; on a base that is not aligned
+    "safe_delta": ("safe_delta:budget=0.1", {}),
 }  # fmt: skip
 
 

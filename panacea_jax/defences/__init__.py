@@ -17,11 +17,13 @@ from panacea_jax.defences.random_prune import RandomPrune
 from panacea_jax.defences.random_vaccine import RandomVaccine
 from panacea_jax.defences.realign import Realign
 from panacea_jax.defences.repnoise import RepNoise
+from panacea_jax.defences.safe_delta import SafeDelta
 from panacea_jax.defences.safelora import SafeLora
 from panacea_jax.defences.sbr import Sbr
 from panacea_jax.defences.sft import Sft
 from panacea_jax.defences.t_vaccine import TVaccine
 from panacea_jax.defences.tar import Tar
+from panacea_jax.defences.triplet import Triplet
 from panacea_jax.defences.unlearn import Unlearn
 from panacea_jax.defences.vaccine import Vaccine
 from panacea_jax.defences.vlguard import Vlguard
@@ -51,6 +53,8 @@ DEFENCES: dict[str, type[Method]] = {
     "safelora": SafeLora,
     "realign": Realign,
     "unlearn": Unlearn,
+    "triplet": Triplet,
+    "safe_delta": SafeDelta,
 }
 
 __all__ = [
@@ -74,6 +78,7 @@ __all__ = [
     "RandomPrune",
     "RandomVaccine",
     "Realign",
+    "SafeDelta",
     "SafeLora",
     "RepNoise",
     "Sbr",
@@ -81,6 +86,7 @@ __all__ = [
     "StreamSpec",
     "Tar",
     "TVaccine",
+    "Triplet",
     "Unlearn",
     "Vaccine",
     "Vlguard",

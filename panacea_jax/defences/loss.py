@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from panacea_jax.data.batches import Batch, deinterleave, interleave
 from panacea_jax.defences.cross_entropy import summed_cross_entropy, token_cross_entropy
-from panacea_jax.models.bound import SQUARES, BoundDecoder, Inputs, Offsets, SomeOffsets
+from panacea_jax.models.bound import SUMS, BoundDecoder, Inputs, Offsets, SomeOffsets
 from panacea_jax.models.model import Model
 
 
@@ -25,7 +25,7 @@ class Forward(NamedTuple):
 
     Attributes:
         hidden: final hidden states, after the last norm.
-        readings: by name the activations asked for, ``[L, B, T, D]``; sums of squares by name and projection, ``[L, F]``.
+        readings: by name the activations asked for, ``[L, B, T, D]``; sums over tokens by name and projection, ``[L, F]`` or ``[L, F, F]``.
     """
 
     hidden: Float[Array, "B T D"]
@@ -82,7 +82,7 @@ class Loss:
         offsets: Offsets | None = None,
         readings: tuple[str, ...] = (),
     ) -> Forward:
-        """Hidden states and, of ``bound.READINGS`` and ``bound.SQUARES``, the activations asked for."""
+        """Hidden states and, of ``bound.READINGS`` and ``bound.SUMS``, the activations asked for."""
         if self.accumulate > 1:
             return _forward_in_parts(self, params, batch, offsets, readings)
         inputs = Inputs.of(
@@ -213,8 +213,8 @@ def _forward_in_parts(
 
     _, found = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), None, xs)
     joined = {
-        # Sums over tokens [K, L, F] by projection; activations [K, L, B / K, T, D].
-        name: jax.tree.map(lambda x: x.sum(axis=0), x) if name in SQUARES
+        # Sums over tokens [K, L, …] by projection; activations [K, L, B / K, T, D].
+        name: jax.tree.map(lambda x: x.sum(axis=0), x) if name in SUMS
         else jax.vmap(interleave, in_axes=1)(x)
         for name, x in found.readings.items()
     }  # fmt: skip

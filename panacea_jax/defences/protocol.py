@@ -136,6 +136,11 @@ class Method:
         return None
 
     @property
+    def compared(self) -> tuple[str, ...]:
+        """Folders of the aligned model that it compares with, no data beside the pipeline's own; empty where none is named."""
+        return ()
+
+    @property
     def files(self) -> tuple[str, ...]:
         """Files of numbers that it reads, such as layer coefficients."""
         return ()
@@ -148,7 +153,7 @@ class Method:
         """
 
     def aligned_by(self, adapter: str) -> "Method":
-        """Itself, told which adapter made the aligned model ("": the base is aligned)."""
+        """Itself, told which adapter made the aligned model ("": the base is aligned), or with all parameters which folder is it."""
         return self
 
     # ---- what it does

@@ -79,6 +79,18 @@ class Adapter:
         return self.adapted.index(layer) if layer in self.adapted else None
 
 
+def widened(adapter: Adapter, rank: int) -> Adapter:
+    """The same adapter with further ranks, of zeros, up to ``rank``."""
+
+    def wider(path: Any, x: jax.Array) -> jax.Array:
+        axis = 2 if path[-1].key == "a" else 1
+        return jnp.pad(x, [(0, rank - adapter.rank if i == axis else 0) for i in range(3)])
+
+    alpha = adapter.scale * (math.sqrt(rank) if adapter.rslora else rank)
+    layers = jax.tree.map_with_path(wider, adapter.layers)
+    return dataclasses.replace(adapter, layers=layers, rank=rank, alpha=alpha)
+
+
 class RowAdapters(NamedTuple):
     """Adapters of one base, one for each row of a batch.
 

@@ -26,8 +26,9 @@ from panacea_jax.parallel.sharding import batch_rows, batch_sharding
 
 # Activations that a defence may ask for, [L, B, T, D]: outputs of the attention module (before the residual), of the MLP, of the layer.
 READINGS = ("attn_out", "mlp_out", "block_out")
-# Sums of squares over the valid tokens, {"self_attn.q_proj": [L, F], …}: of each projection's input, and of x A of each adapted one.
-SQUARES = ("input_squares", "low_squares")
+# Sums over the valid tokens, {"self_attn.q_proj": [L, F], …}: of squares of each projection's input, and of x A of each adapted one; and
+# of the input's products of two entries, [L, F, F].
+SUMS = ("input_squares", "low_squares", "input_products")
 # Weights of one layer that are looked up in their stacks: the backward pass looks them up again, or it would keep a copy of them all.
 _LOOKED_UP = "layer_weights"
 
@@ -121,7 +122,7 @@ class BoundDecoder:
         Args:
             inputs: texts.
             offsets: added to the output of each attention module, before the residual.
-            readings: which of ``READINGS`` and ``SQUARES`` to return.
+            readings: which of ``READINGS`` and ``SUMS`` to return.
             remat: what the backward pass recomputes; by default what the model was made for.
 
         Returns:
@@ -142,6 +143,32 @@ class BoundDecoder:
         """What enters the lowest adapted layer."""
         context, windows = self._whole_context(inputs)
         return self._scan_layers(self.embed(inputs.tokens), context, windows, spans=self._spans()[:-1])[0]
+
+    def one_layer(
+        self,
+        x: Float[Array, "B T D"],
+        inputs: Inputs,
+        number: int | Int[Array, ""],
+        place: int | Int[Array, ""] | None = None,
+        readings: tuple[str, ...] = (),
+    ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
+        """What leaves a layer, and what was read in it: for whoever goes through the model layer by layer. One program serves all layers.
+
+        Args:
+            x: what enters the layer.
+            inputs: the texts.
+            number: of the layer.
+            place: where its weights lie in the stacks; by default at its number.
+            readings: as of :meth:`inspect`.
+        """
+        context, windows = self._whole_context(inputs)
+        context = context._replace(readings=readings, valid=inputs.valid)
+        graph, stacked = nnx.split(self.decoder.layers)
+        layer = nnx.merge(graph, _of_layer(stacked, number if place is None else place))
+        factors = spread(self.adapter or {}, self.numbers, range(self.decoder.config.num_layers))
+        window = None if windows is None else windows[number]
+        x, _ = layer(x, context, window, _of_layer(factors, number), None)
+        return self._by_rows(x), _collect(layer)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """What enters the first layer."""
@@ -380,17 +407,17 @@ def _end_to_end(below: tuple[Any, Any], above: tuple[Any, Any]) -> tuple[Any, An
     return join(low_kv, high_kv), read(low, high)
 
 
-def _of_layer(stacked: Any, i: int) -> Any:
+def _of_layer(stacked: Any, i: int | Int[Array, ""]) -> Any:
     """Layer ``i`` of a tree of stacks."""
     return jax.tree.map(lambda x: x[i], stacked)
 
 
 def _collect(layer: nnx.Module) -> dict[str, Any]:
-    """What the modules of a layer handed out, by name; of ``SQUARES`` by projection below that."""
+    """What the modules of a layer handed out, by name; of ``SUMS`` by projection below that."""
     found: dict[str, Any] = {}
     for path, variable in nnx.to_flat_state(nnx.pop(layer, nnx.Intermediate)):
         *where, name = map(str, path)
-        if name in SQUARES:
+        if name in SUMS:
             found.setdefault(name, {})[".".join(where)] = variable[...]
         else:
             found[name] = variable[...]

@@ -75,6 +75,14 @@ def hand_out_squares(module: nnx.Module, context: Context, name: str, x: Float[A
         hand_out(module, context, name, jnp.sum(squares, axis=(0, 1)))
 
 
+def hand_out_products(module: nnx.Module, context: Context, name: str, x: Float[Array, "B T F"]) -> None:
+    """Hand out ``Σ x xᵀ`` over the valid tokens, ``[F, F]`` in at least float32, if it is asked for."""
+    if name in context.readings and context.valid is not None:
+        x = jnp.where(context.valid[..., None], x, 0)
+        products = jnp.einsum("btf,btg->fg", x, x, preferred_element_type=wide(x.dtype), precision="highest")
+        hand_out(module, context, name, products)
+
+
 def drop(
     x: Float[Array, "B T D"], keys: UInt32[Array, "B _"], rate: float
 ) -> Float[Array, "B T D"]:
@@ -118,6 +126,7 @@ class Linear(nnx.Module):
     ) -> Float[Array, "B T F"]:
         """Apply to ``x``; ``adapter`` is ``{"a": [D, r], "b": [r, F]}``, where ``x`` is dropped for it with ``"keys": [B, …]``, or None."""
         hand_out_squares(self, context, "input_squares", x)
+        hand_out_products(self, context, "input_products", x)
         kernel = self.kernel[...]
         if isinstance(kernel, Quantised):
             y = kernel.product(x)

@@ -65,30 +65,30 @@ def load_weights(
 
 
 def load_layer(
-    tensors: Mapping[str, tensorfile.Tensor], path: str, layer: int, like: jax.Array
+    tensors: Mapping[str, tensorfile.Tensor], path: str, layer: int | None, like: jax.Array
 ) -> jax.Array:
     """One layer of another folder's stacked array, for comparing two models without loading the second.
 
     Args:
         tensors: of that folder, see ``find_tensors``.
         path: of the array.
-        layer: which.
+        layer: which; None: the array has no layers, and all of it is loaded.
         like: ours ``[L, …]``; dtype and placement of the result are those of a layer of it.
 
     Raises:
         InputError: that folder has no such tensor, or one of another shape.
     """
     name, how = to_hf(path, layer)
-    shape = like.shape[1:]
+    shape, sharding = (like.shape, like.sharding) if layer is None else (like.shape[1:], _of_layer(like.sharding))
     stored = shape[::-1] if how == "transpose" else shape
     if name not in tensors:
         raise InputError(f"{next(iter(tensors.values())).file.parent}: tensor {name} is missing")
     tensor = tensors[name]
     if tensor.shape != stored:
         raise InputError(
-            f"{tensor.file}: tensor {name} has shape {tensor.shape}, the aligned model's is {stored}"
+            f"{tensor.file}: tensor {name} has shape {tensor.shape}, the other model's is {stored}"
         )
-    return _load_array(shape, np.dtype(like.dtype), _of_layer(like.sharding), [tensor], how)
+    return _load_array(shape, np.dtype(like.dtype), sharding, [tensor], how)
 
 
 def _transform(path: str) -> str:

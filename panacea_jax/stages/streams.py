@@ -278,7 +278,7 @@ def stage_inputs(config: ConfigDict, stage: str, defence: Method) -> dict[str, s
         for name in names
         if config.data[name]
     }
-    for folder in filter(None, defence.folders or ()):
+    for folder in filter(None, (*(defence.folders or ()), *defence.compared)):
         found[folder] = sha256_model(stand_in(folder))
     for file in defence.files:
         found[file] = sha256_folder(stand_in(file).parent, (stand_in(file).name,))

@@ -75,6 +75,8 @@ SINCE: dict[str, dict[str, object]] = {
         "ascent_steps": 1, "masks": "mended", "rho_per_layer": "", "layer_file": "", "layer_seed": None, "tau": None, "rho_relative": None,
         "ceiling": None, "by_poison": False, "start": 0.0, "between": "reuse", "trusted": (), "trust": 1.0, "off": (),
         "keep": (), "constraint": "project", "slack": 0.05, "dual_rate": 10.0,
+        "budget": None, "damping": None, "guarded": None, "rule": None, "compensate": None,
+        "margin_benign": None, "margin_harmful": None, "depth": None, "refusal": None,
     },
     "train": {"accumulate": 1, "validate_every": 0, "patience": 0},
     "lora": {"rslora": False, "dropout": 0.0, "layers": ""},

@@ -26,10 +26,10 @@ RATIO = 0.3
 RANK = 7
 
 
-def examples(seed, n=11):
+def examples(seed, n=11, vocab=VOCAB):
     rng = np.random.default_rng(seed)
     sizes = rng.integers(5, 30, n)
-    return [Example.answering(rng.integers(0, VOCAB, k).astype(np.int32), 2) for k in sizes]
+    return [Example.answering(rng.integers(0, vocab, k).astype(np.int32), 2) for k in sizes]
 
 
 SETS = {"harmful": examples(1), "alignment": examples(2)}

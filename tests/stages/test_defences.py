@@ -45,6 +45,8 @@ ROWS = {
     "safelora": ("heal", "unaligned base", "none"),
     "realign": ("heal", "alignment, benign", "1 (user 1)"),
     "unlearn": ("heal", "attack", "once 1 over all attack"),
+    "triplet": ("align", "harmful, benign", "4.5 (user 1.5, harmful 1.5, benign 1.5)"),
+    "safe_delta": ("heal", "alignment", "once 0.5 over all alignment"),
 }
 
 

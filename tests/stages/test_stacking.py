@@ -30,6 +30,7 @@ STACKS = {
     "sft+sft+safelora": ["--config.heal.defence.base={root}/base", "--config.heal.defence.num_layers=2"],
     "sft+sft+magnitude_prune": [MERGED, *FULL],
     "+panacea+random_prune": ["--config.heal.defence.dense_ratio=0.5"],
+    "triplet+sft+safe_delta": [MERGED, "--config.data.benign=pairs@{root}/user.jsonl", "--config.heal.defence.budget=0.05"],
 }  # fmt: skip
 
 # Every other method that trains, once: only that the command line runs it between others. Answers are left out, which are above.
@@ -98,6 +99,10 @@ def test_the_heal_stage_heals_and_is_what_answers(stacked):
         assert manifest(workdir, "heal")["config"]["defence"]["aligned"] == str(
             workdir / "align" / "adapter"
         )
+    elif heal == "safe_delta":  # merged: the base is the aligned model, and the rank stays
+        assert changed == {n for n in before if "lora_A" in n}
+        assert {len(k) for k in outcome["report"]["kept_inputs"].values()} == {2}
+        assert manifest(workdir, "heal")["config"]["defence"]["aligned"] == ""
     else:
         assert len(changed) == len(before) and outcome["steps"] == 4
         assert outcome["records"] == {"user": 12}

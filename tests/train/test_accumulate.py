@@ -41,7 +41,7 @@ def streams(defence):
         texts = [Example.answering(rng.integers(0, 40, k).astype(np.int32), 2) for k in rng.integers(4, 15, 21)]
         return Stream(name, texts, 6, 0, True, (16,), row_multiple=4, repeats=repeats.get(name, 1))  # fmt: skip
 
-    return {name: stream(name, i) for i, name in enumerate(("user", "harmful", "alignment"))}
+    return {name: stream(name, i) for i, name in enumerate(("user", "harmful", "alignment", "benign"))}
 
 
 def run(folder, defence, accumulate, dtype="float64", full=False, steps=3):

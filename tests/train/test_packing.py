@@ -26,6 +26,7 @@ from panacea_jax.defences import (
     Sbr,
     Sft,
     Tar,
+    Triplet,
     TVaccine,
     Vaccine,
     Vlguard,
@@ -64,6 +65,7 @@ METHODS = [
     Vlguard(mode="sum", lam=0.5),
     Sbr(lam=5.0, prompts=3),
     ConstrainedSft(beta=2.0),
+    Triplet(refusal=0.5),
 ]
 
 
@@ -135,7 +137,7 @@ def streams(packing, defence=None):
             repeats=repeats.get(name, 1), packing=packing,
         )  # fmt: skip
 
-    return {name: stream(name, i) for i, name in enumerate(("user", "harmful", "alignment"))}
+    return {name: stream(name, i) for i, name in enumerate(("user", "harmful", "alignment", "benign"))}
 
 
 def run(model, defence, packing, full=False, steps=4, checkpoints=None):
