@@ -71,21 +71,21 @@ def load_weights(
 
 
 def load_layer(
-    tensors: Mapping[str, tensorfile.Tensor], path: str, layer: int, like: jax.Array
+    tensors: Mapping[str, tensorfile.Tensor], path: str, layer: int | None, like: jax.Array
 ) -> jax.Array:
     """One layer of another folder's stacked array, for comparing two models without loading the second.
 
     Args:
         tensors: of that folder, see ``find_tensors``.
         path: of the array.
-        layer: which.
+        layer: which; None for an array without layers.
         like: ours ``[L, …]``; dtype and placement of the result are those of a layer of it.
 
     Raises:
         InputError: that folder has no such tensor, or one of another shape.
     """
     name, how = to_hf(path, layer)
-    shape = like.shape[1:]
+    shape = like.shape if layer is None else like.shape[1:]
     stored = shape[::-1] if how == "transpose" else shape
     if name not in tensors:
         raise InputError(f"{next(iter(tensors.values())).file.parent}: tensor {name} is missing")
@@ -94,7 +94,8 @@ def load_layer(
         raise InputError(
             f"{tensor.file}: tensor {name} has shape {tensor.shape}, the aligned model's is {stored}"
         )
-    return _load_array(shape, np.dtype(like.dtype), _of_layer(like.sharding), [tensor], how)
+    place = like.sharding if layer is None else _of_layer(like.sharding)
+    return _load_array(shape, np.dtype(like.dtype), place, [tensor], how)
 
 
 def _transform(path: str) -> str:

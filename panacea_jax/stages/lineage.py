@@ -34,7 +34,8 @@ class Start:
         base: Hugging Face folder or hub id.
         adapter: PEFT folder; "": a fresh one is trained, or the bare base answers.
         full_parameters: all weights are trained, hence kept in float32.
-        aligned: the adapter that makes the aligned model of the base, for methods that compare with that; "": the base is aligned.
+        aligned: the adapter that makes the aligned model of the base, for methods that compare with that; "": the base is aligned. Of all
+            weights the folder of that model; "": not known.
     """
 
     base: str
@@ -116,7 +117,8 @@ def to_heal(config: ConfigDict, workdir: Path, start: Start | None = None) -> St
     """What is to be healed: the adapter that is named, else what the work directory's fine-tuning left (its model or its adapter), else,
     with all parameters, the base.
 
-    For a method that compares with the aligned model (Safe LoRA) also what makes that: the adapter that this fine-tuning went on from.
+    For a method that compares with the aligned model (Safe LoRA) also what makes that: the adapter, or the model, that this fine-tuning
+    went on from.
 
     Raises:
         InputError: there is nothing to heal.
@@ -127,7 +129,8 @@ def to_heal(config: ConfigDict, workdir: Path, start: Start | None = None) -> St
             raise InputError(f"config.lora.init_from = {start.adapter}: no such folder")
         return start
     if _has_model(tuned):
-        return Start(by_address(tuned / "model"), full_parameters=True)
+        began = read_manifest(tuned)["config"]["model"]["path"]
+        return Start(by_address(tuned / "model"), full_parameters=True, aligned=base_of_adapters(began, workdir))
     if _has_adapter(tuned):
         if start.full_parameters:
             raise InputError(f"config.train.full_parameters: {tuned} holds an adapter")
