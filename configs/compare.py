@@ -58,6 +58,11 @@ GRID = (
     "random_perturbation:rho=0.25|1|2|4",
     "safelora:select=threshold,threshold=0.25|0.5|0.75|1",
     "realign:steps=25|50|100|200",
+    # What alignment changed, by the weights before it.
+    "asft:lam=0.01|0.1|1|10",
+    "lox:k=2|6,alpha=0.5|1.25",
+    "resta:gamma=0.25|0.5|1|2",
+    "safemerge:threshold=0.25|0.5|0.75|1",
 )
 
 # Hyper-parameters of the papers and repositories.
@@ -65,6 +70,7 @@ PUBLISHED = (
     "vaccine:rho=5", "random_vaccine:rho=2", "t_vaccine", "booster", "booster_vaccine:rho=5", "repnoise:alpha=0.1,paired=False", "panacea",
     "lisa:rho=0.01", "ldifs", "ewc", "kl", "vlguard:mode=sum", "antidote:dense_ratio=0.05", "random_prune:dense_ratio=0.05",
     "magnitude_prune:dense_ratio=0.05", "random_perturbation", "safelora", "realign",
+    "asft", "lox", "resta", "safemerge",
 )  # fmt: skip
 
 

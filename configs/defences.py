@@ -6,8 +6,8 @@ Where scripts disagree there is a variant for each, named after what differs or 
 scripts (Vaccine, T-Vaccine, Booster, Antidote, Lisa and Panacea repositories of git-disl and w-yibo, and the official RepNoise and TAR
 ones). Base, data and evaluation are those of paper.py beside this file; the alignment stage is plain SFT unless the method acts there.
 
-Safe LoRA compares with the hub base MODEL, which the alignment stage starts from: with another `config.model.path` give
-`--config.heal.defence.base` too. Realignment takes its benign rows from the public Alpaca set; its refusals are the alignment set.
+Safe LoRA, SafeMERGE, RESTA and AsFT compare with the hub base MODEL, which the alignment stage starts from: with another
+`config.model.path` give `--config.heal.defence.base` (AsFT: `--config.defence.base`) too. Realignment takes its benign rows from the public Alpaca set; its refusals are the alignment set.
 
 What a variant does not reproduce:
 
@@ -23,6 +23,8 @@ What a variant does not reproduce:
 * Antidote's RepNoise scores the last layer alone, without the + 1: here it has the official L_adv. T-Vaccine's TAR, which trains as SFT
   does. Antidote's rebuttal of Lisa on GSM8K, which is `lisa-antidote` with ρ 0.1, learning rate 1e-3 and no poison. VLGuard's mixing in
   Lisa's and Antidote's repositories, where the guide records take the place of benign ones. KL over positions in place of words.
+* AsFT's schedule, a step of 0.85 after each epoch, and LoRA dropout 0.05 (`--config.lora.dropout`). LoX, RESTA and SafeMERGE on another
+  pair of models than the base and what the alignment stage makes of it: their papers have a chat model or DPO.
 * Random perturbation by σ: no script sets it. `--config.heal.defence.sigma=…` does.
 
 Whether the alignment adapter is trained on or merged is the same for all, so that runs differ in the defence alone; the scripts' own
@@ -70,6 +72,11 @@ ANTIDOTE_REPO = {
 LISA_REPO = {
     "lora.rank": 8, "lora.targets": ("q", "v"), "data.num_examples": 5000, "data.num_alignment": 10000, "optimizer.learning_rate": 1e-5,
     "optimizer.weight_decay": 0.0, "train.batch_size": 5, "train.alignment_batch_size": 5,
+}  # fmt: skip
+# StepLR by 0.85 an epoch is not here.
+ASFT_REPO = {
+    "defence.base": MODEL, "lora.rank": 8, "lora.alpha": 32.0, "lora.targets": ("q", "v"), "optimizer.learning_rate": 5e-5,
+    "optimizer.weight_decay": 0.0, "train.epochs": 10, "train.batch_size": 8,
 }  # fmt: skip
 
 BUDGETS: dict[str, tuple[str, Mapping[str, Any]]] = {
@@ -128,6 +135,11 @@ BUDGETS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "safelora-number": ("safelora:select=number,num_layers=10", UNALIGNED),
     "safelora-threshold": ("safelora:select=threshold,threshold=0.5", UNALIGNED),
     "realign": ("realign:steps=100", {"data.benign": BENIGN}),
+    # What alignment changed, by the weights before it: repositories of AsFT and LoX, SafeMERGE's defaults; RESTA as the plain sum.
+    "asft": ("asft:lam=1", ASFT_REPO),
+    "lox": ("lox:k=6,alpha=1.25", {}),
+    "resta": ("resta:gamma=1", UNALIGNED),
+    "safemerge": ("safemerge:threshold=0.35,weight=0.2", UNALIGNED),
 }  # fmt: skip
 
 

@@ -144,7 +144,7 @@ class Method:
         """
 
     def aligned_by(self, adapter: str) -> "Method":
-        """Itself, told which adapter made the aligned model ("": the base is aligned)."""
+        """Itself, told which adapter made the aligned model ("": the base is aligned), or of all weights that model's folder."""
         return self
 
     # ---- what it does

@@ -172,4 +172,4 @@ class Resta(Method):
 
 def _for(tensors: Mapping[str, Tensor], weights: Mapping[str, Any]) -> Mapping[str, Tensor]:
     """Tensors as a model with these weights looks for them."""
-    return by_embedding(tensors, {path: () for path in weights})
+    return by_embedding(tensors, dict.fromkeys(weights, ()))

@@ -162,7 +162,7 @@ def sum_of_products(adapters: Sequence[Adapter], weights: Sequence[float]) -> Ad
 
 
 def as_wide_as(adapter: Adapter, other: Adapter) -> Adapter:
-    """The adapter in the shape of another of the same scale that has at least its ranks, projections and layers: with zeros for the rest."""
+    """The adapter in the shape of another of its scale that has at least its ranks, projections and layers, with zeros for the rest."""
 
     def put(own: jax.Array | None, x: jax.Array) -> jax.Array:
         zeros = jnp.zeros_like(x)

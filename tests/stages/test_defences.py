@@ -43,6 +43,10 @@ ROWS = {
     "safelora": ("heal", "unaligned base", "none"),
     "realign": ("heal", "alignment, benign", "1 (user 1)"),
     "unlearn": ("heal", "attack", "once 1 over all attack"),
+    "asft": ("finetune", "unaligned base", "1 (user 1)"),
+    "lox": ("align", "none", "1 (user 1)"),
+    "resta": ("heal", "unaligned base", "none"),
+    "safemerge": ("heal", "unaligned base", "none"),
 }
 
 
