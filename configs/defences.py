@@ -7,7 +7,8 @@ scripts (Vaccine, T-Vaccine, Booster, Antidote, Lisa and Panacea repositories of
 ones). Base, data and evaluation are those of paper.py beside this file; the alignment stage is plain SFT unless the method acts there.
 
 Safe LoRA, SafeMERGE, RESTA and AsFT compare with the hub base MODEL, which the alignment stage starts from: with another
-`config.model.path` give `--config.heal.defence.base` (AsFT: `--config.defence.base`) too. Realignment takes its benign rows from the public Alpaca set; its refusals are the alignment set.
+`config.model.path` give `--config.heal.defence.base` (AsFT: `--config.defence.base`) too. Realignment takes its benign rows from the
+public Alpaca set; its refusals are the alignment set.
 
 What a variant does not reproduce:
 

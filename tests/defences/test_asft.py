@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -100,32 +101,28 @@ def test_a_fresh_adapter_has_the_papers_penalty(place):
     assert float(defence._penalty(after, state)) == pytest.approx(wanted, rel=1e-5)
 
 
-def gradient(place, defence, params, state):
-    model = place[0]
-    loss = Loss.of(model)
-    batch = jax.tree.map(jnp.asarray, streams(False, defence)["user"].batch(0))
-    return jax.jit(lambda loss: defence.gradient(loss, params, {"user": batch}, state, KEY))(loss)
+def quadratic(params, batch):
+    return 0.5 * sum(jnp.sum((x - batch) ** 2) for x in jax.tree.leaves(params))
 
 
 def test_limits_are_sft(place):
-    """Without λ, and at the start, whatever adapter that is."""
-    model = place[0]
-    for params in (fresh(model), moved(fresh(model))):
-        defence, state = prepared(place, params, lam=5.0)
-        still = gradient(place, defence, params, state)
-        assert float(still[2]["penalty"]) == 0
-        assert_equal(still[0], gradient(place, Sft(), params, ())[0])
-        after = moved(params, 5)
-        free = gradient(place, Asft(lam=0.0), after, state)
-        assert_equal(free[0], gradient(place, Sft(), after, ())[0])
-        held = gradient(place, defence, after, state)
-        assert float(held[2]["penalty"]) > 1e-3 and difference(held[0], free[0]) > 1e-2
+    """Without λ, and at the start, though that adapter adds something; on a loss in closed form."""
+    params, batches = moved(fresh(place[0])), {"user": jnp.asarray(0.3)}
+    after = moved(params, 5)
+    defence, state = prepared(place, params, lam=5.0)
+    still, _, metrics = defence.gradient(quadratic, params, batches, state, KEY)
+    assert float(metrics["penalty"]) == 0
+    assert_equal(still, Sft().gradient(quadratic, params, batches, (), KEY)[0])
+    plain = Sft().gradient(quadratic, after, batches, (), KEY)[0]
+    assert_equal(Asft(lam=0.0).gradient(quadratic, after, batches, state, KEY)[0], plain)
+    grads, _, metrics = defence.gradient(quadratic, after, batches, state, KEY)
+    assert float(metrics["penalty"]) > 1e-3 and difference(grads, plain) > 1e-2
 
 
 def shapes_of(jaxpr):
     for equation in jaxpr.eqns:
         yield from (x.aval.shape for x in equation.outvars)
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
             yield from shapes_of(inner)
 
 
@@ -174,7 +171,6 @@ def test_packed_and_in_micro_batches(place):
     plain = run(place, defence)
     assert difference(run(place, defence, packing=True).deployed, plain.deployed) < 1e-5
     assert difference(run(place, defence, accumulate=2).deployed, plain.deployed) < 1e-4
-    assert difference(plain.deployed, run(place, Sft()).deployed) > 1e-2
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])

@@ -18,6 +18,7 @@ from panacea_jax.models.model import load
 from panacea_jax.models.peft import adapter_tensors, save_adapter
 from panacea_jax.train.once import apply_once
 from tests import runs
+from tests.defences.test_asft import other_than
 from tests.defences.test_lox import products
 from tests.defences.test_safelora import random_adapter, world
 
@@ -120,25 +121,24 @@ def test_what_is_refused(world, tmp_path):
 
 
 def test_a_work_directory_of_all_weights_knows_the_aligned_model(tmp_path):
-    """Aligned, fine-tuned and healed in one run: γ times what alignment changed comes on top."""
+    """It is what fine-tuning went on from; γ times what alignment changed comes on top."""
     place = runs.make_place(tmp_path / "place")
-    full = "--config.train.full_parameters=True"
+    before, old = other_than(place.base, tmp_path / "before")
     flags = place.flags(
-        "--config.align.defence.name=sft", "--config.align.train.full_parameters=True", "--config.align.train.steps=2",
-        "--config.align.train.batch_size=4", "--config.defence.name=sft", full, "--config.heal.train.full_parameters=True",
-        "--config.heal.defence.name=resta", "--config.heal.defence.gamma=0.5", f"--config.heal.defence.base={place.base}",
-        "--config.optimizer.learning_rate=1e-3", "--config.train.steps=2", "--config.eval.tasks=()",
+        "--config.defence.name=sft", "--config.train.full_parameters=True", "--config.heal.train.full_parameters=True",
+        "--config.heal.defence.name=resta", "--config.heal.defence.gamma=0.5", f"--config.heal.defence.base={before}",
+        "--config.optimizer.learning_rate=1e-3", "--config.train.steps=2", "--config.eval.tasks=()", "--config.checkpoint.every=0",
     )  # fmt: skip
     workdir = tmp_path / "run"
     assert runs.panacea("run", *flags, f"--workdir={workdir}") == 0
-    read = json.loads((workdir / "heal" / "manifest.json").read_text())["config"]["defence"]
-    assert read["aligned"] == str(workdir / "align" / "model")
-    old, aligned, tuned, new = (
-        load_file(f / "model.safetensors") for f in (place.base, *(workdir / s / "model" for s in ("align", "finetune", "heal")))
+    read = json.loads((workdir / "heal" / "manifest.json").read_text())
+    assert read["config"]["defence"]["aligned"] == str(place.base) and {str(before), str(place.base)} <= set(read["inputs"])
+    aligned, tuned, new = (
+        load_file(f / "model.safetensors") for f in (place.base, *(workdir / s / "model" for s in ("finetune", "heal")))
     )
     for name, w in new.items():
         np.testing.assert_allclose(w, tuned[name] + 0.5 * (aligned[name] - old[name]), rtol=1e-5, atol=1e-6)
-    assert max(np.abs(new[n] - tuned[n]).max() for n in new) > 1e-4
+    assert max(np.abs(new[n] - tuned[n]).max() for n in new) > 1e-2
 
 
 def test_random_adapters_differ(world):

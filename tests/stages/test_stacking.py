@@ -220,7 +220,7 @@ def test_what_compares_with_the_unaligned_base(stack, tmp_path):
     aligned, tuned, healed = (deployed(workdir, stage) for stage in ("align", "finetune", "heal"))
     assert manifest(workdir, "finetune")["config"]["defence"]["base"] == str(place.base)
     assert manifest(workdir, "heal")["config"]["defence"]["aligned"] == str(workdir / "align" / "adapter")
-    old = {name: x for name, x in load_file(place.base / "model.safetensors").items()}
+    old = load_file(place.base / "model.safetensors")
     whole = tmp_path / "whole"
     flag = f"--config.lora.init_from={workdir / 'heal' / 'adapter'}"
     assert panacea("convert", f"--config.model.path={place.base}", flag, f"--out={whole}") == 0
