@@ -80,7 +80,7 @@ def numbers(root: Path) -> dict[str, Any]:
             stage = DEFENCES[name].stage
             chosen: dict[str, object] = {"defence.name": name, "train.steps": STEPS, "data.benign": place.spec("user")}
             chosen |= {f"defence.{key}": value for key, value in settings.items()}
-            if name == "safelora":
+            if DEFENCES[name]().folders is not None:
                 continue  # its base must differ from the aligned model: below
             if full:
                 chosen |= {"train.full_parameters": True, "optimizer.learning_rate": 1e-3}
@@ -94,13 +94,24 @@ def numbers(root: Path) -> dict[str, Any]:
                 lines = [json.loads(line) for line in _text(folder / stage / "metrics.jsonl").splitlines()]
                 found[f"{folder.name}/{'full' if full else 'lora'}/loss"] = [line["loss"] for line in lines]
 
-    # ---- Safe LoRA against the base merged with the aligned adapter
+    # ---- what compares with an unaligned base, against the base merged with the aligned adapter
     merged = root / "merged"
     _run("convert", *_flags(place, **{"lora.init_from": start / "align" / "adapter"}), f"--out={merged}")
     chosen = {"defence.name": "safelora", "defence.base": unaligned, "defence.num_layers": 3, "model.path": merged,
               "lora.init_from": root / "lora" / "sft" / "finetune" / "adapter"}  # fmt: skip
     _run("heal", *_flags(place, **chosen), f"--workdir={root / 'safelora'}")
     found["safelora"] = _tensors(root / "safelora" / "heal" / "adapter" / "adapter_model.safetensors")
+    chosen |= {"defence.name": "safemerge", "defence.safe": start / "align" / "adapter"}
+    del chosen["defence.num_layers"]
+    _run("heal", *_flags(place, **chosen), f"--workdir={root / 'safemerge'}")
+    found["safemerge"] = _tensors(root / "safemerge" / "heal" / "adapter" / "adapter_model.safetensors")
+    chosen = {"defence.name": "asft", "defence.base": unaligned, "model.path": merged, "train.steps": STEPS}
+    _run("finetune", *_flags(place, **chosen), f"--workdir={root / 'asft'}")
+    found["asft"] = _tensors(root / "asft" / "finetune" / "adapter" / "adapter_model.safetensors")
+    chosen = {"defence.name": "resta", "defence.base": place.base, "defence.aligned": start / "align" / "adapter",
+              "lora.init_from": root / "lora" / "sft" / "finetune" / "adapter"}  # fmt: skip
+    _run("heal", *_flags(place, **chosen), f"--workdir={root / 'resta'}")
+    found["resta"] = _tensors(root / "resta" / "heal" / "adapter" / "adapter_model.safetensors")
 
     # ---- a whole run
     run = root / "run"

@@ -62,6 +62,11 @@ GRID = (
     "realign:steps=25|50|100|200",
     "triplet:refusal=1,alpha=0.05|0.5,lam=0.07|0.7",
     "safe_delta:budget=0.01|0.1|1|10",
+    # What alignment changed, by the weights before it.
+    "asft:lam=0.01|0.1|1|10",
+    "lox:k=2|6,alpha=0.5|1.25",
+    "resta:gamma=0.25|0.5|1|2",
+    "safemerge:threshold=0.25|0.5|0.75|1",
 )
 
 # Hyper-parameters of the papers and repositories.
@@ -70,6 +75,7 @@ PUBLISHED = (
     "lisa:rho=0.01", "ldifs", "ewc", "kl", "vlguard:mode=sum", "sbr", "constrained_sft", "antidote:dense_ratio=0.05",
     "random_prune:dense_ratio=0.05", "magnitude_prune:dense_ratio=0.05", "random_perturbation", "safelora", "realign",
     "triplet:refusal=1", "safe_delta",
+    "asft", "lox", "resta", "safemerge",
 )  # fmt: skip
 
 

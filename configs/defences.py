@@ -6,8 +6,9 @@ Where scripts disagree there is a variant for each, named after what differs or 
 scripts (Vaccine, T-Vaccine, Booster, Antidote, Lisa and Panacea repositories of git-disl and w-yibo, and the official RepNoise and TAR
 ones). Base, data and evaluation are those of paper.py beside this file; the alignment stage is plain SFT unless the method acts there.
 
-Safe LoRA compares with the hub base MODEL, which the alignment stage starts from: with another `config.model.path` give
-`--config.heal.defence.base` too. Realignment takes its benign rows from the public Alpaca set; its refusals are the alignment set.
+Safe LoRA, SafeMERGE, RESTA and AsFT compare with the hub base MODEL, which the alignment stage starts from: with another
+`config.model.path` give `--config.heal.defence.base` (AsFT: `--config.defence.base`) too. Realignment takes its benign rows from the
+public Alpaca set; its refusals are the alignment set.
 
 What a variant does not reproduce:
 
@@ -27,6 +28,8 @@ What a variant does not reproduce:
 * Triplet's base, Llama 3 8B Instruct, which is aligned (here `refusal=1` teaches refusals beside it), its sets, WildGuardMix,
   WildJailbreak and UltraChat, and dropout 0.05. Safe Delta's base, Llama 2 Chat, its full fine-tuning, and 128 safe records, which
   `config.data.num_alignment=128` would take for the alignment stage too.
+* AsFT's schedule, a step of 0.85 after each epoch, and LoRA dropout 0.05 (`--config.lora.dropout`). LoX, RESTA and SafeMERGE on another
+  pair of models than the base and what the alignment stage makes of it: their papers have a chat model or DPO.
 * Random perturbation by σ: no script sets it. `--config.heal.defence.sigma=…` does.
 
 Whether the alignment adapter is trained on or merged is the same for all, so that runs differ in the defence alone; the scripts' own
@@ -78,6 +81,11 @@ LISA_REPO = {
 TRIPLET_REPO = {
     "align.train.steps": 900, "align.train.batch_size": 16, "align.train.harmful_batch_size": 16, "align.optimizer.learning_rate": 1e-4,
     "align.optimizer.weight_decay": 0.0, "lora.rank": 16, "lora.alpha": 16.0, "lora.targets": SEVEN, "data.benign": BENIGN,
+}  # fmt: skip
+# StepLR by 0.85 an epoch is not here.
+ASFT_REPO = {
+    "defence.base": MODEL, "lora.rank": 8, "lora.alpha": 32.0, "lora.targets": ("q", "v"), "optimizer.learning_rate": 5e-5,
+    "optimizer.weight_decay": 0.0, "train.epochs": 10, "train.batch_size": 8,
 }  # fmt: skip
 
 BUDGETS: dict[str, tuple[str, Mapping[str, Any]]] = {
@@ -150,6 +158,11 @@ BUDGETS: dict[str, tuple[str, Mapping[str, Any]]] = {
     # Representations and weights, of 2025.
     "triplet": ("triplet:refusal=1", TRIPLET_REPO),  # its script's numbers; on a base that is not aligned
     "safe_delta": ("safe_delta:budget=0.1", {}),
+    # What alignment changed, by the weights before it: repositories of AsFT and LoX, SafeMERGE's defaults; RESTA as the plain sum.
+    "asft": ("asft:lam=1", ASFT_REPO),
+    "lox": ("lox:k=6,alpha=1.25", {}),
+    "resta": ("resta:gamma=1", UNALIGNED),
+    "safemerge": ("safemerge:threshold=0.35,weight=0.2", UNALIGNED),
 }  # fmt: skip
 
 

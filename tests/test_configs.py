@@ -338,7 +338,7 @@ def test_budget_passes_the_check_of_a_run(variant, place):
         if c.data[key]:
             assert files.local(parse_source(c.data[key]).where) is None
             c.data[key] = place.spec(name)
-    for section, key in ((c.model, "path"), (c.heal.defence, "base")):
+    for section, key in ((c.model, "path"), (c.defence, "base"), (c.heal.defence, "base")):
         if section[key]:
             assert section[key] == BASES["llama2_7b"]
             section[key] = str(place.base)

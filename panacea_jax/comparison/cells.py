@@ -181,8 +181,9 @@ class Cells:
             heal = stage_config(config, "heal")
             own = self.folder(cell._replace(setting=of_healing(cell.setting)))
             stages["heal"] = own / "heal"
-            # The adapter of alignment, or the one that was given; "" where it is part of the base, which then is the aligned model.
-            healed = dataclasses.replace(left, aligned=start.adapter)
+            # The adapter of alignment, or the one that was given; "" where it is part of the base, which then is the aligned model. Of all
+            # weights the model.
+            healed = dataclasses.replace(left, aligned=start.base if left.full_parameters else start.adapter)
             tuned = train_stage(heal, own, "heal", healed, shared=self._shared)
             left = _left(start, tuned)
         if (attack := _attack_after(main)) and cell.ratio is not None:
@@ -246,12 +247,11 @@ class Cells:
             for stage, part in parts.items():
                 config[stage].defence = defence_section(part or Part(""))
             config.defence = defence_section(cell.method.finetune or _SFT)
-            heal = config.heal.defence
-            if heal.name == "safelora" and not heal.base:
-                with heal.unlocked():
-                    heal.base = (
-                        config.model.path
-                    )  # what the alignment of the comparison starts from
+            for section in (config.defence, config.heal.defence):
+                folders = make_defence(section).folders if section.name else None
+                if folders and not folders[0]:
+                    with section.unlocked():
+                        section.base = config.model.path  # what the alignment of the comparison starts from
         return config
 
     def _of_seed(self, seed: int, scale: str) -> ConfigDict:

@@ -142,12 +142,17 @@ def _validate_reading(data: ConfigDict) -> None:
 def _validate_quantization(config: ConfigDict) -> None:
     kind = config.model.quantization
     one_of(kind, "model.quantization", ("", *QUANTIZATIONS))
+    reading = [
+        (f"{section}defence.name = {part.defence.name} compares", True)
+        for section, part in (("align.", config.align), ("", config), ("heal.", config.heal))
+        if part.defence.name and make_defence(part.defence, section).folders is not None
+    ]
     for obstacle, asked in (
         ("train.full_parameters trains", config.train.full_parameters),
         ("align.train.full_parameters trains", config.align.train.full_parameters),
         ("lora.policy = merged adds to", config.lora.policy == "merged"),
         ("generate.merge adds to", config.generate.merge),
-        ("heal.defence.name = safelora compares", config.heal.defence.name == "safelora"),
+        *reading,
     ):
         said = f"only for a frozen base; {obstacle} its weights"
         require(not (kind and asked), "model.quantization", kind, said)

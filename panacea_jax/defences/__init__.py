@@ -2,6 +2,7 @@
 
 from panacea_jax.defences.antidote import Antidote
 from panacea_jax.defences.ascent import Ascent
+from panacea_jax.defences.asft import Asft
 from panacea_jax.defences.booster import Booster, BoosterVaccine
 from panacea_jax.defences.constrained_sft import ConstrainedSft
 from panacea_jax.defences.ewc import Ewc
@@ -9,6 +10,7 @@ from panacea_jax.defences.kl import Kl
 from panacea_jax.defences.ldifs import Ldifs
 from panacea_jax.defences.lisa import Lisa
 from panacea_jax.defences.loss import Loss
+from panacea_jax.defences.lox import Lox
 from panacea_jax.defences.magnitude_prune import MagnitudePrune
 from panacea_jax.defences.panacea import Panacea
 from panacea_jax.defences.protocol import Defence, LossFn, Method, StreamSpec
@@ -17,8 +19,10 @@ from panacea_jax.defences.random_prune import RandomPrune
 from panacea_jax.defences.random_vaccine import RandomVaccine
 from panacea_jax.defences.realign import Realign
 from panacea_jax.defences.repnoise import RepNoise
+from panacea_jax.defences.resta import Resta
 from panacea_jax.defences.safe_delta import SafeDelta
 from panacea_jax.defences.safelora import SafeLora
+from panacea_jax.defences.safemerge import SafeMerge
 from panacea_jax.defences.sbr import Sbr
 from panacea_jax.defences.sft import Sft
 from panacea_jax.defences.t_vaccine import TVaccine
@@ -55,6 +59,11 @@ DEFENCES: dict[str, type[Method]] = {
     "unlearn": Unlearn,
     "triplet": Triplet,
     "safe_delta": SafeDelta,
+    # What alignment changed, by the weights before it.
+    "asft": Asft,
+    "lox": Lox,
+    "resta": Resta,
+    "safemerge": SafeMerge,
 }
 
 __all__ = [
@@ -90,4 +99,8 @@ __all__ = [
     "Unlearn",
     "Vaccine",
     "Vlguard",
+    "Asft",
+    "Lox",
+    "Resta",
+    "SafeMerge",
 ]

@@ -7,7 +7,7 @@ a method's file holds what makes it that method; a public member that the base d
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, TypeGuard, get_args
 
 import jax
 import jax.numpy as jnp
@@ -221,9 +221,20 @@ class Defence(Method, ABC):
         return None
 
     @property
+    def at_once(self) -> bool:
+        """Whether, as it is set, it takes no step after all, but acts in one shot like any other :class:`Method` (LoX of a given pair)."""
+        return False
+
+    @property
     def partial(self) -> bool:
         """Whether a step may leave layers out."""
         return type(self).trained is not Defence.trained
+
+
+class LikeWeights(NamedTuple):
+    """A part of a method's state that lies on the mesh as the weights of its names do: ``{"self_attn": {"q_proj": {"kernel": …}}, …}``."""
+
+    tree: Any
 
 
 class Anchor(NamedTuple):
@@ -240,9 +251,14 @@ class Anchored(Defence):
         return Anchor(jax.tree.map(jnp.copy, params))
 
 
+def has_steps(method: Method) -> TypeGuard[Defence]:
+    """Whether a method trains; others act in one shot."""
+    return isinstance(method, Defence) and not method.at_once
+
+
 def passes_of(method: Method) -> dict[str, float | int]:
     """Passes a step by stream, in batches; a method in one shot has none."""
-    if not isinstance(method, Defence):
+    if not has_steps(method):
         return {}
     return {"user": method.passes} | {name: s.passes for name, s in method.streams.items()}
 

@@ -20,13 +20,10 @@ from jaxtyping import Array, Float
 
 from panacea_jax.defences.loss import Loss
 from panacea_jax.defences.protocol import Facts, Method, Params, Sets, Stage
+from panacea_jax.defences.safety_vector import projections, unaligned_tensors
 from panacea_jax.errors import InputError
 from panacea_jax.models.adapter import BLOCK_OF, Adapter
-from panacea_jax.models.hub import local_folder
 from panacea_jax.models.peft import load_adapter
-from panacea_jax.models.quantise import whole
-from panacea_jax.models.tensorfile import Tensor
-from panacea_jax.models.weights import find_tensors, load_layer
 
 
 class SafeLoraState(NamedTuple):
@@ -94,22 +91,7 @@ class SafeLora(Method):
             raise InputError(
                 "config.defence.name = safelora: projects the B of an adapter; config.train.full_parameters leaves none"
             )
-        self._base_tensors()
-
-    def _base_tensors(self) -> dict[str, Tensor]:
-        """Where the matrices of the unaligned model lie.
-
-        Raises:
-            InputError: ``base`` is not set, or not a model.
-        """
-        if not self.base:
-            raise InputError(
-                "config.defence.base is not set: Safe LoRA needs the model before its alignment"
-            )
-        try:
-            return find_tensors(local_folder(self.base))
-        except InputError as error:
-            raise InputError(f"config.defence.base = {self.base}: {error}") from error
+        unaligned_tensors(self.base, self.facts.title)
 
     def init(self, params: Params) -> SafeLoraState:
         """Nothing seen yet.
@@ -134,29 +116,15 @@ class SafeLora(Method):
         """
         model = dataclasses.replace(loss.model, weights=loss.weights)
         shift = load_adapter(self.aligned, model, frozen=True) if self.aligned else None
-        tensors = self._base_tensors()
-        state = SafeLoraState({}, {})
-        for target in params.targets:
-            block = BLOCK_OF[target]
-            kernel = whole(loss.weights["layers"][block][target]["kernel"], "Safe LoRA")
-            pair = params.layers[block][target]
-            projected, cosine = [], []
-            for place, layer in enumerate(params.adapted):
-                path = f"layers/{block}/{target}/kernel"
-                found = _project(
-                    kernel[layer],
-                    _product_of(shift, target, layer),
-                    load_layer(tensors, path, layer, kernel),
-                    _of(pair, place),
-                )
-                if not float(found.size):
-                    raise InputError(
-                        f"config.defence.base = {self.base}: {target} of layer {layer} is the aligned model's; give the one before"
-                    )
-                projected.append(found.projected)
-                cosine.append(float(found.cosine))
-            state.projected[target] = jnp.stack(projected)
-            state.cosine[target] = np.round(cosine, 5)
+        projected: dict[str, list[Array]] = {target: [] for target in params.targets}
+        cosine: dict[str, list[float]] = {target: [] for target in params.targets}
+        for module, found in projections(loss, params, self.base, shift, self.facts.title):
+            projected[module.target].append(found.projected)
+            cosine[module.target].append(float(found.cosine))
+        state = SafeLoraState(
+            {target: jnp.stack(found) for target, found in projected.items()},
+            {target: np.round(found, 5) for target, found in cosine.items()},
+        )
         modules = sum(c.size for c in state.cosine.values())
         if self.select == "number" and self.num_layers > modules:
             raise InputError(
@@ -193,42 +161,3 @@ class SafeLora(Method):
             "projected": {t: np.asarray(params.adapted)[c <= tau].tolist() for t, c in state.cosine.items()},
             "similarity": float(jnp.mean(1 / (1 + jnp.stack(distance)))),
         }
-
-
-class _Projection(NamedTuple):
-    projected: Float[Array, "r out"]
-    cosine: Float[Array, ""]
-    size: Float[Array, ""]
-
-
-def _product_of(adapter: Adapter | None, target: str, layer: int) -> tuple[float, tuple[Array, Array]] | None:
-    """What an adapter adds to a projection of a layer; None: nothing."""
-    if adapter is None or target not in adapter.targets or (place := adapter.place(layer)) is None:
-        return None
-    return adapter.scale, _of(adapter.layers[BLOCK_OF[target]][target], place)
-
-
-def _of(pair: dict[str, Array], layer: int) -> tuple[Array, Array]:
-    return pair["a"][layer], pair["b"][layer]
-
-
-@jax.jit
-def _project(
-    kernel: Float[Array, "in out"],
-    merged: tuple[Any, tuple[Array, Array]] | None,
-    base: Float[Array, "in out"],
-    pair: tuple[Float[Array, "in r"], Float[Array, "r out"]],
-) -> _Projection:
-    """Everything transposed: our matrices are ``[in, out]``, so ``B A`` is ``a b``, and ``P B`` is ``b Δᵀ Δ`` with our Δ."""
-    a, b = pair
-    with jax.default_matmul_precision("highest"):
-        delta = kernel.astype(b.dtype) - base.astype(b.dtype)
-        if merged is not None:
-            scale, (merged_a, merged_b) = merged
-            delta = delta + scale * (merged_a @ merged_b)
-        size = jnp.linalg.norm(delta)
-        projected = (b @ delta.T) @ delta / jnp.where(size > 0, size, 1)
-        gram = a.T @ a  # ⟨a x, a y⟩ = Σ (gram x) ∘ y
-        dot = jnp.sum((gram @ projected) * b)
-        norms = jnp.sqrt(jnp.sum((gram @ projected) * projected) * jnp.sum((gram @ b) * b))
-    return _Projection(projected, dot / jnp.maximum(norms, 1e-8), size)

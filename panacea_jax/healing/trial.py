@@ -44,7 +44,7 @@ from panacea_jax.healing.sets import (
     without,
 )
 from panacea_jax.healing.table import Treated
-from panacea_jax.models.adapter import Adapter, widened
+from panacea_jax.models.adapter import Adapter, as_wide_as
 from panacea_jax.models.model import Model
 from panacea_jax.parallel.sharding import batch_rows
 from panacea_jax.train.loop import Result, finetune
@@ -197,11 +197,10 @@ def heal(
 
 @jax.jit
 def changed(healed: Any, params: Any) -> Any:
-    """‖healed − params‖ over all tensors together; ranks that healing added count whole."""
-    if isinstance(params, Adapter) and healed.rank > params.rank:
-        params = widened(params, healed.rank)
-    pairs = zip(jax.tree.leaves(healed), jax.tree.leaves(params), strict=True)
-    return optax.tree.norm([x - y for x, y in pairs])
+    """‖healed − params‖ over all tensors together; what a wider adapter has besides counts from 0."""
+    if isinstance(params, Adapter) and healed.rank != params.rank:
+        params = as_wide_as(params, healed)
+    return optax.tree.norm(jax.tree.map(lambda x, y: x - y, healed, params))
 
 
 def method_name(method: Method) -> str:

@@ -167,6 +167,39 @@ def side_by_side(adapters: Sequence[Adapter]) -> AdapterSet:
     return AdapterSet(layers, jnp.asarray(scale), jnp.asarray(owner), None if everywhere else numbers)
 
 
+def sum_of_products(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """One adapter that adds ``Σ weight · (α/r) A B`` of several of one base: of the ranks of all together, at the scale of the first, with
+    the factors of the first in front."""
+    together, scale = side_by_side(adapters), adapters[0].scale
+    share = np.repeat([w * a.scale / scale for w, a in zip(weights, adapters)], [a.rank for a in adapters])
+
+    def weighted(pair: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        return {"a": pair["a"], "b": pair["b"] * jnp.asarray(share, pair["b"].dtype)[:, None]}
+
+    layers = {block: {name: weighted(pair) for name, pair in pairs.items()} for block, pairs in together.layers.items()}
+    return Adapter(layers, len(share), scale * len(share), numbers=together.numbers)
+
+
+def as_wide_as(adapter: Adapter, other: Adapter) -> Adapter:
+    """The adapter in the shape of another of its scale that has at least its ranks, projections and layers, with zeros for the rest."""
+
+    def put(own: jax.Array | None, x: jax.Array) -> jax.Array:
+        zeros = jnp.zeros_like(x)
+        if own is None:
+            return zeros
+        places = np.asarray([other.adapted.index(n) for n in adapter.adapted])
+        return zeros.at[places, : own.shape[1], : own.shape[2]].set(own)
+
+    layers = {
+        block: {
+            name: {factor: put(adapter.layers.get(block, {}).get(name, {}).get(factor), x) for factor, x in pair.items()}
+            for name, pair in pairs.items()
+        }
+        for block, pairs in other.layers.items()
+    }
+    return dataclasses.replace(other, layers=layers)
+
+
 def layers_text(layers: Any) -> str:
     """One spelling of ``config.lora.layers``, which numbers may have several of: (20, 21), (20.0, 21.0) and "20,21" are one."""
     several = layers if isinstance(layers, list | tuple) else (layers,)

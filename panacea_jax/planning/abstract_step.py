@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from panacea_jax.config import batch_sizes, make_defence
 from panacea_jax.data.batches import Batch
 from panacea_jax.defences import Defence
+from panacea_jax.defences.protocol import has_steps
 from panacea_jax.errors import InputError
 from panacea_jax.models import lora, quantise
 from panacea_jax.models.config import ModelConfig
@@ -69,7 +70,7 @@ def abstract_step(
     base = unflatten_dict(abstract_weights(config, shapes, mesh), sep="/")
     params = base if full else fresh_adapter(static, config)
     defence = make_defence(config.defence)
-    if not isinstance(defence, Defence):
+    if not has_steps(defence):
         raise InputError(
             f"config.defence.name = {config.defence.name}: acts in one shot; there is no step to plan"
         )

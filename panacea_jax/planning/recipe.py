@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from panacea_jax.config import defence_section, make_defence, stage_config
 from panacea_jax.defences import Defence
+from panacea_jax.defences.protocol import has_steps
 from panacea_jax.defences.spec import parse_stack
 from panacea_jax.evaluate.tasks import answer_length, set_names
 from panacea_jax.models.families import config_from_folder
@@ -93,7 +94,7 @@ def _stage(
 ) -> RecipePhase:
     """A stage that trains, from its configuration as it sees it (``stage_config``)."""
     name, defence = f"{stage} {config.defence.name}", make_defence(config.defence)
-    if not isinstance(defence, Defence):
+    if not has_steps(defence):
         return RecipePhase(name, "in one shot: not counted", None)
     steps = _steps(stage, config, defence, counts)
     if steps is None:

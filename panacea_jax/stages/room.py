@@ -8,7 +8,8 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from panacea_jax.config import batch_sizes
-from panacea_jax.defences import Defence, Method
+from panacea_jax.defences import Method
+from panacea_jax.defences.protocol import has_steps
 from panacea_jax.errors import InputError, OutOfMemory, out_of_memory
 from panacea_jax.memory import room_of_a_device
 from panacea_jax.models.families import config_from_folder
@@ -30,7 +31,7 @@ def needed_by_a_step(config: ConfigDict, start: Start, method: Method) -> dict[s
         start: what it starts from.
         method: of the stage.
     """
-    if not isinstance(method, Defence):
+    if not has_steps(method):
         return {}
     config = config.copy_and_resolve_references()
     config.train.full_parameters = start.full_parameters
@@ -81,7 +82,7 @@ def keys_of_training(config: ConfigDict, start: Start, method: Method) -> str:
     train, sizes = config.train, batch_sizes(config.train)
     keys = [] if config.model.remat == "full" else ["config.model.remat=full"]
     extra = [name for name, spec in method.streams.items() if not spec.first]  # whose batches are of the method's own size
-    streams = ["user", *extra] if isinstance(method, Defence) else []
+    streams = ["user", *extra] if has_steps(method) else []
     if max((sizes[name] for name in streams), default=1) > train.accumulate:
         keys.append(f"config.train.accumulate={2 * train.accumulate}")
     names = {"user": "batch_size", "harmful": "harmful_batch_size", "alignment": "alignment_batch_size"}

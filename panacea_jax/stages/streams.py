@@ -22,7 +22,8 @@ from panacea_jax.data.sources import (
     parse_source,
 )
 from panacea_jax.data.template import Template
-from panacea_jax.defences import Defence, Method, StreamSpec
+from panacea_jax.defences import Method, StreamSpec
+from panacea_jax.defences.protocol import has_steps
 from panacea_jax.errors import InputError
 from panacea_jax.healing.sets import Asked, without
 from panacea_jax.stores import stand_in
@@ -121,7 +122,7 @@ def stage_records(
     """
     sizes = batch_sizes(config.train)
     sources: dict[str, StreamSource] = {}
-    if isinstance(defence, Defence):
+    if has_steps(defence):
         key, records = _main(config, stage, defence, apart)
         records, out = _hold_out(config, defence, records)
         sources["user"] = StreamSource(key, records, sizes["user"], out)
@@ -253,7 +254,7 @@ def make_streams(
             seed=config.seed,
             shuffle=data.shuffle and not mix,  # whose order keeps the ratio in each batch
             buckets=length_buckets(data.max_length),
-            fixed_length=name != "user" or not isinstance(defence, Defence),
+            fixed_length=name != "user" or not has_steps(defence),
             row_multiple=rows,
             order="user" if name in asked and asked[name].paired else "",
             repeats=asked[name].repeats if name in asked else 1,

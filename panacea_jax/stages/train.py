@@ -25,7 +25,7 @@ from panacea_jax.data.encode import Example
 from panacea_jax.data.template import Template
 from panacea_jax.defences import Ascent, Defence, Method
 from panacea_jax.defences.ascent import AUTO
-from panacea_jax.defences.protocol import check_packing
+from panacea_jax.defences.protocol import check_packing, has_steps
 from panacea_jax.disk import check_there, replacing
 from panacea_jax.errors import InputError
 from panacea_jax.export import deployed, save_epsilon, save_model, warn_if_bare, write_adapter
@@ -77,6 +77,8 @@ SINCE: dict[str, dict[str, object]] = {
         "keep": (), "constraint": "project", "slack": 0.05, "dual_rate": 10.0,
         "budget": None, "damping": None, "guarded": None, "rule": None, "compensate": None,
         "margin_benign": None, "margin_harmful": None, "depth": None, "refusal": None,
+        "first_factor": None, "early_factor": None, "early_tokens": None, "prompts": None,
+        "gamma": None, "safe": None, "weight": None, "merge": None, "k": None,
     },
     "train": {"accumulate": 1, "validate_every": 0, "patience": 0},
     "lora": {"rslora": False, "dropout": 0.0, "layers": ""},
@@ -203,7 +205,7 @@ def train_stage(
         # ---- data, model
         opened = open_stage(config, workdir, name, start, defence, apart)
         start, template, streams, model, params = opened.start, opened.template, opened.streams, opened.model, opened.params
-        if isinstance(defence, Defence):
+        if has_steps(defence):
             jax.eval_shape(defence.init, params)  # settings that do not fit the weights are found before anything is written
             stage.begin()
             result = _train(

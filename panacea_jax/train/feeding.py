@@ -9,7 +9,8 @@ import numpy as np
 from panacea_jax import watchdog
 from panacea_jax.data.batches import Batch, Stream
 from panacea_jax.data.encode import check_ids
-from panacea_jax.defences import Defence, Method
+from panacea_jax.defences import Method
+from panacea_jax.defences.protocol import has_steps
 from panacea_jax.models.model import Model
 from panacea_jax.parallel import batch_sharding
 
@@ -24,7 +25,7 @@ def streams_of(
         KeyError: one is missing.
         InputError: a record has a token id that the model does not know, or there are fewer records than the method wants.
     """
-    names = [*(["user"] if isinstance(method, Defence) else []), *method.streams]
+    names = [*(["user"] if has_steps(method) else []), *method.streams]
     if missing := [name for name in names if name not in streams]:
         raise KeyError(f"{type(method).__name__} needs the data streams {missing}")
     for name in names:

@@ -12,8 +12,9 @@ from jaxtyping import Array, Int, Key
 from panacea_jax.data.batches import Batch
 from panacea_jax.defences import Defence, Loss
 from panacea_jax.defences.dropout import with_dropout
-from panacea_jax.defences.protocol import Metrics
+from panacea_jax.defences.protocol import LikeWeights, Metrics
 from panacea_jax.models.model import Model
+from panacea_jax.parallel.sharding import weight_sharding
 from panacea_jax.train.optimizer import Partial, where_trained
 
 # Among the metrics of a step, for ``blame`` alone.
@@ -64,8 +65,8 @@ def init_state(
 
 
 def state_shardings(state: Any, params: Any) -> Any:
-    """Each part of the state that has the shape of the trainable tree lives where the tree lives; the rest is replicated over its mesh,
-    or lies on its device.
+    """Each part of the state that has the shape of the trainable tree lives where the tree lives, and each :class:`LikeWeights` where
+    weights do; the rest is replicated over the mesh of the tree, or lies on its device.
     """
     like = jax.tree.map(lambda x: x.sharding, params)
     structure = jax.tree.structure(params)
@@ -78,7 +79,18 @@ def state_shardings(state: Any, params: Any) -> Any:
         same = jax.tree.structure(node) == structure  # type: ignore[operator]
         return same and [x.shape for x in jax.tree.leaves(node)] == sizes
 
-    return jax.tree.map(lambda node: like if is_params(node) else scalar, state, is_leaf=is_params)
+    def place(node: Any) -> Any:
+        if is_params(node):
+            return like
+        if isinstance(node, LikeWeights) and isinstance(scalar, jax.sharding.NamedSharding):
+            return jax.tree.map_with_path(lambda path, x: weight_sharding(scalar.mesh, _path(path), x.shape), node)
+        return jax.tree.map(lambda _: scalar, node)
+
+    return jax.tree.map(place, state, is_leaf=lambda node: isinstance(node, LikeWeights) or is_params(node))
+
+
+def _path(keys: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def make_step(

@@ -210,6 +210,9 @@ def test_records_that_are_not_counted(tmp_path, monkeypatch):
         ("heal", section("realign", benign_ratio=0.0), ("alignment",)),
         ("heal", section("realign", benign_ratio=1.0), ("benign",)),
         ("heal", section("safelora", base="base"), ("unaligned base",)),
+        ("align", section("lox"), ()),
+        ("align", section("lox", base="base"), ("unaligned base",)),
+        ("finetune", section("asft", base="base"), ("unaligned base",)),
         ("heal", section("random_prune"), ()),
     ],
 )

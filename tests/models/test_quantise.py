@@ -119,6 +119,8 @@ def test_a_run_on_few_bits(tmp_path):
         ("lora.policy", "merged"),
         ("generate.merge", True),
         ("heal.defence.name", "safelora"),
+        ("heal.defence.name", "safemerge"),
+        ("defence.name", "asft"),
     ],
 )
 def test_a_base_that_is_to_change_is_refused(key, value):

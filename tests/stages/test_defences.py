@@ -47,6 +47,10 @@ ROWS = {
     "unlearn": ("heal", "attack", "once 1 over all attack"),
     "triplet": ("align", "harmful, benign", "4.5 (user 1.5, harmful 1.5, benign 1.5)"),
     "safe_delta": ("heal", "alignment", "once 0.5 over all alignment"),
+    "asft": ("finetune", "unaligned base", "1 (user 1)"),
+    "lox": ("align", "none", "1 (user 1)"),
+    "resta": ("heal", "unaligned base", "none"),
+    "safemerge": ("heal", "unaligned base", "none"),
 }
 
 

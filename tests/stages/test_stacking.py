@@ -47,6 +47,13 @@ TRAINED = {
     "sft+sbr+random_perturbation": ["--config.defence.prompts=4"],
     "sft+constrained_sft+random_perturbation": [],
 }  # fmt: skip
+# Those that compare with the base before its alignment, which here is where the alignment stage starts.
+COMPARING = {
+    "lox+asft+resta": ["--config.defence.base={root}/base", "--config.heal.defence.base={root}/base", "--config.align.defence.k=1"],
+    "sft+asft+safemerge": [
+        "--config.defence.base={root}/base", "--config.heal.defence.base={root}/base", "--config.heal.defence.threshold=1",
+    ],
+}  # fmt: skip
 
 
 def flags(place, stack):
@@ -56,7 +63,7 @@ def flags(place, stack):
         named += [f"--config.align.defence.name={align}", *ALIGN]
         if "rho" in hyper_parameters(DEFENCES[align]):
             named.append("--config.align.defence.rho=0.1")
-    more = (STACKS | TRAINED)[stack]
+    more = (STACKS | TRAINED | COMPARING)[stack]
     return place.flags(*named, *(flag.format(root=place.root) for flag in more))
 
 
@@ -185,7 +192,7 @@ def test_merged_starts_afresh_on_the_merged_base(stacked, tmp_path):
 
 
 def test_every_method_is_in_a_stack():
-    methods = {method for stack in (*STACKS, *TRAINED) for method in stack.split("+") if method}
+    methods = {method for stack in (*STACKS, *TRAINED, *COMPARING) for method in stack.split("+") if method}
     assert methods == DEFENCES.keys()
 
 
@@ -208,3 +215,30 @@ def test_the_command_line_trains_with_every_method(stack, tmp_path):
     for before, after in itertools.pairwise(weights):
         moved = [np.abs(after[name] - x).max() for name, x in before.items()]
         assert min(moved) > 0 and max(moved) < 1
+
+
+@pytest.mark.parametrize("stack", COMPARING)
+def test_what_compares_with_the_unaligned_base(stack, tmp_path):
+    """The healed adapter has the ranks of two, and answers as the base with all of it merged."""
+    place = runs.make_place(tmp_path / "place")
+    workdir = tmp_path / "run"
+    few = ("--config.train.steps=2", "--config.checkpoint.every=0")
+    assert panacea("run", *flags(place, stack), *few, f"--workdir={workdir}") == 0
+    aligned, tuned, healed = (deployed(workdir, stage) for stage in ("align", "finetune", "heal"))
+    assert manifest(workdir, "finetune")["config"]["defence"]["base"] == str(place.base)
+    assert manifest(workdir, "heal")["config"]["defence"]["aligned"] == str(workdir / "align" / "adapter")
+    old = load_file(place.base / "model.safetensors")
+    whole = tmp_path / "whole"
+    flag = f"--config.lora.init_from={workdir / 'heal' / 'adapter'}"
+    assert panacea("convert", f"--config.model.path={place.base}", flag, f"--out={whole}") == 0
+    own, other = (1.0, 1.0) if stack.endswith("resta") else (0.8, 0.2)
+    for name, w in load_file(whole / "model.safetensors").items():
+        key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        if f"{key}A.weight" not in healed:
+            np.testing.assert_array_equal(w, old[name])
+            continue
+        assert healed[f"{key}A.weight"].shape[0] == 4
+        parts = (2.0 * x[f"{key}B.weight"] @ x[f"{key}A.weight"] for x in (tuned, aligned))  # α/r = 4/2
+        np.testing.assert_allclose(w, old[name] + sum(c * x for c, x in zip((own, other), parts)), rtol=1e-5, atol=1e-6)
+    answered = manifest(workdir, "generations")["config"]
+    assert answered["adapter"] == str(workdir / "heal" / "adapter") and (workdir / "scores.json").is_file()

@@ -58,7 +58,9 @@ def run(folder, defence, accumulate, dtype="float64", full=False, steps=3):
 
 def test_every_method_with_steps_is_tried():
     with_steps = {kind for kind in DEFENCES.values() if issubclass(kind, Defence)}
-    assert {type(defence) for defence in EVERY} == with_steps - {DEFENCES["realign"]}  # whose gradient is SFT's
+    elsewhere = {DEFENCES["asft"]}  # which needs a model beside this one: defences/test_asft.py
+    untried = {DEFENCES["realign"], DEFENCES["lox"]}  # whose gradient is SFT's
+    assert {type(defence) for defence in EVERY} == with_steps - untried - elsewhere
 
 
 @pytest.mark.parametrize("defence", EVERY, ids=lambda d: f"{type(d).__name__}-{EVERY.index(d)}")
