@@ -17,8 +17,8 @@ from panacea_jax.data.encode import check_ids
 from panacea_jax.data.files import sha256
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges.protocol import Judge
-from panacea_jax.models.bound import Inputs
 from panacea_jax.models.adapter import Adapter
+from panacea_jax.models.bound import Inputs
 from panacea_jax.models.config import read_config
 from panacea_jax.models.hub import local_folder
 from panacea_jax.models.model import Model, load

@@ -84,7 +84,7 @@ class StrongReject(ModelJudge):
         for prompt, row in zip(prompts, ids):
             if len(row) > limit:
                 over = len(row) - limit
-                raise InputError(f"config.judge.path: the judge reads {limit} tokens at most, and a prompt is longer by {over}", record=prompt)
+                raise InputError(f"config.judge.path: the judge reads {limit} tokens at most; a prompt is longer by {over}", record=prompt)
         return ids
 
     def _end_of(self, answer: str) -> str:
