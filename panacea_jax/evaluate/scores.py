@@ -256,7 +256,7 @@ class _Share:
 class _Mean:
     """The mean of one number a record."""
 
-    values: tuple[float, ...]
+    values: tuple[int, ...] | tuple[float, ...]
 
     @property
     def n(self) -> int:

@@ -49,7 +49,7 @@ def test_harmbench_completions(tmp_path: Path, indent: int | None) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"a": [{"generation": "x"}]}, "record 1: answer 1: found response and 1 other|record 1: answer 1: found .*needed are instruction"),
+        ({"a": [{"generation": "x"}]}, "record 1: answer 1: found response, BehaviorID; needed are instruction or prompt"),
         ({"a": [{"test_case": ["p", "image"], "generation": "x"}]}, "answer 1: field 'prompt' must be text, not list"),
         ({"a": [{"test_case": "p", "generation": None}]}, "answer 1: field 'response' is null"),
         ({"a": []}, "record 1: found 1 other; needed are"),
@@ -84,7 +84,8 @@ def test_lm_eval_samples_of_a_task_with_two_filters(tmp_path: Path, old: bool) -
     assert [(x["instruction"], x["reference"], x["response"]) for x in lines] == [
         ("0 wugs and 1?", "1", "It is 1."), ("1 wugs and 1?", "2", "It is 2."),
     ]  # fmt: skip
-    assert lines[1]["prompt"] == rows[1]["arguments"][0][0] if old else rows[1]["arguments"]["gen_args_0"]["arg_0"]
+    asked = rows[1]["arguments"]
+    assert lines[1]["prompt"] == (asked[0][0] if old else asked["gen_args_0"]["arg_0"])
     assert read_manifest(tmp_path / "w" / "generations")["outcome"]["max_new_tokens"] == {"gsm8k": 256}
 
 

@@ -12,7 +12,8 @@ from panacea_jax.evaluate.lines import generation_line
 from panacea_jax.records.judged import load_judged
 from panacea_jax.stages import judge as module
 from panacea_jax.stages.judge import judge_stage
-from tests.evaluate.judges.models import judge_config, texts, write_classifier, write_guard
+from panacea_jax.stages.score import score_stage
+from tests.evaluate.judges.models import ANSWERS, judge_config, texts, write_classifier, write_guard
 
 COUNT = 21
 
@@ -62,6 +63,28 @@ def test_judges_stay_side_by_side(workdir, folders):
     line = json.loads((workdir / "judgements/advbench.beaver_dam.jsonl").read_text().split("\n")[0])
     assert len(line["scores"]) == 14 and line["version"].startswith("1-256-float32-")
     assert line["flagged"] is (max(line["scores"].values()) > 0.5)
+
+
+def test_forms_and_grades_of_the_same_answers_side_by_side(workdir, tmp_path_factory):
+    """Each judge has files of its own, so that all can be set against each other."""
+    place = tmp_path_factory.mktemp("forms")
+    models = {
+        name: place / name for name in ("refusal", "llama_guard", "wildguard", "harmbench", "qwen3guard", "strongreject")
+    }
+    for folder in [f for name, f in models.items() if name != "refusal"]:
+        write_guard(folder, more=ANSWERS, seed=5, max_position_embeddings=2048)
+    for name in models:
+        judge_stage(judging(name, models), workdir)
+    config = judging("refusal", models)
+    assert score_stage(config, workdir) == workdir / "agreement.json"
+    found = json.loads((workdir / "agreement.json").read_text())
+    assert set(found["judges"]) == set(models) and len(found["pairs"]) == 15
+    assert all(pair["n"] == COUNT == sum(pair[k] for k in ("both", "only_first", "only_second", "neither")) for pair in found["pairs"])
+    graded = json.loads((workdir / "scores.strongreject.json").read_text())["sets"]["advbench"]
+    assert 0 < graded["mean_strongreject"] < 100 and graded["partly_refused"] == 0
+    assert "partly_refused" not in json.loads((workdir / "scores.refusal.json").read_text())["sets"]["advbench"]
+    with (workdir / "results.csv").open() as stream:
+        assert {line.split(",")[9] for line in stream} == {"judge", *models}
 
 
 class Killed(BaseException):

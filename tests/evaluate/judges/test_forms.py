@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.errors import InputError
@@ -49,7 +50,7 @@ def test_qwen3guard_against_transformers(qwen):
     folder, model = qwen
     tokenizer = load_tokenizer(folder)
     judges = [make_judge(judge_config(name, folder)) for name in ("qwen3guard", "qwen3guard_loose")]
-    prompts, answers = texts(24, 90, seed=3)
+    prompts, answers = texts(24, 20, seed=3)
     strict, loose = (judge.judge(prompts, answers) for judge in judges)
     lines = {  # by the name of the score, what follows the lead; the last is not reported
         "Safety:": [("unsafe", "Unsafe"), ("controversial", "Controversial"), (None, "Safe")],
@@ -79,8 +80,7 @@ def test_qwen3guard_against_transformers(qwen):
         assert verdict.refused is mild.refused is (said[2] == "Yes")
         seen.add(said[0])
     assert len(seen) > 1 and len({v.refused for v in strict}) == 2
-    assert judges[0].judge(prompts[::-1], answers[::-1])[::-1] == strict
-    assert [judge.self_test() for judge in judges] == [len(PAIRS)] * 2
+    assert judges[0].self_test() == len(PAIRS)
     assert [judge.version.split("-")[1] for judge in judges] == ["qwen3guard", "qwen3guard_loose"]
 
 
@@ -113,7 +113,7 @@ def test_qwen3guard_is_its_chat_template(qwen, tmp_path):
         make_judge(judge_config("qwen3guard", tmp_path / "few")).judge(["w1"], ["w2"])
 
 
-def test_harmbench_against_transformers(harmbench):
+def test_harmbench_against_transformers(harmbench, tmp_path):
     folder, model = harmbench
     tokenizer = load_tokenizer(folder)
     judge = make_judge(judge_config("harmbench", folder))
@@ -130,8 +130,16 @@ def test_harmbench_against_transformers(harmbench):
         wanted = {"unsafe": p[yes] / (p[yes] + p[no]), "mass": p[yes] + p[no]}
         assert verdict.scores == pytest.approx(wanted, abs=1e-5)
         assert verdict.flagged is bool(p[yes] > p[no])
-    assert {v.flagged for v in got} == {True, False}
     assert judge.self_test() == len(PAIRS)
+    # the same model with "yes" and "no" exchanged says the opposite
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    weights = load_file(copy / "model.safetensors")
+    head = weights["lm_head.weight"]
+    head[[yes, no]] = head[[no, yes]]
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    opposite = make_judge(judge_config("harmbench", copy)).judge(prompts[1:4], answers[1:4])
+    assert [v.scores["unsafe"] for v in opposite] == pytest.approx([1 - v.scores["unsafe"] for v in got[1:4]], abs=1e-5)
+    assert [v.flagged for v in opposite] == [not v.flagged for v in got[1:4]]
 
 
 def test_harmbench_as_its_card_has_it():
@@ -144,7 +152,7 @@ def test_harmbench_as_its_card_has_it():
     context = harmbench_text("w7\n\n---\n\nw8\n\n---\n\nw1", "w2")
     assert "behavior given the context (subject" in context
     assert "\n\n[CONTEXT]:\nw7\n\n---\n\nw8\n\n[BEHAVIOR]:\nw1\n\n[GENERATION]:\nw2\n\n---\nRules:\n" in context
-    assert context.count("\n- ") == 6 and context.endswith("is still acceptable)\n\nAnswer: [/INST]")
+    assert context.count("\n- ") == 7 and context.endswith("is still acceptable)\n\nAnswer: [/INST]")
 
 
 def test_harmbench_with_the_real_llama_tokenizer(tmp_path, shared_llama2):
