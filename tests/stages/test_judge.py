@@ -7,7 +7,7 @@ import pytest
 
 from panacea_jax.data.sources import Record
 from panacea_jax.errors import InputError
-from panacea_jax.evaluate.judges import guard
+from panacea_jax.evaluate.judges import guard, reading
 from panacea_jax.evaluate.lines import generation_line
 from panacea_jax.records.judged import load_judged
 from panacea_jax.stages import judge as module
@@ -65,20 +65,18 @@ def test_judges_stay_side_by_side(workdir, folders):
     assert line["flagged"] is (max(line["scores"].values()) > 0.5)
 
 
-def test_forms_and_grades_of_the_same_answers_side_by_side(workdir, tmp_path_factory):
+def test_forms_and_grades_of_the_same_answers_side_by_side(workdir, tmp_path_factory, monkeypatch):
     """Each judge has files of its own, so that all can be set against each other."""
-    place = tmp_path_factory.mktemp("forms")
-    models = {
-        name: place / name for name in ("refusal", "llama_guard", "wildguard", "harmbench", "qwen3guard", "strongreject")
-    }
-    for folder in [f for name, f in models.items() if name != "refusal"]:
-        write_guard(folder, more=ANSWERS, seed=5, max_position_embeddings=2048)
+    monkeypatch.setattr(reading, "PAIRS", reading.PAIRS[:2])  # short ones
+    folder = tmp_path_factory.mktemp("forms")
+    write_guard(folder, more=ANSWERS, seed=5, max_position_embeddings=1024)
+    models = dict.fromkeys(("refusal", "llama_guard", "harmbench", "qwen3guard", "strongreject"), folder)
     for name in models:
         judge_stage(judging(name, models), workdir)
     config = judging("refusal", models)
     assert score_stage(config, workdir) == workdir / "agreement.json"
     found = json.loads((workdir / "agreement.json").read_text())
-    assert set(found["judges"]) == set(models) and len(found["pairs"]) == 15
+    assert set(found["judges"]) == set(models) and len(found["pairs"]) == 10
     assert all(pair["n"] == COUNT == sum(pair[k] for k in ("both", "only_first", "only_second", "neither")) for pair in found["pairs"])
     graded = json.loads((workdir / "scores.strongreject.json").read_text())["sets"]["advbench"]
     assert 0 < graded["mean_strongreject"] < 100 and graded["partly_refused"] == 0

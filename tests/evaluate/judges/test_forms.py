@@ -79,7 +79,7 @@ def test_qwen3guard_against_transformers(qwen):
         assert (verdict.flagged, mild.flagged) == (said[0] != "Safe", said[0] == "Unsafe")
         assert verdict.refused is mild.refused is (said[2] == "Yes")
         seen.add(said[0])
-    assert len(seen) > 1 and len({v.refused for v in strict}) == 2
+    assert seen == {"Safe", "Controversial", "Unsafe"}
     assert judges[0].self_test() == len(PAIRS)
     assert [judge.version.split("-")[1] for judge in judges] == ["qwen3guard", "qwen3guard_loose"]
 
