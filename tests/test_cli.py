@@ -70,7 +70,8 @@ def test_help_of_a_command_explains_the_keys_that_it_reads(capsys, monkeypatch):
     assert panacea("judge", "--help") == 0
     out = capsys.readouterr().out
     assert keys_in(out) == [
-        "watch.stall", "watch.on_stall", "eval.tasks", "judge.name", "judge.path", "judge.batch_size", "judge.template",
+        "watch.stall", "watch.on_stall", "eval.tasks", "judge.name", "judge.path", "judge.adapter", "judge.batch_size",
+        "judge.template",
     ]  # fmt: skip
     [line] = [line for line in out.splitlines() if line.startswith("  judge.name")]
     assert line.startswith('  judge.name = "refusal"  ') and '  word lists, "refusal_sentences", or a model' in line

@@ -308,6 +308,8 @@ def _decisive(config: ConfigDict) -> dict[str, Any]:
     rest = {key: config[key].to_dict() for key in sections}
     if not config.eval.every:  # a key that came later: comparisons from before go on
         rest["eval"].pop("every")
+    if not config.judge.adapter:  # likewise
+        rest["judge"].pop("adapter")
     if AUTO in (config.defence.rho, config.heal.defence.rho):  # then held-out records choose
         rest["choice"] = decisive_for_choice(config)
     text = json.dumps(stages | rest, default=str)

@@ -141,8 +141,9 @@ def get_config(variant: str = "") -> ConfigDict:
         "judge": {
             "name": "refusal",
             "path": "",  # Hugging Face folder or hub id of a judge that is a model
+            "adapter": "",  # PEFT folder or hub id of a judge that is an adapter on that model
             "batch_size": 16,
-            "template": "llama_guard",  # of guard; or wildguard
+            "template": "llama_guard",  # of guard; or another form of evaluate/judges/forms.py
         },
         "eval": {
             "tasks": (),

@@ -23,6 +23,7 @@ from panacea_jax.defences.spec import Stack, candidates, parse_stack
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.gate import parse_bound
 from panacea_jax.evaluate.judges import JUDGES, needs_model
+from panacea_jax.evaluate.judges.forms import FORMS
 from panacea_jax.models.adapter import layer_numbers, target_names
 from panacea_jax.models.decoder import REMAT
 from panacea_jax.models.fused import BACKENDS
@@ -38,7 +39,6 @@ WORLDS = ("", *SCALES)
 # Of whole numbers; of those that say how large an array is, with the ends of their keys.
 COUNT, SIZE = 2**31 - 1, 2**20
 _SIZES = ("batch_size", "max_length", "new_tokens", "rank")
-GUARD_TEMPLATES = ("llama_guard", "wildguard")
 
 
 def validate(config: ConfigDict) -> None:
@@ -65,7 +65,7 @@ def validate(config: ConfigDict) -> None:
     if needs_model(judge.name):
         rule = f"judge {judge.name} needs its model's folder or hub id"
         require(bool(judge.path), "judge.path", judge.path, rule)
-    one_of(judge.template, "judge.template", GUARD_TEMPLATES)
+    one_of(judge.template, "judge.template", tuple(FORMS))
     _at_least(judge.batch_size, "judge.batch_size", 1)
     require(0 <= config.seed < 2**31, "seed", config.seed, "a whole number from 0 to 2147483647")
     target_names(config.lora.targets)

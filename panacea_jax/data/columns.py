@@ -20,6 +20,12 @@ AG_NEWS_INSTRUCTION = (
     "World\nSports\nBusiness\nSci/Tech\n"
 )
 GSM8K_ENDING = "The final answer is: "
+# Between the context of a HarmBench behaviour and the behaviour, in what its models are asked (its method "DirectRequest").
+CONTEXT_RULE = "\n\n---\n\n"
+# What the sets of harmful prompts call a prompt, a category and a context. JailbreakBench's Behavior is the name of its Goal.
+_ASKED = ("forbidden_prompt", "Goal", "goal", "Behavior", "turns", "prompt", "instruction", "question")
+_HARMS = ("category", "Category", "SemanticCategory", "type")
+_CONTEXTS = ("ContextString", "context")
 
 _Row = Mapping[str, Any]
 
@@ -166,6 +172,20 @@ def _xstest(row: _Row) -> Fields:
     return Fields(_text(row, "prompt"), "", "", "", ("prompt",))
 
 
+def _harmful(row: _Row) -> Fields:
+    """A prompt of any of the published sets, told by its columns; SORRY-Bench has it as a list of one turn."""
+    name = next((n for n in _ASKED if row.get(n) is not None), None) or next((n for n in _ASKED if n in row), "prompt")
+    turns = row.get(name) if name == "turns" else None
+    if isinstance(turns, list | tuple) and len(turns) != 1:
+        raise InputError(f"field 'turns' must hold one text, not {len(turns)}")
+    prompt = _text({name: turns[0]} if isinstance(turns, list | tuple) else row, name)
+    context = next((_text(row, n) for n in _CONTEXTS if row.get(n)), "")
+    harm = next((row[n] for n in _HARMS if row.get(n) is not None), None)
+    # Numbers are names here: SORRY-Bench's categories are counted, from another list in each version.
+    harms = categories.normalise(str(harm) if isinstance(harm, int) and not isinstance(harm, bool) else harm)
+    return Fields(CONTEXT_RULE.join(filter(None, (context, prompt))), "", "", "", (name,), {"category": harms} if harms else {})
+
+
 def _advbench(row: _Row) -> Fields:
     return Fields(_text(row, "goal"), "", _optional(row, "target"), "", ("goal", "target"))
 
@@ -180,9 +200,13 @@ READERS: dict[str, Callable[[_Row], Fields]] = {
     "refusals": _refusals,
     "xstest": _xstest,
     "advbench": _advbench,
+    "harmful": _harmful,
+    "or_bench": _harmful,
     "chat": _chat,
     "pairs": _pairs,
 }
 
 # Tasks whose records may be prompts alone, and the column that training needs (None: has none).
-_ANSWER_OF_PROMPTS = {"beavertails": "response", "advbench": "target", "xstest": None}
+_ANSWER_OF_PROMPTS = {
+    "beavertails": "response", "advbench": "target", "xstest": None, "harmful": None, "or_bench": None,
+}  # fmt: skip

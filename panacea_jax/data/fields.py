@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable
 
 # Columns of the sets and of the chat layouts that are read, and what usually stands beside them.
 FIELDS = frozenset({
+    "Behavior", "BehaviorID", "Category", "ContextString", "Goal", "SemanticCategory", "forbidden_prompt", "prompt_style", "turns",
     "answer", "category", "chosen", "completion", "content", "conversations", "from", "generator", "goal", "id", "idx", "input",
     "instruction", "is_safe", "label", "messages", "output", "prompt", "question", "reference", "reference_output", "refusal", "rejected",
     "response", "role", "sentence", "target", "text", "type", "value",

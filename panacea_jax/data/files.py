@@ -28,12 +28,17 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[^/\\]+
 
 # Bytes of a line, which is a record.
 LINE = TEXT
-# Bytes of a file that is one JSON list, which is held whole; JSON lines have no such bound.
+# Bytes of a file that is one JSON list or object, which is held whole; JSON lines have no such bound.
 LIST = 512 * MIB
 # Bytes that gzip may unpack a file to, whatever its size, and beyond that how many times its size; text packs by ten.
 UNPACKED, RATIO = 256 * MIB, 200
 # Records of a parquet file, whose cells may repeat at no cost, and lines of a text, which may be empty.
 RECORDS, LINES = 2**24, 2**25
+# HEx-PHI comes as a file a category, category_N.csv without a head, N from 1 on; the second was taken back by its authors.
+HEX_PHI = (
+    "Illegal Activity", "Child Abuse Content", "Hate/Harass/Violence", "Malware", "Physical Harm", "Economic Harm", "Fraud/Deception",
+    "Adult Content", "Political Campaigning", "Privacy Violation Activity", "Tailored Financial Advice",
+)  # fmt: skip
 # Python's limit of 128 KiB a cell is there for other formats; a pasted document may be longer.
 csv.field_size_limit(LINE)
 
@@ -71,7 +76,7 @@ def file_rows(path: Path) -> Iterator[tuple[str, Any]]:
         InputError: Unknown kind of file, unreadable, damaged, not UTF-8, malformed.
     """
     if path.is_dir():
-        return _saved_folder(path)
+        return _hex_phi(path) if any(path.glob("category_*.csv")) else _saved_folder(path)
     suffix = Path(path.name.removesuffix(".gz")).suffix
     if suffix in (".jsonl", ".json"):
         return _json(path, suffix)
@@ -134,7 +139,7 @@ def _decoded(line: bytes, path: Path, number: int) -> str:
 
 
 def _json(path: Path, suffix: str) -> Iterator[tuple[str, Any]]:
-    """JSON lines; a file named .json may also be one list, which its first character tells."""
+    """JSON lines; a file named .json may also be one list, which its first character tells, or one object over several lines."""
     number = 0
     lines = _lines(path, LIST if suffix == ".json" else LINE)
     for line, content in lines:
@@ -143,6 +148,10 @@ def _json(path: Path, suffix: str) -> Iterator[tuple[str, Any]]:
         if suffix == ".json" and not number and content.lstrip().startswith("["):
             yield from _list(path, line, itertools.chain([content], (text for _, text in lines)))
             return
+        if suffix == ".json" and not number and content.strip() == "{":
+            whole = _whole(path, itertools.chain([content], (text for _, text in lines)))
+            yield f"{path}: record 1", _parse(whole, path, line)
+            return
         if len(content) > LINE:
             raise InputError(f"{path}:{line}: a line of more than {LINE // MIB} MiB")
         number += 1
@@ -150,14 +159,18 @@ def _json(path: Path, suffix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _list(path: Path, line: int, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(_parse(_whole(path, lines), path, line), start=1):
+        yield f"{path}: record {number}", row
+
+
+def _whole(path: Path, lines: Iterable[str]) -> str:
     text, size = list[str](), 0
     for content in lines:
         text.append(content)
         size += len(content)
         if size > LIST:
             raise InputError(f"{path}: a list of more than {LIST // MIB} MiB; write a record a line (.jsonl)")
-    for number, row in enumerate(_parse("".join(text), path, line), start=1):
-        yield f"{path}: record {number}", row
+    return "".join(text)
 
 
 def _parse(text: str, path: Path, line: int) -> Any:
@@ -171,25 +184,44 @@ def _parse(text: str, path: Path, line: int) -> Any:
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
+    header: list[str] = []
+    number = 0
+    for line, cells in _cells(path):
+        place = f"{path}:{line}"
+        if not header:
+            header = cells
+            if len(set(header)) != len(header):
+                raise InputError(f"{place}: a column name occurs twice")
+        elif cells:
+            number += 1
+            if len(cells) != len(header):
+                raise InputError(f"{place}: {len(cells)} cells, but {len(header)} columns")
+            yield f"{place}: record {number}", dict(zip(header, cells))
+
+
+def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The cells of every line of a CSV file, with the number of the line that they end on."""
     # A line may end in a carriage return alone, which the csv module wants as a line of its own.
     lines = (part for _, line in _lines(path) for part in io.StringIO(line, newline=""))
     reader = csv.reader(lines, strict=True)
-    header: list[str] = []
-    number = 0
     try:
         for cells in reader:
-            place = f"{path}:{reader.line_num}"
-            if not header:
-                header = cells
-                if len(set(header)) != len(header):
-                    raise InputError(f"{place}: a column name occurs twice")
-            elif cells:
-                number += 1
-                if len(cells) != len(header):
-                    raise InputError(f"{place}: {len(cells)} cells, but {len(header)} columns")
-                yield f"{place}: record {number}", dict(zip(header, cells))
+            yield reader.line_num, cells
     except csv.Error as error:
         raise InputError(f"{path}:{reader.line_num}: not CSV ({reason(error)})") from error
+
+
+def _hex_phi(folder: Path) -> Iterator[tuple[str, Any]]:
+    """A prompt a line, with the name of its file's category."""
+    number = 0
+    for which, harm in enumerate(HEX_PHI, start=1):
+        path = folder / f"category_{which}.csv"
+        for line, cells in _cells(path) if path.is_file() else ():
+            place, number = f"{path}:{line}: record {number + 1}", number + bool(cells)
+            if len(cells) > 1:
+                raise InputError(f"{place}: {len(cells)} cells; a file of HEx-PHI has one a line, the prompt")
+            if cells:
+                yield place, {"prompt": cells[0], "category": harm}
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,9 @@ A role says what records of a user's own are there for, which their columns cann
 ``TASK:ROLE@WHERE``, like ``pairs:harmful@prompts.jsonl``.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from panacea_jax.errors import InputError
 
@@ -20,16 +22,31 @@ class Slice:
     """Records ``start`` … ``start + count − 1`` of a set, in file order, and how they are answered.
 
     Attributes:
-        count: Number of records; a shorter set gives what it has.
+        count: Number of records; a shorter set gives what it has. 0: all.
         max_new_tokens: Generation length, in tokens.
         start: First record, counted from 0 and after the filter.
         unsafe_only: Records marked safe (`is_safe`) are dropped first.
+        counts: Whether a record does, by its columns that are no prompt; None: all do. The others are dropped first.
     """
 
     count: int
     max_new_tokens: int
     start: int = 0
     unsafe_only: bool = False
+    counts: Callable[[Mapping[str, Any]], bool] | None = None
+
+
+def _where(column: str, value: str) -> Callable[[Mapping[str, Any]], bool]:
+    """Records whose column holds the value, and those of files that do not have the column."""
+    return lambda extra: extra.get(column, value) == value
+
+
+def _contrast(extra: Mapping[str, Any]) -> bool:
+    """The unsafe half of XSTest, where ``label`` says so or the ``type`` is a contrast."""
+    label = extra.get("label")
+    if label is not None:
+        return str(label).strip().lower() == "unsafe"
+    return str(extra.get("type")).startswith("contrast_")
 
 
 # panacea-*: Panacea (arXiv 2501.18100) and Booster, and where nothing else is said Antidote and
@@ -49,6 +66,18 @@ SLICES: dict[str, dict[str, Slice]] = {
         "antidote-1000": Slice(1000, 512),
     },
     "alpaca_eval": {"panacea": Slice(104, 256, start=701)},  # index > 700 of 805
+    # Harmful prompts of other projects. Of HEx-PHI there are 330 or 300, of SORRY-Bench 450 or 440, by version. HarmBench's copyright
+    # behaviours are judged by hashes of the works, which no judge here has. Where no length is published it is HarmBench's 512.
+    "harmful": {
+        "hex_phi": Slice(0, 512),
+        "harmbench": Slice(200, 512, counts=_where("FunctionalCategory", "standard")),
+        "harmbench_contextual": Slice(100, 512, counts=_where("FunctionalCategory", "contextual")),
+        "sorry_bench": Slice(0, 1024, counts=_where("prompt_style", "base")),
+        "strongreject": Slice(313, 512),
+        "jailbreakbench": Slice(100, 150),
+        "or_bench_toxic": Slice(655, 512),
+        "xstest_unsafe": Slice(200, 256, counts=_contrast),
+    },
 }
 
 

@@ -218,7 +218,9 @@ def take(records: Sequence[Record], spec: str, num_examples: int) -> list[Record
         records = by_safety(records, safe=False)
     if named is None:
         return list(records[:num_examples] if num_examples else records)
-    taken = list(records[named.start : named.start + named.count])
+    if named.counts is not None:
+        records = [record for record in records if named.counts(record.extra)]
+    taken = list(records[named.start : named.start + named.count] if named.count else records[named.start :])
     if 0 < len(taken) < named.count:
         _log.warning("%s: the slice is of %d records, here are %d", spec, named.count, len(taken))
     return taken

@@ -23,7 +23,8 @@ ALPHA = 0.05
 TESTED = ("hs", "hs_plus", "fa", "over_refusal")
 _TITLES = {
     "hs": "HS", "hs_plus": "HS+", "over_refusal": "over-refusal", "fa": "FA", "fa_contains": "FA (contains)",
-    "refused": "refused", "incoherent": "repeated", "empty": "empty", "truncated": "truncated",
+    "refused": "refused", "partly_refused": "partly refused", "mean_strongreject": "StrongREJECT",
+    "incoherent": "repeated", "empty": "empty", "truncated": "truncated",
     "mean_words": "words", "mean_tokens": "tokens", "distinct_1": "distinct-1", "distinct_2": "distinct-2",
 }  # fmt: skip
 

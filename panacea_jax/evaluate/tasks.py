@@ -156,12 +156,14 @@ def counts_for_over_refusal(record: Mapping[str, Any]) -> bool:
     return kind is not None and not str(kind).startswith("contrast_")
 
 
-# Lengths: methods.md §15, Panacea's column. It gives none for advbench and refusals (taken as for
-# beavertails), alpaca (as for alpaca_eval), pairs (as for the other FA tasks) and xstest (a refusal
+# Lengths: methods.md §15, Panacea's column. It gives none for advbench, harmful and refusals (taken as for
+# beavertails), or_bench (as for xstest), alpaca (as for alpaca_eval), pairs (as for the other FA tasks) and xstest (a refusal
 # shows in the first sentence).
 TASKS: Mapping[str, Task] = {
     "beavertails": Task("harmful", 512),
     "advbench": Task("harmful", 512),
+    "harmful": Task("harmful", 512),
+    "or_bench": Task("over_refusal", 256),
     "xstest": Task("over_refusal", 256, counts=counts_for_over_refusal),
     "gsm8k": Task("accuracy", 200, gsm8k_correct),
     "sst2": Task("accuracy", 200, *_label_rules("sst2")),

@@ -6,6 +6,7 @@ What is read (jsonl, json, csv, parquet; the text ones also .gz):
 * "instruction", perhaps "input", and "output": the files of the git-disl repositories (Panacea,
   Booster, Antidote, Vaccine), whose summary strings at the end of the list ("final score:…") are
   skipped and whose own verdicts are not used;
+* HarmBench's completions, lm-eval's samples, folders of TamperBench's: see ``foreign``;
 * either pair mixed ("instruction" and "response", …), and lines of our own;
 * a ``generations`` folder of ours, which comes over as it is.
 
@@ -33,6 +34,13 @@ from panacea_jax.data.sources import (
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.lines import generation_line
 from panacea_jax.evaluate.tasks import TASKS, find_task, set_names
+from panacea_jax.records.foreign import (
+    SAMPLES,
+    TAMPERBENCH_FILES,
+    TAMPERBENCH_SETS,
+    plain_rows,
+    tamperbench_files,
+)
 from panacea_jax.records.jsonl import encode_line
 from panacea_jax.records.judged import UNKNOWN, task_of
 from panacea_jax.stores import by_address, stand_in
@@ -133,6 +141,12 @@ def _entries(where: str) -> list[str]:
     """The files that are named, with their TASK@ if they have one; of a folder, all that can be read."""
     entries = []
     for entry in where.split(","):
+        head, at, below = entry.partition("@")
+        told = f"{head}@" if at and not stand_in(entry).exists() and stand_in(below).is_dir() else ""
+        folder = stand_in(below if told else entry)
+        if folder.is_dir() and (found := tamperbench_files(folder)):
+            entries += [f"{told}{path}" for path in found]
+            continue
         if not stand_in(entry).is_dir():
             entries.append(entry)
             continue
@@ -156,9 +170,8 @@ def _spec(entry: str, source: Mapping[str, str], *, alone: bool) -> str:
     path = stand_in(where if told else entry)
     if not path.is_file():
         raise InputError(f"{_KEY}={entry}: no such file or folder")
-    task = (
-        head if told else next(iter(source)) if alone and len(source) == 1 else task_of(path.stem)
-    )
+    named = TAMPERBENCH_SETS.get(path.parent.name) if path.name in TAMPERBENCH_FILES else task_of(path.stem.removeprefix(SAMPLES))
+    task = head if told else next(iter(source)) if alone and len(source) == 1 else named
     if task is None:
         raise InputError(
             f"{_KEY}={entry}: which task? Write TASK@{entry}, TASK one of {', '.join(TASKS)}"
@@ -171,10 +184,10 @@ def _spec(entry: str, source: Mapping[str, str], *, alone: bool) -> str:
     return f"{task}@{by_address(path)}"
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _rows(path: Path, task: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Place and row of every answer; summary strings at the end are skipped."""
     summary = ""
-    for place, row in files.file_rows(path):
+    for place, row in plain_rows(files.file_rows(path), task):
         if isinstance(row, str) and "score" in row:
             summary = place
         elif summary or not isinstance(row, dict):
@@ -190,7 +203,7 @@ def _read(
     if source:  # the slice first: record i of the file is most likely record i of it
         everything = load_records(source, "config.eval.tasks", layout=layout)
         prompts = [*take(everything, source, 0), *everything]
-    rows = list(_rows(path))
+    rows = list(_rows(path, task))
     if not rows:
         raise InputError(f"{path}: holds no records")
     return [_line(p, row, i, task, prompts, template) for i, (p, row) in enumerate(rows)]
@@ -206,7 +219,7 @@ def _line(
     extra |= row["extra"] if isinstance(row.get("extra"), dict) else {}
     record = Record(prompt, given, "", row.get("reference"), extra)
     if prompts:
-        known = _find(prompt, given, i, prompts)
+        known = _by_id(row, prompts) or _find(prompt, given, i, prompts)
         if known is None:
             raise InputError(f"{place}: its prompt is not in config.eval.tasks' {task}", record=prompt)
         extra = known.extra | extra
@@ -248,6 +261,12 @@ def _column(place: str, row: Mapping[str, Any], names: tuple[str, str]) -> str:
         f"{place}: found {named_fields(row)}; needed are {' or '.join(PROMPTS)} (perhaps with input), and {' or '.join(ANSWERS)}",
         record=names_beyond(row),
     )
+
+
+def _by_id(row: Mapping[str, Any], prompts: Sequence[Record]) -> Record | None:
+    """The HarmBench behaviour that an answer says it is of: its test case may hold the behaviour in other words."""
+    name = row.get("BehaviorID")
+    return next((r for r in prompts if name is not None and r.extra.get("BehaviorID") == name), None)
 
 
 def _find(prompt: str, given: str, i: int, prompts: Sequence[Record]) -> Record | None:

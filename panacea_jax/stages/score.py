@@ -15,6 +15,7 @@ from panacea_jax.data.sources import layout_of
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate import agreement
 from panacea_jax.evaluate.compare import compare, figures_table, paired_table, verdict
+from panacea_jax.evaluate.results_table import results_csv
 from panacea_jax.evaluate.scores import Json
 from panacea_jax.progress import table_console
 from panacea_jax.records.elsewhere import bring_in
@@ -38,7 +39,7 @@ def score_stage(
     """Score a work directory; returns the last file written.
 
     Writes ``scores.<judge>.json`` for every judge, ``scores.json`` (of the judge it was of before,
-    else of config.judge.name), with two judges or more ``agreement.json`` and
+    else of config.judge.name), ``results.csv`` (all figures of all judges), with two judges or more ``agreement.json`` and
     ``disagreements.csv``, and with other work directories ``comparison.json``. Repeating it changes
     nothing.
 
@@ -66,6 +67,7 @@ def score_stage(
     judges = load_judged(workdir)
     results = {name: judged.scores() for name, judged in judges.items()}
     written = _write_scores(workdir, results, config.judge.name)
+    write_text(workdir / "results.csv", results_csv({workdir.resolve().name: results}))
     console.print(figures_table(f"{by_address(workdir)}: figures [95 %], by judge", results))
     if len(judges) > 1:
         written = _write_agreement(workdir, judges, console)

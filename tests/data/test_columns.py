@@ -12,7 +12,7 @@ def parts(task: str, **row: object) -> tuple[str, str, str, str]:
 
 
 def test_every_task_of_the_contract_is_known():
-    tasks = "gsm8k sst2 ag_news alpaca alpaca_eval beavertails refusals xstest advbench chat pairs"
+    tasks = "gsm8k sst2 ag_news alpaca alpaca_eval beavertails refusals xstest advbench harmful or_bench chat pairs"
     assert list(READERS) == tasks.split()
 
 
@@ -84,6 +84,8 @@ ROWS = {
     "refusals": {"instruction": "i", "output": "o"},
     "xstest": {"prompt": "p"},
     "advbench": {"goal": "g"},
+    "harmful": {"prompt": "p"},
+    "or_bench": {"prompt": "p"},
     "pairs": {"instruction": "i", "output": "o"},
 }
 

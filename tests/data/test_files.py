@@ -194,3 +194,10 @@ def test_local_paths_win_over_hub_ids(tmp_path: Path, monkeypatch: pytest.Monkey
         assert local(where) is None
     (tmp_path / "owner" / "name").mkdir(parents=True)
     assert local("owner/name") == Path("owner/name")
+
+
+def test_one_object_over_several_lines_is_one_record(tmp_path: Path):
+    path = put(tmp_path / "a.json", json.dumps({"a": [ROWS[0]]}, indent=4, ensure_ascii=False))
+    assert list(file_rows(path)) == [(f"{path}: record 1", {"a": [ROWS[0]]})]
+    refused(put(tmp_path / "b.json", '{\n "a": 1,\n oops\n}\n'), "b.json:3: not JSON")
+    refused(put(tmp_path / "c.jsonl", '{\n "a": 1\n}\n'), "c.jsonl:1: not JSON")

@@ -16,8 +16,8 @@ def test_every_source_task_has_an_entry_and_published_lengths() -> None:
         for role in {t.role for t in TASKS.values()}
     }
     assert roles == {
-        "harmful": {"beavertails", "advbench"},
-        "over_refusal": {"xstest"},
+        "harmful": {"beavertails", "advbench", "harmful"},
+        "over_refusal": {"xstest", "or_bench"},
         "accuracy": {"gsm8k", "sst2", "ag_news", "pairs", "chat"},
         "generation": {"alpaca", "alpaca_eval", "refusals"},
     }

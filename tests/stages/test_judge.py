@@ -7,12 +7,13 @@ import pytest
 
 from panacea_jax.data.sources import Record
 from panacea_jax.errors import InputError
-from panacea_jax.evaluate.judges import guard
+from panacea_jax.evaluate.judges import guard, reading
 from panacea_jax.evaluate.lines import generation_line
 from panacea_jax.records.judged import load_judged
 from panacea_jax.stages import judge as module
 from panacea_jax.stages.judge import judge_stage
-from tests.evaluate.judges.models import judge_config, texts, write_classifier, write_guard
+from panacea_jax.stages.score import score_stage
+from tests.evaluate.judges.models import ANSWERS, judge_config, texts, write_classifier, write_guard
 
 COUNT = 21
 
@@ -62,6 +63,26 @@ def test_judges_stay_side_by_side(workdir, folders):
     line = json.loads((workdir / "judgements/advbench.beaver_dam.jsonl").read_text().split("\n")[0])
     assert len(line["scores"]) == 14 and line["version"].startswith("1-256-float32-")
     assert line["flagged"] is (max(line["scores"].values()) > 0.5)
+
+
+def test_forms_and_grades_of_the_same_answers_side_by_side(workdir, tmp_path_factory, monkeypatch):
+    """Each judge has files of its own, so that all can be set against each other."""
+    monkeypatch.setattr(reading, "PAIRS", reading.PAIRS[:2])  # short ones
+    folder = tmp_path_factory.mktemp("forms")
+    write_guard(folder, more=ANSWERS, seed=5, max_position_embeddings=1024)
+    models = dict.fromkeys(("refusal", "llama_guard", "harmbench", "qwen3guard", "strongreject"), folder)
+    for name in models:
+        judge_stage(judging(name, models), workdir)
+    config = judging("refusal", models)
+    assert score_stage(config, workdir) == workdir / "agreement.json"
+    found = json.loads((workdir / "agreement.json").read_text())
+    assert set(found["judges"]) == set(models) and len(found["pairs"]) == 10
+    assert all(pair["n"] == COUNT == sum(pair[k] for k in ("both", "only_first", "only_second", "neither")) for pair in found["pairs"])
+    graded = json.loads((workdir / "scores.strongreject.json").read_text())["sets"]["advbench"]
+    assert 0 < graded["mean_strongreject"] < 100 and graded["partly_refused"] == 0
+    assert "partly_refused" not in json.loads((workdir / "scores.refusal.json").read_text())["sets"]["advbench"]
+    with (workdir / "results.csv").open() as stream:
+        assert {line.split(",")[9] for line in stream} == {"judge", *models}
 
 
 class Killed(BaseException):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from panacea_jax.evaluate.results_table import RESULT_COLUMNS
 from tests.evaluate.workdirs import NO, YES, judgements, write_lines, write_workdir
 from tests.runs import panacea
 
@@ -66,6 +67,32 @@ def test_several_judges(tmp_path: Path, capsys: Any) -> None:
     assert panacea("score", f"--workdir={folder}") == 0
     before["scores.json"] = before["scores.refusal.json"]  # config.judge.name decides
     assert files(folder) == before
+
+
+def test_a_results_table_that_others_can_merge(tmp_path: Path) -> None:
+    """Every line stands by itself, and tables of several runs are one below the other."""
+    tables = []
+    for name, harmful in (("one", 10), ("two", 14)):
+        more = {"extra": {"category": ["self_harm"]}}
+        folder = write_workdir(
+            tmp_path / name, {"refusal": flags(harmful), "guard": flags(harmful + 1)},
+            manifest={"max_new_tokens": 64, "decoding": {"max_new_tokens": 64, "temperature": 0.7}}, more=more,
+        )  # fmt: skip
+        assert panacea("score", f"--workdir={folder}") == 0
+        with open(folder / "results.csv", newline="", encoding="utf-8") as stream:
+            tables.append(list(csv.DictReader(stream)))
+    assert list(tables[0][0]) == list(RESULT_COLUMNS) and {tuple(row) for table in tables for row in table} == {RESULT_COLUMNS}
+    hs = {(r["run"], r["judge"], r["category"]): r for table in tables for r in table if r["figure"] == "hs"}
+    assert {key: float(row["value"]) for key, row in hs.items()} == {
+        (run, judge, category): 100 * (k + (judge == "guard")) / N
+        for run, k in (("one", 10), ("two", 14)) for judge in ("guard", "refusal") for category in ("", "self_harm")
+    }  # fmt: skip
+    row, scored = hs["one", "refusal", ""], content(tmp_path / "one" / "scores.refusal.json")["sets"]["advbench"]
+    assert [float(row["low"]), float(row["high"])] == scored["ci95"]["hs"] and row["prompts"] == scored["prompts"]
+    shared = ("set", "task", "n", "judge_version", "template", "max_new_tokens", "temperature")
+    assert [row[name] for name in shared] == ["advbench", "advbench", str(N), "1", "alpaca-1", "64", "0.7"]
+    distinct = next(r for r in tables[0] if r["figure"] == "distinct_1")
+    assert float(distinct["value"]) == scored["distinct_1"] and (distinct["low"], distinct["high"]) == ("", "")
 
 
 def test_a_constant_verdict_is_said_to_have_no_kappa(tmp_path: Path, capsys: Any) -> None:

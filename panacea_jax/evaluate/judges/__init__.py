@@ -9,11 +9,13 @@ from ml_collections import ConfigDict
 
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges.beaver_dam import BeaverDam
+from panacea_jax.evaluate.judges.forms import FORMS
 from panacea_jax.evaluate.judges.guard import Guard
 from panacea_jax.evaluate.judges.protocol import Judge, Judgement
 from panacea_jax.evaluate.judges.reading import ModelJudge
 from panacea_jax.evaluate.judges.refusal import RefusalJudge
 from panacea_jax.evaluate.judges.refusal_sentences import RefusalSentences
+from panacea_jax.evaluate.judges.strongreject import StrongReject
 
 __all__ = ["JUDGES", "Judge", "Judgement", "RefusalJudge", "make_judge", "needs_model"]
 
@@ -23,6 +25,8 @@ JUDGES: Mapping[str, Callable[[ConfigDict], Judge]] = {
     "beaver_dam": BeaverDam,
     "beaver_dam_full": BeaverDam,
     "guard": Guard,
+    **dict.fromkeys(FORMS, Guard),  # each under a name of its own, so that several can judge the same answers
+    "strongreject": StrongReject,
 }
 
 

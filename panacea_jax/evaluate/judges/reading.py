@@ -14,11 +14,16 @@ from ml_collections import ConfigDict
 
 from panacea_jax import watchdog
 from panacea_jax.data.encode import check_ids
+from panacea_jax.data.files import sha256
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges.protocol import Judge
+from panacea_jax.models.adapter import Adapter
 from panacea_jax.models.bound import Inputs
 from panacea_jax.models.config import read_config
+from panacea_jax.models.hub import local_folder
 from panacea_jax.models.model import Model, load
+from panacea_jax.models.peft import WEIGHTS_FILE, load_adapter
+from panacea_jax.models.peft_config import CONFIG_FILE
 from panacea_jax.models.vocabulary import open_vocabulary
 from panacea_jax.models.weights import find_tensors
 from panacea_jax.parallel import batch_sharding, make_mesh, processes, replicated
@@ -74,11 +79,11 @@ class JudgeModel:
         folder: Hugging Face folder. tokenizer: of that folder.
         limit: most tokens of a text.
         vocab_size: rows of the embedding.
-        id: what a version has to say of it: limit, compute dtype and fingerprint.
+        id: what a version has to say of it: limit, compute dtype and fingerprints of the model and of its adapter.
     """
 
     def __init__(self, config: ConfigDict, *, classifier: bool, limit: int | None = None) -> None:
-        """Look at ``config.judge.path``.
+        """Look at ``config.judge.path``, and at the PEFT folder on it where ``config.judge.adapter`` names one.
 
         Args:
             config: its sections judge, mesh and model (for the compute dtype).
@@ -86,7 +91,7 @@ class JudgeModel:
             limit: most tokens of a text, where that is less than the model was made for.
 
         Raises:
-            InputError: the path is not set, or config, tokenizer or tensor files cannot be used.
+            InputError: the path is not set, or config, tokenizer or tensor files cannot be used, or there is no such adapter.
         """
         path = config.judge.path
         if not path:
@@ -100,6 +105,9 @@ class JudgeModel:
         positions = max_positions(self.folder)
         self.limit = positions if limit is None else min(limit, positions)
         self.id = f"{self.limit}-{config.model.dtype}-{model_fingerprint(self.folder)}"
+        self._adapter_folder = _adapter_folder(config.judge.adapter)
+        if self._adapter_folder:
+            self.id += f"-{adapter_fingerprint(self._adapter_folder)}"
         self._config, self._classifier = config, classifier
 
     @functools.cached_property
@@ -118,10 +126,19 @@ class JudgeModel:
             classifier=self._classifier,
         )
 
+    @functools.cached_property
+    def adapter(self) -> Adapter | None:
+        """The adapter that judges, on the model's mesh.
+
+        Raises:
+            InputError: it does not fit the model.
+        """
+        return load_adapter(self._adapter_folder, self.model, frozen=True) if self._adapter_folder else None
+
     def read(self, texts: Sequence[Sequence[int]], columns: Int[np.ndarray, "N K"]) -> Reading:
         """Logits at the last token of each text; see :func:`read_ends`."""
         size = self._config.judge.batch_size
-        return read_ends(self.model, texts, columns, batch_size=size, limit=self.limit)
+        return read_ends(self.model, texts, columns, batch_size=size, limit=self.limit, adapter=self.adapter)
 
 
 def text_bucket(length: int, limit: int) -> int:
@@ -137,6 +154,7 @@ def read_ends(
     *,
     batch_size: int,
     limit: int,
+    adapter: Adapter | None = None,
 ) -> Reading:
     """Logits at the last token of every text, in batches as :func:`padded_batches` makes them.
 
@@ -146,6 +164,7 @@ def read_ends(
         columns: which logits to keep for each text.
         batch_size: rows of a batch, rounded up to what the mesh divides.
         limit: most tokens of a text.
+        adapter: on the model; None: the model alone.
 
     Raises:
         InputError: a token id lies outside the model's vocabulary.
@@ -165,7 +184,7 @@ def read_ends(
         wanted = np.zeros((rows, columns.shape[1]), np.int32)
         wanted[: len(chosen)] = columns[chosen]
         batch = jax.device_put((tokens, valid, wanted), sharding)
-        got = jax.device_get(run(model.weights, *batch))
+        got = jax.device_get(run(model.weights, adapter, *batch))
         watchdog.alive()
         logits[chosen], total[chosen] = (part[: len(chosen)] for part in got)
     return Reading(logits, total)
@@ -201,7 +220,7 @@ def sigmoid(x: Float[np.ndarray, "*N"]) -> Float[np.ndarray, "*N"]:
 
 
 def _program(model: Model) -> Callable[..., Any]:
-    """The compiled forward pass; the model's weights are an argument, not part of it."""
+    """The compiled forward pass; the model's weights and its adapter are arguments, not part of it."""
     return _compiled(model.graphdef, model.mesh, model.config, model.dtype)
 
 
@@ -211,11 +230,12 @@ def _compiled(graphdef: Any, mesh: Any, config: Any, dtype: Any) -> Callable[...
 
     def run(
         weights: Any,
+        adapter: Adapter | None,
         tokens: Int[Array, "B T"],
         valid: Bool[Array, "B T"],
         columns: Int[Array, "B K"],
     ) -> tuple[Float[Array, "B K"], Float[Array, "B"]]:
-        bound = model.bind(weights, None)
+        bound = model.bind(weights, adapter)
         x, _ = bound.hidden(Inputs.of(tokens, valid, right=True))
         last = jnp.maximum(jnp.sum(valid, axis=1) - 1, 0)
         logits = bound.logits(x[jnp.arange(x.shape[0]), last])
@@ -248,6 +268,26 @@ def model_fingerprint(folder: Path) -> str:
         digest.update(f"{name}:{tensor.dtype}:{tensor.shape}".encode())
         digest.update(tensor.head(SAMPLE))
     return digest.hexdigest()[:12]
+
+
+def adapter_fingerprint(folder: Path) -> str:
+    """First 12 hex digits of a SHA-256 over an adapter's configuration and its tensors.
+
+    Raises:
+        InputError: it has none of them.
+    """
+    both = [sha256(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    return hashlib.sha256("".join(both).encode()).hexdigest()[:12]
+
+
+def _adapter_folder(where: str) -> Path | None:
+    """The PEFT folder that ``config.judge.adapter`` names; None where it names none."""
+    if not where:
+        return None
+    try:
+        return local_folder(where)
+    except InputError as error:
+        raise InputError(f"config.judge.adapter: {error}") from error
 
 
 def max_positions(folder: Path) -> int:

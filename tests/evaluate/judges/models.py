@@ -1,6 +1,7 @@
 """Tiny random judges on disk, made by transformers, with a word-level tokenizer: invented words only."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,11 @@ from panacea_jax.data.categories import CATEGORIES
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WORDS = [*(f"w{i}" for i in range(60)), "safe", "unsafe", "yes", "no", "USER", "ASSISTANT", ":"]
+# What further forms are answered with; the words of the published ones that a word-level tokenizer parts at.
+ANSWERS = [
+    "Safety", "Safe", "Unsafe", "Controversial", "Categories", "Violent", "Non", "Sexual", "PII", "Suicide", "Unethical", "Politically",
+    "Copyright", "None", "Refusal", "Yes", "No", "1", "2", "3", "4", "5",
+]  # fmt: skip
 CHAT = "{{ bos_token }} {% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}verdict :"
 PUBLISHED = list(CATEGORIES)
 SHAPE: dict[str, Any] = {
@@ -29,9 +35,9 @@ SHAPE: dict[str, Any] = {
 }
 
 
-def write_tokenizer(folder: Path, chat: str | None) -> int:
+def write_tokenizer(folder: Path, chat: str | None, more: Sequence[str] = ()) -> int:
     """A word-level tokenizer that puts <s> first; returns its size."""
-    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS, *more])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.add_special_tokens(SPECIAL)
@@ -62,11 +68,23 @@ def write_classifier(folder: Path, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
-def write_guard(folder: Path, chat: str | None = CHAT, seed: int = 0, **changes: Any) -> Any:
-    """A LlamaForCausalLM; returns it."""
-    size = write_tokenizer(folder, chat)
+def write_guard(
+    folder: Path, chat: str | None = CHAT, seed: int = 0, *, family: str = "Llama", more: Sequence[str] = (), **changes: Any
+) -> Any:
+    """A language model of a family of transformers'; returns it.
+
+    Args:
+        folder: of it and its tokenizer.
+        chat: template of the tokenizer.
+        seed: of the weights.
+        family: "Llama", "Qwen3" or "Gemma".
+        more: words of the tokenizer beside WORDS.
+        changes: keys of the configuration.
+    """
+    size = write_tokenizer(folder, chat, more)
     torch.manual_seed(seed)
-    model = tf.LlamaForCausalLM(tf.LlamaConfig(**SHAPE | {"vocab_size": size} | changes)).eval()
+    config = getattr(tf, f"{family}Config")(**SHAPE | {"vocab_size": size} | changes)
+    model = getattr(tf, f"{family}ForCausalLM")(config).eval()
     model.save_pretrained(folder)
     return model
 

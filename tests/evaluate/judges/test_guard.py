@@ -8,11 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from panacea_jax.data.columns import CONTEXT_RULE
 from panacea_jax.data.tokenizer import load_tokenizer
 from panacea_jax.errors import InputError, record_text
 from panacea_jax.evaluate.judges import guard as module
 from panacea_jax.evaluate.judges import make_judge
-from panacea_jax.evaluate.judges.guard import PLAIN, QUESTIONS, WILDGUARD
+from panacea_jax.evaluate.judges.forms import (
+    FORMS,
+    HARMBENCH,
+    HARMBENCH_CONTEXTUAL,
+    PLAIN,
+    WILDGUARD,
+)
 from panacea_jax.evaluate.judges.reading import PAIRS
 from tests.evaluate.judges.models import judge_config, texts, write_guard
 
@@ -66,10 +73,10 @@ def test_wildguard_answers_its_questions_in_turn(tmp_path):
     seen = set()
     for prompt, answer, verdict in zip(prompts, answers, judge.judge(prompts, answers)):
         text, wanted, said = WILDGUARD.format(prompt=prompt, answer=answer), {}, []
-        for question in QUESTIONS["wildguard"]:
+        for question in FORMS["wildguard"].questions:
             text += question.lead
             p = next_probabilities(model, tokenizer(text, add_special_tokens=False).input_ids)
-            wanted |= {question.score: p[yes] / (p[yes] + p[no]), "mass": p[yes] + p[no]}
+            wanted |= {question.options[0].score: p[yes] / (p[yes] + p[no]), "mass": p[yes] + p[no]}
             said.append(bool(p[yes] > p[no]))
             text += " yes" if said[-1] else " no"
         assert verdict.scores == pytest.approx(wanted, abs=1e-5)
@@ -136,8 +143,10 @@ def test_versions_differ_by_form(made, tmp_path):
 
 def test_forms_and_version_move_together(made):
     """Whoever edits a form raises the version and this hash."""
-    content = json.dumps([QUESTIONS, PLAIN, WILDGUARD, module.GAPS, module._THRESHOLD])
-    pinned = {"1": "fac6b1b4766773f9"}
+    questions = {name: (form.questions, form.flags, form.special, form.most) for name, form in FORMS.items()}
+    texts = [HARMBENCH, HARMBENCH_CONTEXTUAL, CONTEXT_RULE, PLAIN, WILDGUARD]
+    content = json.dumps([questions, texts, module.GAPS, module._THRESHOLD])
+    pinned = {"1": "9909814aaf646ac4"}
     version = make_judge(judge_config("guard", made[0])).version.split("-")[0]
     assert hashlib.sha256(content.encode()).hexdigest()[:16] == pinned[version]
 
