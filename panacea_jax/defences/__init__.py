@@ -2,6 +2,7 @@
 
 from panacea_jax.defences.antidote import Antidote
 from panacea_jax.defences.ascent import Ascent
+from panacea_jax.defences.bds import Bds
 from panacea_jax.defences.booster import Booster, BoosterVaccine
 from panacea_jax.defences.ewc import Ewc
 from panacea_jax.defences.kl import Kl
@@ -16,6 +17,7 @@ from panacea_jax.defences.random_prune import RandomPrune
 from panacea_jax.defences.random_vaccine import RandomVaccine
 from panacea_jax.defences.realign import Realign
 from panacea_jax.defences.repnoise import RepNoise
+from panacea_jax.defences.safegrad import SafeGrad
 from panacea_jax.defences.safelora import SafeLora
 from panacea_jax.defences.sft import Sft
 from panacea_jax.defences.t_vaccine import TVaccine
@@ -39,6 +41,8 @@ DEFENCES: dict[str, type[Method]] = {
     "ewc": Ewc,
     "kl": Kl,
     "vlguard": Vlguard,
+    "safegrad": SafeGrad,
+    "bds": Bds,
     "ascent": Ascent,
     "random_perturbation": RandomPerturbation,
     "antidote": Antidote,
@@ -55,6 +59,7 @@ __all__ = [
     "DEFENCES",
     "Antidote",
     "Ascent",
+    "Bds",
     "Defence",
     "Ewc",
     "Kl",
@@ -69,6 +74,7 @@ __all__ = [
     "RandomPrune",
     "RandomVaccine",
     "Realign",
+    "SafeGrad",
     "SafeLora",
     "RepNoise",
     "Sft",

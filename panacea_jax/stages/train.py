@@ -28,7 +28,14 @@ from panacea_jax.defences.ascent import AUTO
 from panacea_jax.defences.protocol import check_packing
 from panacea_jax.disk import check_there, replacing
 from panacea_jax.errors import InputError
-from panacea_jax.export import deployed, save_epsilon, save_model, warn_if_bare, write_adapter
+from panacea_jax.export import (
+    deployed,
+    save_epsilon,
+    save_model,
+    save_record_weights,
+    warn_if_bare,
+    write_adapter,
+)
 from panacea_jax.healing.auto import ascend_auto, at_chosen_radius
 from panacea_jax.healing.curve import write_radius
 from panacea_jax.healing.sets import HeldOutSet
@@ -75,6 +82,7 @@ SINCE: dict[str, dict[str, object]] = {
         "ascent_steps": 1, "masks": "mended", "rho_per_layer": "", "layer_file": "", "layer_seed": None, "tau": None, "rho_relative": None,
         "ceiling": None, "by_poison": False, "start": 0.0, "between": "reuse", "trusted": (), "trust": 1.0, "off": (),
         "keep": (), "constraint": "project", "slack": 0.05, "dual_rate": 10.0,
+        "logit_rate": 0.005, "weighting": "softmax",
     },
     "train": {"accumulate": 1, "validate_every": 0, "patience": 0},
     "lora": {"rslora": False, "dropout": 0.0, "layers": ""},
@@ -230,6 +238,10 @@ def train_stage(
         # ---- export
         with spent("save"):
             epsilon = export(config, stage.folder, start, result, defence.epsilon_mean(result.state))
+            weights = defence.record_weights(result.state)
+            if weights is not None:
+                save_record_weights(weights, path := stage.folder / "record_weights.jsonl")
+                say(f"{path}: the weight of each of the user's {len(weights)} records")
         report = defence.report(params, result.state)
         attention = choose_backend(config.model.attention, model.config, model.dtype, opened.mesh.devices.flat[0])  # fmt: skip
         outcome = {
