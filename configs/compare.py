@@ -51,6 +51,8 @@ GRID = (
     "ewc:lam=1000|100000|10000000|1000000000",
     "kl:lam=0.01|0.1|1|10",
     "vlguard:mode=sum,lam=0.01|0.1|1|10",
+    "safegrad:rho=0.1|1|10|100",
+    "bds:logit_rate=0.005|0.02|0.1|0.5",
     "antidote:dense_ratio=0.01|0.05|0.1|0.2",
     "random_prune:dense_ratio=0.01|0.05|0.1|0.2",
     "magnitude_prune:dense_ratio=0.01|0.05|0.1|0.2",
@@ -63,7 +65,7 @@ GRID = (
 # Hyper-parameters of the papers and repositories.
 PUBLISHED = (
     "vaccine:rho=5", "random_vaccine:rho=2", "t_vaccine", "booster", "booster_vaccine:rho=5", "repnoise:alpha=0.1,paired=False", "panacea",
-    "lisa:rho=0.01", "ldifs", "ewc", "kl", "vlguard:mode=sum", "antidote:dense_ratio=0.05", "random_prune:dense_ratio=0.05",
+    "lisa:rho=0.01", "ldifs", "ewc", "kl", "vlguard:mode=sum", "safegrad", "bds", "antidote:dense_ratio=0.05", "random_prune:dense_ratio=0.05",
     "magnitude_prune:dense_ratio=0.05", "random_perturbation", "safelora", "realign",
 )  # fmt: skip
 

@@ -28,7 +28,7 @@ What a variant does not reproduce:
 Whether the alignment adapter is trained on or merged is the same for all, so that runs differ in the defence alone; the scripts' own
 choice, which differs, is `config.lora.policy`.
 
-VLGuard's variants have no alignment stage, since their safe set is smaller than the alignment set and `config.data.num_alignment` counts
+The variants of VLGuard, SafeGrad and BDS have no alignment stage, since their safe set is smaller than the alignment set and `config.data.num_alignment` counts
 for both: name an aligned adapter, `--config.lora.init_from=runs/sft/align/adapter` (`vlguard-mix`: one aligned at Vaccine's setting, such
 as `runs/ewc/align/adapter`).
 
@@ -53,6 +53,8 @@ UNALIGNED: dict[str, Any] = {"heal.defence.base": MODEL}
 
 # data.num_alignment counts for the alignment stage too, so a smaller safe set needs an alignment that was made before.
 ALIGNED_BEFORE: dict[str, Any] = {"align.defence.name": ""}
+# Alignment batches as large as the user's.
+AS_LARGE: dict[str, Any] = {"train.alignment_batch_size": 10}
 # Alignments: 20 epochs at a constant 5e-4 are the default.
 COSINE = {"align.optimizer.learning_rate": 1e-3, "align.optimizer.schedule": "cosine"}
 VACCINE_REPO = {
@@ -118,6 +120,10 @@ BUDGETS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "kl": ("kl:lam=0.1", VACCINE_REPO),
     "vlguard-mix": ("vlguard:mode=mix", VACCINE_REPO | {"data.num_alignment": 100} | ALIGNED_BEFORE),
     "vlguard-sum": ("vlguard:mode=sum,lam=0.1", {"data.num_alignment": 2000} | ALIGNED_BEFORE),  # Panacea repository
+    # By public re-implementations: 100 alignment records, rank 8 at α 16 on q, k, v.
+    "safegrad": ("safegrad:rho=1", {"data.num_alignment": 100, "lora.rank": 8, "lora.alpha": 16.0, **AS_LARGE} | ALIGNED_BEFORE),
+    # Its repository, which also aligns nothing beforehand.
+    "bds": ("bds:logit_rate=0.005", {"data.num_alignment": 1000, "optimizer.learning_rate": 1e-5, "optimizer.b2": 0.95, **AS_LARGE} | ALIGNED_BEFORE),
     # After fine-tuning.
     "antidote": ("antidote:dense_ratio=0.1", ANTIDOTE_REPO),
     "antidote-gsm8k": ("antidote:dense_ratio=0.05", ANTIDOTE_REPO),

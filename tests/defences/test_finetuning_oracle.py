@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from panacea_jax.data.batches import Stream
-from panacea_jax.defences import Ewc, Kl, Ldifs, Lisa, Vlguard
+from panacea_jax.defences import Bds, Ewc, Kl, Ldifs, Lisa, SafeGrad, Vlguard
 from panacea_jax.export import epsilon_tensors
 from panacea_jax.models.full import full_parameters
 from panacea_jax.models.peft import adapter_tensors
 from panacea_jax.train.loop import finetune
 from panacea_jax.train.optimizer import make_optimizer
 from tests import torch_oracle as oracle
-from tests.defences.oracles import ewc, kl, ldifs, lisa, vlguard
+from tests.defences.oracles import bds, ewc, kl, ldifs, lisa, safegrad, vlguard
 from tests.train import test_oracle
 
 STEPS = 5
@@ -123,3 +123,23 @@ def test_kl(setting, full):
 @both
 def test_vlguard_sum(setting, full):
     compare(setting, full, Vlguard(mode="sum", lam=0.7), vlguard.gradients, lam=0.7)
+
+
+@both
+def test_safegrad(setting, full):
+    """The first step, at w₀, has nothing to project; later ones have."""
+    conflicts: list[bool] = []
+    compare(setting, full, SafeGrad(rho=3.0), safegrad.gradients, rho=3.0, conflicts=conflicts)
+    assert any(conflicts) and not all(conflicts), conflicts
+
+
+@both
+@pytest.mark.parametrize("weighting", ["softmax", "sigmoid"])
+def test_bds(setting, full, weighting):
+    """The weights too, of which some fall and by softmax others rise."""
+    learnt: list[np.ndarray] = []
+    sigmoid = weighting == "sigmoid"
+    defence = Bds(logit_rate=0.1, weighting=weighting)
+    ours = compare(setting, full, defence, bds.gradients, rate=0.1, sigmoid=sigmoid, learnt=learnt)
+    assert learnt[-1].min() < -0.1 and (learnt[-1].max() > 0.1) is not sigmoid
+    assert np.linalg.norm(ours.state.logits - learnt[-1]) < setting[3] * np.linalg.norm(learnt[-1])

@@ -35,6 +35,8 @@ ROWS = {
     "ewc": ("finetune", "alignment", "1 (user 1); once 1 over all alignment"),
     "kl": ("finetune", "none", "1.5 (user 1.5)"),
     "vlguard": ("finetune", "alignment", "1 (user 1)"),
+    "safegrad": ("finetune", "alignment", "2.5 (user 1, alignment 1.5)"),
+    "bds": ("finetune", "alignment", "2 (user 1, alignment 1)"),
     "ascent": ("heal", "harmful", "once 1 over all harmful"),
     "random_perturbation": ("heal", "none", "none"),
     "antidote": ("heal", "harmful", "once 0.5 over all harmful"),

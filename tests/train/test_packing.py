@@ -11,6 +11,7 @@ from panacea_jax.data.batches import Stream, pack, pad
 from panacea_jax.data.encode import Example
 from panacea_jax.defences import (
     DEFENCES,
+    Bds,
     Booster,
     BoosterVaccine,
     Defence,
@@ -22,6 +23,7 @@ from panacea_jax.defences import (
     Panacea,
     RandomVaccine,
     RepNoise,
+    SafeGrad,
     Sft,
     Tar,
     TVaccine,
@@ -60,6 +62,8 @@ METHODS = [
     Ewc(lam=10.0),
     Kl(lam=1.0),
     Vlguard(mode="sum", lam=0.5),
+    SafeGrad(rho=2.0),
+    Bds(logit_rate=0.1),
 ]
 
 
