@@ -65,8 +65,9 @@ GRID = (
 # Hyper-parameters of the papers and repositories.
 PUBLISHED = (
     "vaccine:rho=5", "random_vaccine:rho=2", "t_vaccine", "booster", "booster_vaccine:rho=5", "repnoise:alpha=0.1,paired=False", "panacea",
-    "lisa:rho=0.01", "ldifs", "ewc", "kl", "vlguard:mode=sum", "safegrad", "bds", "antidote:dense_ratio=0.05", "random_prune:dense_ratio=0.05",
+    "lisa:rho=0.01", "ldifs", "ewc", "kl", "vlguard:mode=sum", "antidote:dense_ratio=0.05", "random_prune:dense_ratio=0.05",
     "magnitude_prune:dense_ratio=0.05", "random_perturbation", "safelora", "realign",
+    "safegrad", "bds",
 )  # fmt: skip
 
 

@@ -28,9 +28,9 @@ What a variant does not reproduce:
 Whether the alignment adapter is trained on or merged is the same for all, so that runs differ in the defence alone; the scripts' own
 choice, which differs, is `config.lora.policy`.
 
-The variants of VLGuard, SafeGrad and BDS have no alignment stage, since their safe set is smaller than the alignment set and `config.data.num_alignment` counts
-for both: name an aligned adapter, `--config.lora.init_from=runs/sft/align/adapter` (`vlguard-mix`: one aligned at Vaccine's setting, such
-as `runs/ewc/align/adapter`).
+The variants of VLGuard, SafeGrad and BDS have no alignment stage, since their safe set is smaller than the alignment set and
+`config.data.num_alignment` counts for both: name an aligned adapter, `--config.lora.init_from=runs/sft/align/adapter` (`vlguard-mix`: one
+aligned at Vaccine's setting, such as `runs/ewc/align/adapter`; `safegrad`: one of rank 8).
 
 For methods side by side under one budget see compare.py.
 """
@@ -123,7 +123,10 @@ BUDGETS: dict[str, tuple[str, Mapping[str, Any]]] = {
     # By public re-implementations: 100 alignment records, rank 8 at α 16 on q, k, v.
     "safegrad": ("safegrad:rho=1", {"data.num_alignment": 100, "lora.rank": 8, "lora.alpha": 16.0, **AS_LARGE} | ALIGNED_BEFORE),
     # Its repository, which also aligns nothing beforehand.
-    "bds": ("bds:logit_rate=0.005", {"data.num_alignment": 1000, "optimizer.learning_rate": 1e-5, "optimizer.b2": 0.95, **AS_LARGE} | ALIGNED_BEFORE),
+    "bds": (
+        "bds:logit_rate=0.005",
+        {"data.num_alignment": 1000, "optimizer.learning_rate": 1e-5, "optimizer.b2": 0.95, **AS_LARGE} | ALIGNED_BEFORE,
+    ),
     # After fine-tuning.
     "antidote": ("antidote:dense_ratio=0.1", ANTIDOTE_REPO),
     "antidote-gsm8k": ("antidote:dense_ratio=0.05", ANTIDOTE_REPO),

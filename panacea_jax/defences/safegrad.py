@@ -80,7 +80,7 @@ class SafeGrad(Anchored):
         safe = batches["alignment"]
         counts = safe.loss_mask[:, 1:]
 
-        def logits(w: Params, batch: Batch) -> Float[Array, "B T-1 V"]:
+        def logits(w: Params, batch: Batch) -> Float[Array, "B _ V"]:
             # Position t predicts token t + 1; the last one predicts nothing.
             return loss_fn.bind(w).logits(loss_fn.forward(w, batch).hidden[:, :-1])
 

@@ -51,7 +51,7 @@ def batch(mask):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_sum_and_its_gradients_are_those_of_pytorch(name, tied, weighted, small_chunks):
-    """By hidden states, head and weights, in float64; with a soft cap where the head is tied. Here nothing is shared with what is tested."""
+    """By hidden states, head and weights, in float64; with a soft cap where the head is tied. Nothing is shared with what is tested."""
     mask, cap = masks()[name], 3.0 if tied else None
     with jax.enable_x64(True):
         rng = np.random.default_rng(1)
@@ -61,7 +61,8 @@ def test_the_sum_and_its_gradients_are_those_of_pytorch(name, tied, weighted, sm
 
         def ours(matrix, x, *weights):
             head = Head(matrix, tied, cap)
-            return 0.7 * cross_entropy.summed_cross_entropy(head, x, jnp.asarray(targets), jnp.asarray(mask), make_mesh(), *weights)  # fmt: skip
+            where = jnp.asarray(targets), jnp.asarray(mask), make_mesh()
+            return 0.7 * cross_entropy.summed_cross_entropy(head, x, *where, *weights)
 
         gradient = jax.jit(jax.value_and_grad(ours, tuple(range(len(given)))))
         value, found = gradient(*map(jnp.asarray, given))

@@ -103,11 +103,11 @@ def test_alignment_records_without_an_answer_leave_sft(tiny):
 
 def test_padding_has_no_part(tiny):
     """Longer rows and a row without tokens change nothing; in the public code ρ would mean more."""
-    w = moved(tiny, -0.5)
+    w = moved(tiny, -5.0)
     short, metrics = gradient(tiny, SafeGrad(rho=2.0), w)
     long, again = gradient(tiny, SafeGrad(rho=2.0), w, length=24, rows=3)
-    assert float(again["kl"]) == pytest.approx(float(metrics["kl"]), rel=1e-5)
-    assert length(difference(long, short)) < 1e-5 * length(short)
+    assert float(again["kl"]) == pytest.approx(float(metrics["kl"]), rel=1e-4) and metrics["conflict"] == 1
+    assert length(difference(long, short)) < 1e-4 * length(short)
 
 
 def test_bfloat16_stays_finite(folder):
