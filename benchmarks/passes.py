@@ -74,7 +74,8 @@ def make_model() -> Model:
 
 def defence_of(name: str) -> Any:
     """The method as it is counted."""
-    return DEFENCES[name](**SETTINGS.get(name, {})).for_steps(100)
+    defence = DEFENCES[name](**SETTINGS.get(name, {})).for_steps(100)
+    return defence.for_records(ROWS)
 
 
 def _batch(seed: int, several: int) -> Batch:
@@ -93,6 +94,9 @@ def step_flops(model: Model, defence: Any, layers: str = "") -> float:
     repeats = {name: spec.repeats for name, spec in defence.streams.items()}
     names = ("user", *defence.streams)
     batches = {name: _batch(i, repeats.get(name, 1)) for i, name in enumerate(names)}
+    if defence.by_record:
+        numbers = jnp.broadcast_to(jnp.arange(ROWS)[:, None], (ROWS, LENGTH))
+        batches["user"] = batches["user"]._replace(numbers=numbers)
     with unrolled():
         step: Any = make_step(model, defence, optimizer, jax.tree.map(lambda x: x.sharding, state))
         compiled = step.lower(state, model.weights, batches, jax.random.key(0)).compile()

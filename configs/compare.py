@@ -53,6 +53,8 @@ GRID = (
     "vlguard:mode=sum,lam=0.01|0.1|1|10",
     "sbr:lam=5|50|500|5000,prompts=8",
     "constrained_sft:beta=0.03|0.1|0.3|1",
+    "safegrad:rho=0.1|1|10|100",
+    "bds:logit_rate=0.005|0.02|0.1|0.5",
     "antidote:dense_ratio=0.01|0.05|0.1|0.2",
     "random_prune:dense_ratio=0.01|0.05|0.1|0.2",
     "magnitude_prune:dense_ratio=0.01|0.05|0.1|0.2",
@@ -76,6 +78,7 @@ PUBLISHED = (
     "random_prune:dense_ratio=0.05", "magnitude_prune:dense_ratio=0.05", "random_perturbation", "safelora", "realign",
     "triplet:refusal=1", "safe_delta",
     "asft", "lox", "resta", "safemerge",
+    "safegrad", "bds",
 )  # fmt: skip
 
 

@@ -35,9 +35,9 @@ What a variant does not reproduce:
 Whether the alignment adapter is trained on or merged is the same for all, so that runs differ in the defence alone; the scripts' own
 choice, which differs, is `config.lora.policy`.
 
-VLGuard's variants have no alignment stage, since their safe set is smaller than the alignment set and `config.data.num_alignment` counts
-for both: name an aligned adapter, `--config.lora.init_from=runs/sft/align/adapter` (`vlguard-mix`: one aligned at Vaccine's setting, such
-as `runs/ewc/align/adapter`).
+The variants of VLGuard, SafeGrad and BDS have no alignment stage, since their safe set is smaller than the alignment set and
+`config.data.num_alignment` counts for both: name an aligned adapter, `--config.lora.init_from=runs/sft/align/adapter` (`vlguard-mix`: one
+aligned at Vaccine's setting, such as `runs/ewc/align/adapter`; `safegrad`: one of rank 8).
 
 For methods side by side under one budget see compare.py.
 """
@@ -60,6 +60,8 @@ UNALIGNED: dict[str, Any] = {"heal.defence.base": MODEL}
 
 # data.num_alignment counts for the alignment stage too, so a smaller safe set needs an alignment that was made before.
 ALIGNED_BEFORE: dict[str, Any] = {"align.defence.name": ""}
+# Alignment batches as large as the user's.
+AS_LARGE: dict[str, Any] = {"train.alignment_batch_size": 10}
 # Alignments: 20 epochs at a constant 5e-4 are the default.
 COSINE = {"align.optimizer.learning_rate": 1e-3, "align.optimizer.schedule": "cosine"}
 VACCINE_REPO = {
@@ -144,6 +146,13 @@ BUDGETS: dict[str, tuple[str, Mapping[str, Any]]] = {
         "constrained_sft:beta=0.1,first_factor=5,early_factor=20,early_tokens=5",
         {"align.train.full_parameters": True, "train.full_parameters": True, "optimizer.schedule": "linear", "optimizer.b1": 0.5,
          "optimizer.weight_decay": 0.0, "train.batch_size": 64, "train.epochs": 3, "data.max_length": 512},
+    ),
+    # By public re-implementations: 100 alignment records, rank 8 at α 16 on q, k, v.
+    "safegrad": ("safegrad:rho=1", {"data.num_alignment": 100, "lora.rank": 8, "lora.alpha": 16.0, **AS_LARGE} | ALIGNED_BEFORE),
+    # Its repository, which also aligns nothing beforehand.
+    "bds": (
+        "bds:logit_rate=0.005",
+        {"data.num_alignment": 1000, "optimizer.learning_rate": 1e-5, "optimizer.b2": 0.95, **AS_LARGE} | ALIGNED_BEFORE,
     ),
     # After fine-tuning.
     "antidote": ("antidote:dense_ratio=0.1", ANTIDOTE_REPO),

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from panacea_jax.data.tokenizer import TOKENIZER_FILES
+from panacea_jax.disk import replacing_file
 from panacea_jax.errors import InputError
 from panacea_jax.models.adapter import BLOCK_OF, Adapter
 from panacea_jax.models.config import read_config
@@ -23,6 +24,7 @@ from panacea_jax.models.saving import entries, save_weights, write_file
 from panacea_jax.models.tensorfile import Entry, entries_of
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
+from panacea_jax.records.jsonl import encode_line
 from panacea_jax.stores import by_address
 from panacea_jax.train.checkpoints import read_checkpoint
 from panacea_jax.train.loop import Result
@@ -167,6 +169,21 @@ def save_epsilon(epsilon: Any, path: Path, metadata: dict[str, str]) -> None:
     if processes.first():
         path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, _epsilon_entries(epsilon), metadata)
+
+
+def save_record_weights(weights: Any, path: Path) -> None:
+    """Write the weight of each of the user's records, a JSON line each in their order: its number, from 1, and nothing that it says. Of
+    several processes, which must all call this, the first writes.
+
+    Args:
+        weights: of N records.
+        path: ``record_weights.jsonl``.
+    """
+    values = processes.to_host(weights)
+    if processes.first():
+        with replacing_file(path) as new:
+            lines = (encode_line({"record": i, "weight": float(w)}) for i, w in enumerate(values, 1))
+            new.write_bytes(b"".join(lines))
 
 
 def load_epsilon(path: Path) -> dict[str, Any] | Adapter:

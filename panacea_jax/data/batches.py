@@ -33,6 +33,8 @@ class Batch(NamedTuple):
             not valid; None where a row is one record.
         dropout: In a training step with dropout a raw random key for each row, else None.
         entering: What enters the lowest adapted layer, where it was computed before; see `train.entering`.
+        numbers: For a method that asks for them, the place in the set of each token's record, from 0;
+            0 where not valid.
     """
 
     tokens: Int32[Any, "B T"]
@@ -41,6 +43,7 @@ class Batch(NamedTuple):
     segments: Int32[Any, "B T"] | None = None
     dropout: UInt32[Any, "B _"] | None = None
     entering: Float[Any, "B T D"] | None = None
+    numbers: Int32[Any, "B T"] | None = None
 
     @property
     def records(self) -> Any:
@@ -157,6 +160,10 @@ class Stream:
             batches = [pad(chosen, length, self.rows) for chosen in several]
         return jax.tree.map(lambda *x: np.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *batches)
 
+    def numbered(self) -> "Stream":
+        """Itself, its batches with `Batch.numbers`."""
+        return replace(self, examples=[replace(e, number=i) for i, e in enumerate(self.examples)])
+
     def numbers(self, step: int) -> list[list[int]]:
         """Numbers of the records that a step takes, a list for each of its `repeats` batches."""
         n, name = len(self.examples), self.order or self.name
@@ -226,6 +233,8 @@ def pack(groups: Sequence[Sequence[Example]], length: int, rows: int) -> Batch:
     segments = np.zeros((rows, length), np.int32)
     known = next((example.entering for group in groups for example in group), None)
     entering = None if known is None else np.zeros((rows, length, known.shape[1]), known.dtype)
+    numbered = any(example.number is not None for group in groups for example in group)
+    numbers = np.zeros((rows, length), np.int32) if numbered else None
     for row, group in enumerate(groups):
         end = 0
         for number, example in enumerate(group, 1):
@@ -237,4 +246,6 @@ def pack(groups: Sequence[Sequence[Example]], length: int, rows: int) -> Batch:
             segments[row, start:end] = number
             if entering is not None:
                 entering[row, start:end] = example.entering
-    return Batch(tokens, loss_mask, segments > 0, segments, entering=entering)
+            if numbers is not None:
+                numbers[row, start:end] = example.number
+    return Batch(tokens, loss_mask, segments > 0, segments, entering=entering, numbers=numbers)

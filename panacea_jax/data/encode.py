@@ -30,12 +30,14 @@ class Example:
         loss_mask: the tokens to learn from: answers, and the marks of their ends.
         cut: the text went on behind the last of them.
         entering: what enters the lowest adapted layer at each token, where it was computed.
+        number: its place in its set, from 0, where a method asks for it.
     """
 
     tokens: Int32[np.ndarray, " n"]
     loss_mask: Bool[np.ndarray, " n"]
     cut: bool = False
     entering: Float[np.ndarray, "n D"] | None = None
+    number: int | None = None
 
     @classmethod
     def answering(cls, tokens: Int32[np.ndarray, " n"], prompt_length: int) -> "Example":

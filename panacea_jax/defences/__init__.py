@@ -3,6 +3,7 @@
 from panacea_jax.defences.antidote import Antidote
 from panacea_jax.defences.ascent import Ascent
 from panacea_jax.defences.asft import Asft
+from panacea_jax.defences.bds import Bds
 from panacea_jax.defences.booster import Booster, BoosterVaccine
 from panacea_jax.defences.constrained_sft import ConstrainedSft
 from panacea_jax.defences.ewc import Ewc
@@ -21,6 +22,7 @@ from panacea_jax.defences.realign import Realign
 from panacea_jax.defences.repnoise import RepNoise
 from panacea_jax.defences.resta import Resta
 from panacea_jax.defences.safe_delta import SafeDelta
+from panacea_jax.defences.safegrad import SafeGrad
 from panacea_jax.defences.safelora import SafeLora
 from panacea_jax.defences.safemerge import SafeMerge
 from panacea_jax.defences.sbr import Sbr
@@ -49,6 +51,8 @@ DEFENCES: dict[str, type[Method]] = {
     "vlguard": Vlguard,
     "sbr": Sbr,
     "constrained_sft": ConstrainedSft,
+    "safegrad": SafeGrad,
+    "bds": Bds,
     "ascent": Ascent,
     "random_perturbation": RandomPerturbation,
     "antidote": Antidote,
@@ -73,6 +77,7 @@ __all__ = [
     "Antidote",
     "Ascent",
     "ConstrainedSft",
+    "Bds",
     "Defence",
     "Ewc",
     "Kl",
@@ -88,6 +93,7 @@ __all__ = [
     "RandomVaccine",
     "Realign",
     "SafeDelta",
+    "SafeGrad",
     "SafeLora",
     "RepNoise",
     "Sbr",

@@ -5,7 +5,8 @@ more than ``WHOLE`` positions have the positions that count picked out first, by
 ``CHUNK`` of them at a time, as often as there are any: how many is found on the device, so it changes no shape. The gradient of a chunk is
 taken while its logits are there; the backward pass only scales it.
 
-A method may weigh tokens (constrained SFT): then it is their gradients that are weighed, and what is summed stays the cross-entropy.
+A method may weigh tokens, and learn by what each of them counts (BDS), or scale their gradients alone, so that what is summed stays the
+cross-entropy (constrained SFT).
 """
 
 from typing import Any
@@ -34,9 +35,10 @@ def summed_cross_entropy(
     targets: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
     mesh: Mesh,
-    weight: Partial | None = None,
+    weights: Float[Array, "B T"] | None = None,
+    scale: Partial | None = None,
 ) -> Float[Array, ""]:
-    """``Σ −log p(target | x)`` over the positions of the mask, in at least float32.
+    """``Σ −c log p(target | x)`` over the positions of the mask, in at least float32.
 
     Args:
         head: output head.
@@ -44,16 +46,17 @@ def summed_cross_entropy(
         targets: the token that each position is to predict.
         mask: positions that count.
         mesh: devices that the rows are split over.
-        weight: from each position's −log p what its gradient is scaled by, itself without one; the arrays that it holds are ``[B, T]``.
+        weights: c, of each position; None: 1. The gradient by a weight is the cross-entropy of its position.
+        scale: from each position's −log p what its gradient is scaled by, itself without one; the arrays that it holds are ``[B, T]``.
     """
     with jax.named_scope("cross_entropy"):
         parts = _parts(targets, mesh)
         if parts is None:
-            return _of_positions(head, x, targets, mask, weight)
-        _, (x, targets, mask, weight) = _counted_first(parts, mask, (x, targets, mask, weight))
+            return _of_positions(head, x, targets, mask, weights, scale)
+        _, (x, *others) = _counted_first(parts, mask, (x, targets, mask, weights, scale))
         if parts > 1:
             x = jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
-        return _in_chunks(head, x, targets, mask, weight)
+        return _in_chunks(head, x, *others)
 
 
 def token_cross_entropy(
@@ -126,14 +129,15 @@ def _of_positions(
     x: Float[Array, "P C D"],
     targets: Int[Array, "P C"],
     mask: Bool[Array, "P C"],
-    weight: Partial | None,
+    weights: Float[Array, "P C"] | None,
+    scale: Partial | None,
 ) -> Float[Array, ""]:
     each = _of_each(head, x, targets)
-    if weight is not None:
+    if scale is not None:
         still = jax.lax.stop_gradient(each)
         # The value stays, its gradient is scaled.
-        each = still + jax.lax.stop_gradient(weight(still)) * (each - still)
-    return jnp.where(mask, each, 0).sum()
+        each = still + jax.lax.stop_gradient(scale(still)) * (each - still)
+    return jnp.where(mask, each if weights is None else weights * each, 0).sum()
 
 
 @jax.custom_vjp
@@ -142,44 +146,52 @@ def _in_chunks(
     x: Float[Array, "P N D"],
     targets: Int[Array, "P N"],
     mask: Bool[Array, "P N"],
-    weight: Partial | None,
+    weights: Float[Array, "P N"] | None,
+    scale: Partial | None,
 ) -> Float[Array, ""]:
     """The sum over chunks of the positions (axis 1), which are picked: those that do not count come last."""
 
     def add(i: Int[Array, ""], total: Float[Array, ""]) -> Float[Array, ""]:
-        return total + _of_positions(head, *_chunk(i, (x, targets, mask, weight)))
+        return total + _of_positions(head, *_chunk(i, (x, targets, mask, weights, scale)))
 
     return jax.lax.fori_loop(0, _turns(mask), add, jnp.zeros((), wide(x.dtype)))
 
 
 def _with_gradient(
-    head: Any, x: Any, targets: Any, mask: Any, weight: Any
+    head: Any, x: Any, targets: Any, mask: Any, weights: Any, scale: Any
 ) -> tuple[Float[Array, ""], Any]:
-    """The sum, and its gradient by the positions, and by the head's matrix where that is trained."""
+    """The sum, and its gradient by the positions, by their weights if they have any, and by the head's matrix where that is trained."""
     trained = head.matrix.perturbed
-    head, *positions = custom_vjp_primal_tree_values((head, x, targets, mask, weight))
-    x, _, mask, _ = positions
-    wanted = (0, 1) if trained else (1,)
+    head, *positions = custom_vjp_primal_tree_values((head, x, targets, mask, weights, scale))
+    x, _, mask, weights, _ = positions
+    wanted = (*((0,) if trained else ()), 1, *(() if weights is None else (4,)))
 
     def add(i: Int[Array, ""], carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-        total, by_head, by_x = carry
+        total, by_head, by_each = carry
         pieces = _chunk(i, positions)
-        value, (*of_head, of_x) = jax.value_and_grad(_of_positions, wanted)(head, *pieces)
-        by_head = jax.tree.map(jnp.add, by_head, *of_head) if trained else None
-        return total + value, by_head, jax.lax.dynamic_update_slice_in_dim(by_x, of_x, i * CHUNK, 1)
+        value, found = jax.value_and_grad(_of_positions, wanted)(head, *pieces)
+        of_head, of_each = (found[0], found[1:]) if trained else (None, found)
+        by_head = jax.tree.map(jnp.add, by_head, of_head)
+        by_each = jax.tree.map(
+            lambda g, new: jax.lax.dynamic_update_slice_in_dim(g, new, i * CHUNK, 1), by_each, of_each
+        )
+        return total + value, by_head, by_each
 
-    by_head = jax.tree.map(jnp.zeros_like, head) if trained else None
-    start = (jnp.zeros((), wide(x.dtype)), by_head, jnp.zeros_like(x))
+    each = (x,) if weights is None else (x, weights)
+    by_head, by_each = jax.tree.map(jnp.zeros_like, (head if trained else None, each))
+    start = (jnp.zeros((), wide(x.dtype)), by_head, by_each)
     total, *gradients = jax.lax.fori_loop(0, _turns(mask), add, start)
     return total, tuple(gradients)
 
 
-def _scaled(gradients: tuple[Any, Any], by: Any) -> tuple[Any, Any, None, None, None]:
+def _scaled(gradients: tuple[Any, Any], by: Any) -> tuple[Any, Any, None, None, Any, None]:
     if isinstance(by, SymbolicZero):
-        return None, None, None, None, None
+        return None, None, None, None, None, None
     # In the wide dtype: rounded to bfloat16 the factor would be off by as much for every entry.
-    by_head, by_x = jax.tree.map(lambda g: (g.astype(by.dtype) * by).astype(g.dtype), gradients)
-    return by_head, by_x, None, None, None
+    by_head, (by_x, *by_weights) = jax.tree.map(
+        lambda g: (g.astype(by.dtype) * by).astype(g.dtype), gradients
+    )
+    return by_head, by_x, None, None, by_weights[0] if by_weights else None, None
 
 
 _in_chunks.defvjp(_with_gradient, _scaled, symbolic_zeros=True)

@@ -104,11 +104,11 @@ class Loss:
         params: Any,
         hidden: Float[Array, "B T D"],
         batch: Batch,
-        weight: Partial | None = None,
+        scale: Partial | None = None,
     ) -> Float[Array, ""]:
-        """Mean loss of final hidden states; 0 for a batch without response tokens. ``weight`` scales each token's gradient, as of
+        """Mean loss of final hidden states; 0 for a batch without response tokens. ``scale`` is of each token's gradient, see
         ``summed_cross_entropy``."""
-        total, tokens = self._sum(params, hidden, batch, weight)
+        total, tokens = self._sum(params, hidden, batch, scale=scale)
         return total / jnp.maximum(tokens, 1)
 
     def of_tokens(
@@ -123,17 +123,36 @@ class Loss:
         """Cross-entropy summed over response tokens, and their number: what a mean over several batches is made of."""
         return self._sum(params, self.forward(params, batch).hidden, batch)
 
+    def weighted(
+        self,
+        params: Any,
+        hidden: Float[Array, "B T D"],
+        batch: Batch,
+        weights: Float[Array, "B T"],
+    ) -> Float[Array, ""]:
+        """``Σ_t c_t CE_t`` over response tokens, of final hidden states.
+
+        Args:
+            params: trainable tree.
+            hidden: of the batch.
+            batch: tokens ``[B, T]``.
+            weights: c_t, of the token that is predicted; the gradient by one is that token's cross-entropy.
+        """
+        return self._sum(params, hidden, batch, weights)[0]
+
     def _sum(
         self,
         params: Any,
         hidden: Float[Array, "B T D"],
         batch: Batch,
-        weight: Partial | None = None,
+        weights: Float[Array, "B T"] | None = None,
+        scale: Partial | None = None,
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         # Position t predicts token t + 1, so the mask is shifted by one; the last position predicts nothing.
         targets, mask = batch.tokens[:, 1:], batch.loss_mask[:, 1:]
-        head = self.bind(params).decoder.head
-        total = summed_cross_entropy(head, hidden[:, :-1], targets, mask, self.model.mesh, weight)
+        shifted = None if weights is None else weights[:, 1:]
+        head, mesh = self.bind(params).decoder.head, self.model.mesh
+        total = summed_cross_entropy(head, hidden[:, :-1], targets, mask, mesh, shifted, scale)
         return total, mask.sum().astype(total.dtype)
 
 

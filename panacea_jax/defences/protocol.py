@@ -182,6 +182,10 @@ class Method:
         """The running mean of ε, of a method that keeps one."""
         return None
 
+    def record_weights(self, state: State) -> Float[Array, "N"] | None:
+        """The weight of each of the user's records, of a method that learns them."""
+        return None
+
     def report(self, params: Params, state: State) -> dict[str, Any] | None:
         """Figures for the manifest."""
         return None
@@ -207,6 +211,15 @@ class Defence(Method, ABC):
     def for_steps(self, steps: int) -> "Defence":
         """Itself, told the total number of steps before training begins (Lisa's warm-up)."""
         return self
+
+    def for_records(self, records: int) -> "Defence":
+        """Itself, told the number of the user's records. A method that has this gets ``Batch.numbers`` with the user's batches."""
+        return self
+
+    @property
+    def by_record(self) -> bool:
+        """Whether it tells the user's records apart."""
+        return type(self).for_records is not Defence.for_records
 
     def last_pass(self, loss: Loss, params: Params, sets: Sets, state: State) -> State:
         """A look at whole data sets after the last step (Panacea's ε of the whole harmful set); run as ``first_pass``."""

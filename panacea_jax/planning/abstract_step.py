@@ -75,6 +75,7 @@ def abstract_step(
             f"config.defence.name = {config.defence.name}: acts in one shot; there is no step to plan"
         )
     defence = defence.for_steps(config.train.steps or 1)  # any number: it decides no shape
+    defence = defence.for_records(config.data.num_examples or 1)  # 0: as many as the source holds, a few bytes each
     optimizer = optimizer_of(config.optimizer, config.optimizer.learning_rate, defence)
     state = jax.eval_shape(lambda params: fresh_state(params, defence, optimizer), params)
     shardings = state_shardings(state, params)
@@ -88,6 +89,8 @@ def abstract_step(
         return Batch(*(_like((rows, length), kind, batch_sharding(mesh)) for kind in kinds))
 
     batches = {name: batch(size) for name, size in stream_sizes(config, defence).items()}
+    if defence.by_record:
+        batches["user"] = batches["user"]._replace(numbers=batches["user"].tokens)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = _like(key.shape, key.dtype, replicated(mesh))
     weights = None if full else base

@@ -29,6 +29,7 @@ WIDTH = 140  # of tables in a file
 # Beside what is deployed, in the order in which they are listed.
 FILES = {
     "finetune/epsilon.safetensors": "ε on its own",
+    "finetune/record_weights.jsonl": "the weight of each of the user's records, by number",
     "finetune/metrics.jsonl": "losses and norms by step",
     "finetune/loss.png": "the losses drawn",
     "heal/heal.md": "healing methods side by side",

@@ -28,7 +28,14 @@ from panacea_jax.defences.ascent import AUTO
 from panacea_jax.defences.protocol import check_packing, has_steps
 from panacea_jax.disk import check_there, replacing
 from panacea_jax.errors import InputError
-from panacea_jax.export import deployed, save_epsilon, save_model, warn_if_bare, write_adapter
+from panacea_jax.export import (
+    deployed,
+    save_epsilon,
+    save_model,
+    save_record_weights,
+    warn_if_bare,
+    write_adapter,
+)
 from panacea_jax.healing.auto import ascend_auto, at_chosen_radius
 from panacea_jax.healing.curve import write_radius
 from panacea_jax.healing.sets import HeldOutSet
@@ -79,6 +86,7 @@ SINCE: dict[str, dict[str, object]] = {
         "margin_benign": None, "margin_harmful": None, "depth": None, "refusal": None,
         "first_factor": None, "early_factor": None, "early_tokens": None, "prompts": None,
         "gamma": None, "safe": None, "weight": None, "merge": None, "k": None,
+        "logit_rate": None, "weighting": None,
     },
     "train": {"accumulate": 1, "validate_every": 0, "patience": 0},
     "lora": {"rslora": False, "dropout": 0.0, "layers": ""},
@@ -234,6 +242,10 @@ def train_stage(
         # ---- export
         with spent("save"):
             epsilon = export(config, stage.folder, start, result, defence.epsilon_mean(result.state))
+            weights = defence.record_weights(result.state)
+            if weights is not None:
+                save_record_weights(weights, path := stage.folder / "record_weights.jsonl")
+                say(f"{path}: the weight of each of the user's {len(weights)} records")
         report = defence.report(params, result.state)
         attention = choose_backend(config.model.attention, model.config, model.dtype, opened.mesh.devices.flat[0])  # fmt: skip
         outcome = {

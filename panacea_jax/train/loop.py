@@ -120,6 +120,9 @@ def finetune(
     # ---- what is asked for
     defence, spent = defence.for_steps(steps), spent or Goodput()
     needed = streams_of(model, defence, streams)
+    if defence.by_record:
+        defence = defence.for_records(len(needed["user"].examples))
+        needed["user"] = needed["user"].numbered()
     if any(stream.packing for stream in streams.values()):
         check_packing(defence)
     for name, stream in needed.items():

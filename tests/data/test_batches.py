@@ -145,3 +145,15 @@ def test_taken_are_the_records_of_the_first_batches(shuffle: bool):
         found = {int(row[0]) for step in range(steps) for row in stream.batch(step).tokens}
         assert stream.taken(steps) == sorted(found)
     assert len(stream.taken(2)) == 8
+
+
+@pytest.mark.parametrize("more", [{}, {"packing": True}, {"repeats": 2}, {"row_multiple": 4}])
+def test_numbers_say_whose_each_token_is(more: dict):
+    """Token by token, however rows are made; tokens begin at 100·number + 1. Unasked, a batch has none, and is else the same."""
+    plain = stream([example(i, 2 + i, 1) for i in range(5)], 3, shuffle=True, **more)
+    for step in range(4):
+        batch = plain.numbered().batch(step)
+        expected = np.where(batch.valid, batch.tokens // 100, 0)
+        np.testing.assert_array_equal(batch.numbers, expected)
+        assert batch.numbers.dtype == np.int32 and plain.batch(step).numbers is None
+        np.testing.assert_array_equal(batch.tokens, plain.batch(step).tokens)

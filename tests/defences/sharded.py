@@ -15,7 +15,7 @@ from panacea_jax.parallel.mesh import make_mesh
 from panacea_jax.parallel.sharding import batch_rows
 from panacea_jax.train.loop import finetune
 from panacea_jax.train.optimizer import make_optimizer
-from tests.defences.test_finetuning_runs import METHODS
+from tests.defences.test_finetuning_runs import FULL, METHODS
 from tests.parallel.sharded import TARGETS, examples
 
 
@@ -46,8 +46,7 @@ def main(folder):
     jax.config.update("jax_enable_x64", True)
     sharded, single = make_mesh(1, 4, 2), make_mesh(1, 1, 1, devices=jax.devices()[:1])
     found = {}
-    full_too = [(f"{name}_full", METHODS[name]) for name in ("ewc", "sbr", "constrained_sft")]
-    for name, defence in [*METHODS.items(), *full_too]:
+    for name, defence in [*METHODS.items(), *((f"{name}_full", METHODS[name]) for name in FULL)]:
         full = name.endswith("_full")
         _, ours = train(folder, sharded, defence, full)
         start, alone = train(folder, single, defence, full)

@@ -28,7 +28,16 @@ def gradient(folder, mesh, full):
     mask = np.arange(50) >= starts
     batch = jax.device_put(Batch(tokens, mask, np.ones_like(mask)), batch_sharding(mesh))
     found = jax.jit(lambda loss, p, b: (*jax.value_and_grad(loss)(p, b), of_tokens(loss, p, b)))(Loss.of(model), params, batch)
-    return jax.device_get(found)
+    shares = jax.device_put(rng.uniform(0.5, 2, tokens.shape).astype(np.float32), batch_sharding(mesh))
+    return jax.device_get((*found, _by_shares(Loss.of(model), params, batch, shares)))
+
+
+@jax.jit
+def _by_shares(loss, params, batch, shares):
+    def weighted(params, shares):
+        return loss.weighted(params, loss.forward(params, batch).hidden, batch, shares)
+
+    return jax.grad(weighted, (0, 1))(params, shares)
 
 
 def of_tokens(loss, params, batch):
@@ -47,6 +56,7 @@ def main(folder):
             errors[f"loss {full}"] = abs(float(many[0] / one[0]) - 1)
             errors[f"gradient {full}"] = difference(many[1], one[1])
             errors[f"tokens {full}"] = difference(many[2], one[2])
+            errors[f"weighted {full}"] = max(map(difference, many[3], one[3]))
         found[str(sizes)] = errors
     print(json.dumps(found))
 

@@ -98,7 +98,7 @@ def test_the_weighed_sum_in_chunks_is_that_of_pytorch(chunk, monkeypatch):
         arrays = [jnp.asarray(a) for a in (targets, mask, start, beta)]
 
         def ours(matrix, x, weight):
-            return cross_entropy.summed_cross_entropy(Head(matrix, False, None), x, *arrays[:2], make_mesh(), weight)
+            return cross_entropy.summed_cross_entropy(Head(matrix, False, None), x, *arrays[:2], make_mesh(), scale=weight)
 
         weight = Partial(token_weight, arrays[3], arrays[2])
         both = jax.jit(jax.value_and_grad(ours, (0, 1)))

@@ -49,24 +49,29 @@ def batch(mask):
 
 @pytest.mark.parametrize("name", masks())
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_sum_and_its_gradients_are_those_of_pytorch(name, tied, small_chunks):
-    """By hidden states and head, in float64; with a soft cap where the head is tied. Here nothing is shared with what is tested."""
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_sum_and_its_gradients_are_those_of_pytorch(name, tied, weighted, small_chunks):
+    """By hidden states, head and weights, in float64; with a soft cap where the head is tied. Nothing is shared with what is tested."""
     mask, cap = masks()[name], 3.0 if tied else None
     with jax.enable_x64(True):
         rng = np.random.default_rng(1)
         x, matrix = rng.normal(size=(ROWS, LENGTH, 8)), rng.normal(size=(60, 8) if tied else (8, 60))
         targets = rng.integers(0, 60, mask.shape)
+        given = (matrix, x, rng.uniform(-1, 2, mask.shape)) if weighted else (matrix, x)
 
-        def ours(matrix, x):
+        def ours(matrix, x, *weights):
             head = Head(matrix, tied, cap)
-            return 0.7 * cross_entropy.summed_cross_entropy(head, x, jnp.asarray(targets), jnp.asarray(mask), make_mesh())  # fmt: skip
+            where = jnp.asarray(targets), jnp.asarray(mask), make_mesh()
+            return 0.7 * cross_entropy.summed_cross_entropy(head, x, *where, *weights)
 
-        value, found = jax.jit(jax.value_and_grad(ours, (0, 1)))(jnp.asarray(matrix), jnp.asarray(x))
-    leaves = [torch.tensor(a, requires_grad=True) for a in (matrix, x)]
+        gradient = jax.jit(jax.value_and_grad(ours, tuple(range(len(given)))))
+        value, found = gradient(*map(jnp.asarray, given))
+    leaves = [torch.tensor(a, requires_grad=True) for a in given]
     logits = leaves[1] @ (leaves[0].T if tied else leaves[0])
     logits = logits if cap is None else torch.tanh(logits / cap) * cap
     chosen = torch.tensor(mask.copy())
-    total = 0.7 * torch.nn.functional.cross_entropy(logits[chosen], torch.tensor(targets)[chosen], reduction="sum")  # fmt: skip
+    each = torch.nn.functional.cross_entropy(logits[chosen], torch.tensor(targets)[chosen], reduction="none")
+    total = 0.7 * (each * leaves[2][chosen] if weighted else each).sum()
     total.backward()
     assert float(value) == pytest.approx(float(total.detach()), rel=1e-12)
     for a, b in zip(found, leaves):
@@ -188,7 +193,7 @@ def test_memory_at_a_vocabulary_of_256k(monkeypatch):
 
 
 def test_eight_devices_pick_from_their_own_rows(tmp_path):
-    """Loss and gradients on a mesh with all axes, by an adapter and by all weights."""
+    """Loss and gradients on a mesh with all axes, by an adapter and by all weights, and by a weight of each token."""
     found = on_devices("tests.defences.sharded_cross_entropy", write_model(tmp_path / "base"))
     for mesh, errors in found.items():
         assert max(errors.values()) < 2e-6, (mesh, errors)

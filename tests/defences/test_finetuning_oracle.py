@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from panacea_jax.data.batches import Stream
-from panacea_jax.defences import Ewc, Kl, Ldifs, Lisa, Vlguard
+from panacea_jax.defences import Bds, Ewc, Kl, Ldifs, Lisa, SafeGrad, Vlguard
 from panacea_jax.export import epsilon_tensors
 from panacea_jax.models.full import full_parameters
 from panacea_jax.models.peft import adapter_tensors
 from panacea_jax.train.loop import finetune
 from panacea_jax.train.optimizer import make_optimizer
 from tests import torch_oracle as oracle
-from tests.defences.oracles import ewc, kl, ldifs, lisa, vlguard
+from tests.defences.oracles import bds, ewc, kl, ldifs, lisa, safegrad, vlguard
 from tests.train import test_oracle
 
 STEPS = 5
@@ -32,13 +32,13 @@ def streams():
     }
 
 
-def torch_run(setting, full, rule, **hyper):
+def torch_run(setting, full, rule, lr=LR, **hyper):
     """Trained by the oracle's gradients, clip and AdamW; by PEFT name."""
     model, _, (base, folder), _ = setting
     dtype = getattr(torch, str(model.dtype))
     theirs = oracle.load_full(base, dtype) if full else oracle.load(base, folder, dtype)
     params = oracle.trainable(theirs)
-    optimizer = torch.optim.AdamW(params.values(), lr=LR, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(params.values(), lr=lr, weight_decay=0.1)
     given = streams()
     for grads in rule(theirs, given["user"], given["alignment"], STEPS, **hyper):
         for p, g in zip(params.values(), grads):
@@ -49,12 +49,12 @@ def torch_run(setting, full, rule, **hyper):
     return oracle.by_peft_name(params)
 
 
-def our_run(setting, full, defence):
+def our_run(setting, full, defence, lr=LR):
     model, params, _, _ = setting
     if full:
         model, params = full_parameters(model)
     return finetune(
-        model, params, defence, streams(), optimizer=make_optimizer(LR), steps=STEPS, log_every=1
+        model, params, defence, streams(), optimizer=make_optimizer(lr), steps=STEPS, log_every=1
     )
 
 
@@ -67,16 +67,16 @@ def largest(ours, theirs):
     return max(float(np.linalg.norm(ours[n] - x) / np.linalg.norm(x)) for n, x in theirs.items())
 
 
-def compare(setting, full, defence, rule, **hyper):
+def compare(setting, full, defence, rule, lr=LR, **hyper):
     """Every tensor agrees, and is not what plain fine-tuning gives."""
     *_, tolerance = setting
-    ours = our_run(setting, full, defence)
+    ours = our_run(setting, full, defence, lr)
     moved = names(ours.params, full)
-    theirs = torch_run(setting, full, rule, **hyper)
+    theirs = torch_run(setting, full, rule, lr, **hyper)
     error = largest(moved, theirs)
     print(f"{type(defence).__name__} {tolerance:.0e} full={full}: {error:.1e}")
     assert error < tolerance
-    plain = torch_run(setting, full, vlguard.gradients, lam=0)
+    plain = torch_run(setting, full, vlguard.gradients, lr, lam=0)
     assert largest(moved, plain) > max(1e-3, 10 * tolerance)
     return ours
 
@@ -123,3 +123,25 @@ def test_kl(setting, full):
 @both
 def test_vlguard_sum(setting, full):
     compare(setting, full, Vlguard(mode="sum", lam=0.7), vlguard.gradients, lam=0.7)
+
+
+@both
+def test_safegrad(setting, full):
+    """The first step, at w₀, has nothing to project; later ones have. At longer steps than the others: near w₀ the direction of g_a is a
+    difference of nearly equal probabilities, of which float32 leaves few digits."""
+    conflicts: list[bool] = []
+    hyper = {"rho": 3.0, "conflicts": conflicts}
+    compare(setting, full, SafeGrad(rho=3.0), safegrad.gradients, lr=1e-2, **hyper)
+    assert any(conflicts) and not all(conflicts), conflicts
+
+
+@both
+@pytest.mark.parametrize("weighting", ["softmax", "sigmoid"])
+def test_bds(setting, full, weighting):
+    """The weights too, of which some fall and by softmax others rise."""
+    learnt: list[np.ndarray] = []
+    sigmoid = weighting == "sigmoid"
+    defence = Bds(logit_rate=0.1, weighting=weighting)
+    ours = compare(setting, full, defence, bds.gradients, rate=0.1, sigmoid=sigmoid, learnt=learnt)
+    assert learnt[-1].min() < -0.1 and (learnt[-1].max() > 0.1) is not sigmoid
+    assert np.linalg.norm(ours.state.logits - learnt[-1]) < setting[3] * np.linalg.norm(learnt[-1])

@@ -37,6 +37,8 @@ ROWS = {
     "vlguard": ("finetune", "alignment", "1 (user 1)"),
     "sbr": ("finetune", "harmful", "2 (user 1, harmful 1); once 0.5 batches of harmful"),
     "constrained_sft": ("finetune", "none", "1.5 (user 1.5)"),
+    "safegrad": ("finetune", "alignment", "2.5 (user 1, alignment 1.5)"),
+    "bds": ("finetune", "alignment", "2 (user 1, alignment 1)"),
     "ascent": ("heal", "harmful", "once 1 over all harmful"),
     "random_perturbation": ("heal", "none", "none"),
     "antidote": ("heal", "harmful", "once 0.5 over all harmful"),

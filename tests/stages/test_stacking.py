@@ -41,6 +41,8 @@ TRAINED = {
     "booster+ldifs+ascent": ["--config.heal.defence.rho=0.5"],
     "booster_vaccine+ewc+random_perturbation": [],
     "repnoise+kl+unlearn": ["--config.align.defence.paired=False"],
+    "sft+safegrad+random_perturbation": [],
+    "sft+bds+random_perturbation": [],
     "tar+vlguard+random_perturbation": [
         "--config.align.defence.inner_steps=2", "--config.align.defence.inner_every=1", "--config.defence.mode=sum",
     ],

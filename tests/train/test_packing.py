@@ -11,6 +11,7 @@ from panacea_jax.data.batches import Stream, pack, pad
 from panacea_jax.data.encode import Example
 from panacea_jax.defences import (
     DEFENCES,
+    Bds,
     Booster,
     BoosterVaccine,
     ConstrainedSft,
@@ -23,6 +24,7 @@ from panacea_jax.defences import (
     Panacea,
     RandomVaccine,
     RepNoise,
+    SafeGrad,
     Sbr,
     Sft,
     Tar,
@@ -66,6 +68,8 @@ METHODS = [
     Sbr(lam=5.0, prompts=3),
     ConstrainedSft(beta=2.0),
     Triplet(refusal=0.5),
+    SafeGrad(rho=2.0),
+    Bds(logit_rate=0.1),
 ]
 
 
