@@ -78,7 +78,7 @@ def centres(states: _States, tokens: Bool[Array, "B T"]) -> Float[Array, "L D"]:
 
 
 def hinges(
-    states: _States, start: _States, centre: Float[Array, "L D"], tokens: Bool[Array, "B T"], margin: float, benign: bool
+    states: _States, start: _States, centre: Float[Array, "L D"], tokens: Bool[Array, "B T"], margin: float | int, benign: bool
 ) -> Float[Array, ""]:
     """The hinge summed over layers and tokens, one layer at a time; ``benign`` says which of the two."""
     dtype, rounding = wide(states.dtype), rounding_of(states.dtype)
@@ -162,7 +162,7 @@ class Triplet(Anchored):
             tokens = {name: batch.loss_mask for name, batch in batches.items()}
             centre = centres(states["harmful"], tokens["harmful"])
 
-            def hinge(name: str, margin: float, layers: slice, benign: bool) -> Float[Array, ""]:
+            def hinge(name: str, margin: float | int, layers: slice, benign: bool) -> Float[Array, ""]:
                 return hinges(states[name][layers], start[name][layers], centre[layers], tokens[name], margin, benign)
 
             benign = hinge("user", self.margin_benign, every, True) + hinge("benign", self.margin_benign, every, True)

@@ -61,7 +61,7 @@ METHODS = [
     Ewc(lam=10.0),
     Kl(lam=1.0),
     Vlguard(mode="sum", lam=0.5),
-    Triplet(refusal=0.5),
+    Triplet(alpha=0.05, refusal=0.5),
 ]
 
 
