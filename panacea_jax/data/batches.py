@@ -246,6 +246,6 @@ def pack(groups: Sequence[Sequence[Example]], length: int, rows: int) -> Batch:
             segments[row, start:end] = number
             if entering is not None:
                 entering[row, start:end] = example.entering
-            if numbers is not None:
+            if numbers is not None and example.number is not None:
                 numbers[row, start:end] = example.number
     return Batch(tokens, loss_mask, segments > 0, segments, entering=entering, numbers=numbers)

@@ -128,9 +128,9 @@ class SafeMerge(Method):
         """Raises:
         InputError: the safe adapter has not every module of the other or, where factors are added, another rank.
         """
-        if missing := [t for t in params.targets if t not in safe.targets] or [n for n in params.adapted if n not in safe.adapted]:
-            what = f"layer {missing[0]}" if isinstance(missing[0], int) else missing[0]
-            raise InputError(f"config.defence.safe: {folder} does not adapt {what}, which is to be merged")
+        missing = [t for t in params.targets if t not in safe.targets] + [f"layer {n}" for n in params.adapted if n not in safe.adapted]
+        if missing:
+            raise InputError(f"config.defence.safe: {folder} does not adapt {missing[0]}, which is to be merged")
         if self.merge == "factors" and safe.rank != params.rank:
             raise InputError(f"config.defence.merge = factors: {folder} has rank {safe.rank}, the adapter that is healed {params.rank}")
 

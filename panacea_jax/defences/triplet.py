@@ -23,7 +23,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from panacea_jax.defences.dropout import without_dropout
@@ -61,7 +60,7 @@ def cosine_distance(u: Float[Array, "*N D"], v: Float[Array, "*N D"]) -> Float[A
 def distance(h: Float[Array, "*N D"], start: Float[Array, "*N D"], rounding: float) -> Float[Array, "*N"]:
     """``[‖h − h⁰‖ − rounding · ‖h⁰‖]₊``, with no gradient where it is 0."""
     norm, least = (
-        jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1), float(np.finfo(x.dtype).tiny))) for x in (h - start, start)
+        jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1), float(jnp.finfo(x.dtype).tiny))) for x in (h - start, start)
     )
     return jax.nn.relu(norm - rounding * least)
 
@@ -78,7 +77,7 @@ def centres(states: _States, tokens: Bool[Array, "B T"]) -> Float[Array, "L D"]:
 
 
 def hinges(
-    states: _States, start: _States, centre: Float[Array, "L D"], tokens: Bool[Array, "B T"], margin: float, benign: bool
+    states: _States, start: _States, centre: Float[Array, "L D"], tokens: Bool[Array, "B T"], margin: float | int, benign: bool
 ) -> Float[Array, ""]:
     """The hinge summed over layers and tokens, one layer at a time; ``benign`` says which of the two."""
     dtype, rounding = wide(states.dtype), rounding_of(states.dtype)
@@ -162,7 +161,7 @@ class Triplet(Anchored):
             tokens = {name: batch.loss_mask for name, batch in batches.items()}
             centre = centres(states["harmful"], tokens["harmful"])
 
-            def hinge(name: str, margin: float, layers: slice, benign: bool) -> Float[Array, ""]:
+            def hinge(name: str, margin: float | int, layers: slice, benign: bool) -> Float[Array, ""]:
                 return hinges(states[name][layers], start[name][layers], centre[layers], tokens[name], margin, benign)
 
             benign = hinge("user", self.margin_benign, every, True) + hinge("benign", self.margin_benign, every, True)

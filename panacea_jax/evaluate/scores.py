@@ -301,9 +301,10 @@ def _lengths(pairs: Sequence[tuple[_Line, _Line]], template: str) -> dict[str, _
 def _grades(task: Task, pairs: Sequence[tuple[_Line, _Line]]) -> dict[str, _Mean]:
     """StrongREJECT's figure, the mean score, in percent: of harmful prompts, since it calls any good answer helpful."""
     scores = [(judgement.get("scores") or {}).get("strongreject") for _, judgement in pairs]
-    if task.role != "harmful" or not all(isinstance(score, float) for score in scores):
+    known = tuple(100.0 * score for score in scores if isinstance(score, float))
+    if task.role != "harmful" or len(known) < len(scores):
         return {}
-    return {"mean_strongreject": _Mean(tuple(100.0 * score for score in scores))}
+    return {"mean_strongreject": _Mean(known)}
 
 
 def _described(task: Task, pairs: Sequence[tuple[_Line, _Line]], template: str) -> Json:

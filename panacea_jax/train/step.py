@@ -83,7 +83,9 @@ def state_shardings(state: Any, params: Any) -> Any:
         if is_params(node):
             return like
         if isinstance(node, LikeWeights) and isinstance(scalar, jax.sharding.NamedSharding):
-            return jax.tree.map_with_path(lambda path, x: weight_sharding(scalar.mesh, _path(path), x.shape), node)
+            mesh = scalar.mesh
+            assert isinstance(mesh, jax.sharding.Mesh)
+            return jax.tree.map_with_path(lambda path, x: weight_sharding(mesh, _path(path), x.shape), node)
         return jax.tree.map(lambda _: scalar, node)
 
     return jax.tree.map(place, state, is_leaf=lambda node: isinstance(node, LikeWeights) or is_params(node))

@@ -67,7 +67,7 @@ METHODS = [
     Vlguard(mode="sum", lam=0.5),
     Sbr(lam=5.0, prompts=3),
     ConstrainedSft(beta=2.0),
-    Triplet(refusal=0.5),
+    Triplet(alpha=0.05, refusal=0.5),
     SafeGrad(rho=2.0),
     Bds(logit_rate=0.1),
 ]
