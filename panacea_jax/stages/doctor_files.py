@@ -46,17 +46,19 @@ def _tokenizer(report: Report, config: ConfigDict) -> Vocabulary | None:
 
 def _judge(report: Report, config: ConfigDict) -> None:
     """What the judge reads, and whether its folder can be used."""
-    name, path = config.judge.name, config.judge.path
+    name, places = config.judge.name, {key: config.judge[key] for key in ("path", "adapter") if config.judge[key]}
     if not needs_model(name):
         report.table("judge", ("", ""), [(name, "word lists; needs no model")])
         return
     with report.noting():
-        try:
-            local = files.local(path) is not None
-        except InputError as error:
-            raise InputError(f"config.judge.path: {error}") from error
+        local = True
+        for key, where in places.items():
+            try:
+                local = local and files.local(where) is not None
+            except InputError as error:
+                raise InputError(f"config.judge.{key}: {error}") from error
         read = make_judge(config).version if local else NOT_LOOKED_AT
-        report.table("judge", ("", ""), [(name, path), ("judge version", read)])
+        report.table("judge", ("", ""), [(name, " + ".join(places.values())), ("judge version", read)])
 
 
 def _sources(report: Report, config: ConfigDict, vocabulary: Vocabulary | None) -> None:

@@ -93,10 +93,11 @@ def fingerprint_of(sets: Sequence[HeldOutSet]) -> dict[str, str]:
 
 def decisive_for_exam(config: ConfigDict) -> dict[str, Any]:
     """What else decides a choice that is made by them."""
+    adapter = {"adapter": config.judge.adapter} if config.judge.adapter else {}
     return {
         "budget": config.budget.to_dict(),
         "new_tokens": config.heal.new_tokens,
-        "judge": {"name": config.judge.name, "path": config.judge.path},
+        "judge": {"name": config.judge.name, "path": config.judge.path, **adapter},
     }
 
 

@@ -198,7 +198,12 @@ def test_judge(config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture
     output = capsys.readouterr().out
     assert cells(output, "beaver_dam") == [str(tmp_path / "beaver")]
     assert cells(output, "judge version") == [make_judge(config).version]
-    config.judge.path = "PKU-Alignment/beaver-dam-7b"
+    config.judge.adapter = "owner/adapter"  # which is not fetched to look at it
+    doctor(config)
+    output = capsys.readouterr().out
+    assert cells(output, "beaver_dam") == [f"{tmp_path / 'beaver'} + owner/adapter"]
+    assert cells(output, "judge version") == ["hub id; not looked at"]
+    config.judge.update({"path": "PKU-Alignment/beaver-dam-7b", "adapter": ""})
     doctor(config)
     assert cells(capsys.readouterr().out, "judge version") == ["hub id; not looked at"]
     config.judge.path = str(tmp_path / "nowhere")
