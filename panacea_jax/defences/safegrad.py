@@ -8,12 +8,13 @@ Stage: fine-tuning. Passes per step: 2½, 1 on the user's batch and 1½ on align
 parameters are trained). Extra memory: w₀, a second gradient, and two ``[B, T, V]`` of logits. Extra data: ``alignment``.
 
 Differs from SFT in the direction. The teacher is the same base with the starting adapter: no second base in LoRA mode. At w = w₀, as at
-the start, g_a is 0 but for rounding: where ‖g_a‖ is below a share of ‖g_u‖ that rounding explains, nothing is projected.
+the start, g_a is 0 but for rounding: where ‖g_a‖ is below a share of ‖g_u‖ that rounding explains, g is g_u. Nothing is projected then,
+and nothing added: of entries without a gradient of the task's, such as embeddings of other words, Adam would make whole steps of rounding.
 
 Read from the abstract and two public re-implementations that quote the equations. Both have the inner products over all tensors together,
 so one conflict or none a step, and g_a added with the weight ρ = 1; so has this. Open is over which positions of an alignment record the
 divergence is taken. Here: those that predict its response, and their mean. The authors' code is said to sum over prompts and padding too
-and to divide by the number of response tokens, so that ρ would depend on how a batch is padded; for the share it has ‖g_a‖² > 1e-9.
+and to divide by the number of response tokens, so that ρ would depend on how a batch is padded, and to project where ‖g_a‖² > 1e-9.
 """
 
 import dataclasses
@@ -41,7 +42,7 @@ from panacea_jax.defences.protocol import (
 )
 from panacea_jax.perturbation import inner
 
-# ‖g_a‖ / ‖g_u‖ up to which g_a is rounding, and has no direction.
+# ‖g_a‖ / ‖g_u‖ up to which g_a is rounding and has no direction.
 ROUNDING = 1e-5
 
 
@@ -92,9 +93,11 @@ class SafeGrad(Anchored):
         kl, a = jax.value_and_grad(apart)(params)
 
         along, of_g, of_a = inner(g, a), inner(g, g), inner(a, a)
-        conflict = (along < 0) & (of_a > ROUNDING**2 * of_g)
+        told = of_a > ROUNDING**2 * of_g
+        conflict = told & (along < 0)
         taken = jnp.where(conflict, along / jnp.where(conflict, of_a, 1.0), 0.0)
-        grads = jax.tree.map(lambda g, a: g + (self.rho - taken).astype(a.dtype) * a, g, a)
+        factor = jnp.where(told, self.rho - taken, 0.0)
+        grads = jax.tree.map(lambda g, a: g + factor.astype(a.dtype) * a, g, a)
 
         lengths = jnp.sqrt(of_g) * jnp.sqrt(of_a)
         cosine = along / jnp.where(lengths > 0, lengths, 1.0)

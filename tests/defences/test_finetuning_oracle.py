@@ -32,13 +32,13 @@ def streams():
     }
 
 
-def torch_run(setting, full, rule, lr=LR, **hyper):
+def torch_run(setting, full, rule, **hyper):
     """Trained by the oracle's gradients, clip and AdamW; by PEFT name."""
     model, _, (base, folder), _ = setting
     dtype = getattr(torch, str(model.dtype))
     theirs = oracle.load_full(base, dtype) if full else oracle.load(base, folder, dtype)
     params = oracle.trainable(theirs)
-    optimizer = torch.optim.AdamW(params.values(), lr=lr, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(params.values(), lr=LR, weight_decay=0.1)
     given = streams()
     for grads in rule(theirs, given["user"], given["alignment"], STEPS, **hyper):
         for p, g in zip(params.values(), grads):
@@ -49,12 +49,12 @@ def torch_run(setting, full, rule, lr=LR, **hyper):
     return oracle.by_peft_name(params)
 
 
-def our_run(setting, full, defence, lr=LR):
+def our_run(setting, full, defence):
     model, params, _, _ = setting
     if full:
         model, params = full_parameters(model)
     return finetune(
-        model, params, defence, streams(), optimizer=make_optimizer(lr), steps=STEPS, log_every=1
+        model, params, defence, streams(), optimizer=make_optimizer(LR), steps=STEPS, log_every=1
     )
 
 
@@ -67,16 +67,16 @@ def largest(ours, theirs):
     return max(float(np.linalg.norm(ours[n] - x) / np.linalg.norm(x)) for n, x in theirs.items())
 
 
-def compare(setting, full, defence, rule, lr=LR, **hyper):
+def compare(setting, full, defence, rule, **hyper):
     """Every tensor agrees, and is not what plain fine-tuning gives."""
     *_, tolerance = setting
-    ours = our_run(setting, full, defence, lr)
+    ours = our_run(setting, full, defence)
     moved = names(ours.params, full)
-    theirs = torch_run(setting, full, rule, lr, **hyper)
+    theirs = torch_run(setting, full, rule, **hyper)
     error = largest(moved, theirs)
     print(f"{type(defence).__name__} {tolerance:.0e} full={full}: {error:.1e}")
     assert error < tolerance
-    plain = torch_run(setting, full, vlguard.gradients, lr, lam=0)
+    plain = torch_run(setting, full, vlguard.gradients, lam=0)
     assert largest(moved, plain) > max(1e-3, 10 * tolerance)
     return ours
 
@@ -127,11 +127,9 @@ def test_vlguard_sum(setting, full):
 
 @both
 def test_safegrad(setting, full):
-    """The first step, at w₀, has nothing to project; later ones have. At longer steps than the others: near w₀ the direction of g_a is a
-    difference of nearly equal probabilities, of which float32 leaves few digits."""
+    """The first step, at w₀, has nothing to project; later ones have."""
     conflicts: list[bool] = []
-    hyper = {"rho": 3.0, "conflicts": conflicts}
-    compare(setting, full, SafeGrad(rho=3.0), safegrad.gradients, lr=1e-2, **hyper)
+    compare(setting, full, SafeGrad(rho=3.0), safegrad.gradients, rho=3.0, conflicts=conflicts)
     assert any(conflicts) and not all(conflicts), conflicts
 
 

@@ -24,10 +24,11 @@ def gradients(model, user, alignment, steps, *, rho, conflicts=None):
         # One row a position, so "batchmean" is their mean.
         safe = oracle.gradients(model, torch.nn.functional.kl_div(student, expected, reduction="batchmean"))
         g, a = (torch.cat([x.reshape(-1) for x in tree]) for tree in (task, safe))
-        conflict = bool(g @ a < 0) and bool(a.norm() > 1e-5 * g.norm())
+        told = bool(a.norm() > 1e-5 * g.norm())
+        conflict = told and bool(g @ a < 0)
         if conflicts is not None:
             conflicts.append(conflict)
         if conflict:
             g = g - (g @ a) / (a @ a) * a
-        pieces = torch.split(g + rho * a, [x.numel() for x in task])
+        pieces = torch.split(g + told * rho * a, [x.numel() for x in task])
         yield [piece.reshape(x.shape) for piece, x in zip(pieces, task)]
