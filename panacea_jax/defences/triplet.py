@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from panacea_jax.defences.dropout import without_dropout
@@ -60,14 +61,15 @@ def cosine_distance(u: Float[Array, "*N D"], v: Float[Array, "*N D"]) -> Float[A
 def distance(h: Float[Array, "*N D"], start: Float[Array, "*N D"], rounding: float) -> Float[Array, "*N"]:
     """``[‖h − h⁰‖ − rounding · ‖h⁰‖]₊``, with no gradient where it is 0."""
     norm, least = (
-        jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1), float(jnp.finfo(x.dtype).tiny))) for x in (h - start, start)
+        jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1), float(np.finfo(x.dtype).tiny))) for x in (h - start, start)
     )
     return jax.nn.relu(norm - rounding * least)
 
 
 def rounding_of(dtype: Any) -> float:
     """What equal states may differ by: a rounding of the dtype that they are kept in, or some of the one that sums are made in."""
-    return max(float(jnp.finfo(dtype).eps), 32 * float(jnp.finfo(wide(dtype)).eps))
+    kept, summed = (float(jnp.finfo(d).eps) for d in (dtype, wide(dtype)))  # type: ignore[no-untyped-call]
+    return max(kept, 32 * summed)
 
 
 def centres(states: _States, tokens: Bool[Array, "B T"]) -> Float[Array, "L D"]:
