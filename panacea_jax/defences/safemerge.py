@@ -146,7 +146,9 @@ class SafeMerge(Method):
             other = {factor: x[places] for factor, x in other.items()}
             chosen = np.where(cosine < self.threshold, float(self.weight), 0.0)
             layers.setdefault(BLOCK_OF[target], {})[target] = merged(own, other, chosen, safe.scale / params.scale)
-        rank = params.rank if self.merge == "factors" else params.rank + safe.rank
+        if self.merge == "factors":
+            return dataclasses.replace(params, layers=layers)
+        rank = params.rank + safe.rank
         return Adapter(layers, rank, params.scale * rank, numbers=params.numbers)
 
     def report(self, params: Adapter, state: SafeMergeState) -> dict[str, Any]:

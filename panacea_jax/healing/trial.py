@@ -198,7 +198,7 @@ def heal(
 @jax.jit
 def changed(healed: Any, params: Any) -> Any:
     """‖healed − params‖ over all tensors together; what a wider adapter has besides counts from 0."""
-    if isinstance(params, Adapter) and healed.rank != params.rank:
+    if isinstance(params, Adapter):
         params = as_wide_as(params, healed)
     return optax.tree.norm(jax.tree.map(lambda x, y: x - y, healed, params))
 

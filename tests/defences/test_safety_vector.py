@@ -82,3 +82,23 @@ def test_lox_leaves_another_adapter_than_sft(compared):
 
 def lora_b(folder):
     return {n: x for n, x in load_file(folder / "adapter_model.safetensors").items() if "lora_B" in n}
+
+
+def test_healing_side_by_side(tmp_path):
+    """Adapters of other ranks than the one that is healed are answered with and exported like any."""
+    place = runs.make_place(tmp_path / "place")
+    model = load(place.base, dtype="float32")
+    for seed, name in enumerate(("tuned", "safe")):
+        fresh = lora.init(model, 2, 4, runs.ADAPTED, key=jax.random.key(seed))
+        save_adapter(moved(fresh, seed), tmp_path / name, str(place.base))
+    before, _ = other_than(place.base, tmp_path / "before")
+    methods = (f"resta:base={place.base},aligned={tmp_path / 'safe'},gamma=0.5", f"safemerge:base={before},safe={tmp_path / 'safe'},threshold=1")
+    flags = place.flags(
+        f"--config.lora.init_from={tmp_path / 'tuned'}", f"--config.heal.methods={methods!r}", "--config.data.attack=",
+        "--config.defence.name=sft", "--config.heal.new_tokens=4", "--config.heal.held_out=0.4",
+    )  # fmt: skip
+    assert runs.panacea("heal", *flags, f"--workdir={tmp_path / 'run'}") == 0
+    rows = {row["method"]: row for row in json.loads((tmp_path / "run" / "heal" / "heal.json").read_text())["rows"]}
+    changes = [rows[name]["change"] for name in rows if name.startswith(("resta", "safemerge"))]
+    assert len(changes) == 2 and min(changes) > 0.1 and not any(row["left_out"] for row in rows.values())
+    assert (tmp_path / "run" / "heal" / "adapter" / "adapter_model.safetensors").is_file()
