@@ -92,7 +92,8 @@ def test_healing_side_by_side(tmp_path):
         fresh = lora.init(model, 2, 4, runs.ADAPTED, key=jax.random.key(seed))
         save_adapter(moved(fresh, seed), tmp_path / name, str(place.base))
     before, _ = other_than(place.base, tmp_path / "before")
-    methods = (f"resta:base={place.base},aligned={tmp_path / 'safe'},gamma=0.5", f"safemerge:base={before},safe={tmp_path / 'safe'},threshold=1")
+    safe = tmp_path / "safe"
+    methods = (f"resta:base={place.base},aligned={safe},gamma=0.5", f"safemerge:base={before},safe={safe},threshold=1")
     flags = place.flags(
         f"--config.lora.init_from={tmp_path / 'tuned'}", f"--config.heal.methods={methods!r}", "--config.data.attack=",
         "--config.defence.name=sft", "--config.heal.new_tokens=4", "--config.heal.held_out=0.4",
