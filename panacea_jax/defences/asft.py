@@ -32,6 +32,7 @@ from panacea_jax.defences.protocol import (
     Facts,
     Gradient,
     LikeWeights,
+    LossFn,
     Params,
     RandomKey,
     Sets,
@@ -131,7 +132,7 @@ class Asft(Defence):
         return self.lam * total
 
     def gradient(
-        self, loss_fn: Loss, params: Params, batches: Batches, state: AsftState, key: RandomKey
+        self, loss_fn: LossFn, params: Params, batches: Batches, state: AsftState, key: RandomKey
     ) -> Gradient:
         """``∇ [L_task(w) + λ Σ ‖(I − Ĉ) ΔW‖²]``."""
         loss, g = jax.value_and_grad(loss_fn)(params, batches["user"])
