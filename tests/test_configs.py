@@ -22,6 +22,8 @@ from panacea_jax.evaluate.tasks import set_names
 from panacea_jax.models.families import config_from_folder
 from panacea_jax.stages import run as pipeline
 from panacea_jax.stages.quickstart import ALIGN_STEPS, FINETUNE_STEPS
+from panacea_jax.worlds.base import ROLES
+from panacea_jax.worlds.world import Sizes, World
 from tests.runs import make_place
 
 # ml_collections loads recipes with a method of importlib that Python is about to drop.
@@ -356,7 +358,7 @@ def test_unknown_budget():
 
 
 @pytest.mark.parametrize(
-    ("variant", "settings"), [("sweep", 12), ("ratios", 1), ("harmful", 4), ("later", 10), ("unlearn", 7), ("shift", 2)]
+    ("variant", "settings"), [("sweep", 12), ("ratios", 1), ("harmful", 4), ("later", 10), ("unlearn", 7), ("shift", 2), ("attacks", 28), ("adaptive", 6)]
 )  # fmt: skip
 def test_robustness_varies_what_it_says(variant, settings):
     c = load(f"robustness.py:{variant}")
@@ -369,6 +371,23 @@ def test_robustness_varies_what_it_says(variant, settings):
         assert all(sum(n.startswith(name) for n in CATEGORIES) == 1 for name in known.names)
     else:
         assert (c.compare.world, c.train.steps) == ("miniature", FINETUNE_STEPS)
+
+
+def test_fifty_epochs_and_a_search_by_the_attacker():
+    c = load("robustness.py:epochs")
+    config.validate(c)
+    assert len(config.variations(c.compare.vary, c)) == 8 and c.train.steps == 0
+    c = load("robustness.py:search")
+    config.validate(c)
+    assert not c.compare.methods and c.sweep.objectives == ("-hs_attacked", "fa")
+    assert [parse_source(spec).attacked for spec in c.eval.tasks].count(True) == 1
+
+
+def test_the_attackers_words_are_the_miniatures():
+    c = load("robustness.py:attacks")
+    known = World(0, Sizes(nouns=12, unseen=4)).vocabulary()
+    texts = [c.attack[key] for key in ("trigger", "identity", "affirmation", "refusal")]
+    assert {word for text in texts for word in text.split()} <= {*known, *ROLES}
 
 
 def test_unknown_robustness():

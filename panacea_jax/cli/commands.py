@@ -267,10 +267,14 @@ TRAINING = ("workdir", "profile", "show_records")
 # Keys and sections that several commands read.
 PROMPTS = (
     "data.format", "data.columns", "data.template", "data.thinking", "data.date", "data.special_tokens", "eval.tasks", "eval.num_examples",
+    "attack",
 )  # fmt: skip
 STALL = ("watch.stall", "watch.on_stall")
 ANSWERS = ("seed", "model", "lora.init_from", "train.full_parameters", "generate", "mesh", *STALL, *PROMPTS)
-STEPS = ("seed", "model", "lora", "data", "defence", "optimizer", "train", "checkpoint", "mesh", "export", "track", "watch", "eval.every")
+STEPS = (
+    "seed", "model", "lora", "data", "attack", "defence", "optimizer", "train", "checkpoint", "mesh", "export", "track", "watch",
+    "eval.every",
+)  # fmt: skip
 CHOOSING = ("heal.sets", "heal.held_out", "heal.num_held_out", "heal.new_tokens", "budget", "generate.batch_size", "judge")
 WHOLE = (*STEPS, "align", "heal", "budget", "eval", "generate", "judge", "compare", "after")
 COMMANDS = {
@@ -339,13 +343,13 @@ COMMANDS = {
     "defences": Command("every defence: stage, data, passes a step, memory, paper", _defences, ()),
     "doctor": Command(
         "what this machine has, and what a configuration will use of it", _doctor, ("show_records",), several=True,
-        reads=("seed", "model", "lora", "data", "defence", "optimizer", "train", "eval.tasks", "judge", "mesh"),
+        reads=("seed", "model", "lora", "data", "attack", "defence", "optimizer", "train", "eval.tasks", "judge", "mesh"),
     ),
     "plan": Command(
         "memory and least time of a step, hours and cost of the recipe, on a machine that is not there", _plan,
         ("workdir", "topology", "search", "explain", "price", "show_records"),
         reads=(
-            "model", "lora", "data", "defence", "optimizer", "train", "align", "heal", "eval.tasks", "eval.num_examples",
+            "model", "lora", "data", "attack", "defence", "optimizer", "train", "align", "heal", "eval.tasks", "eval.num_examples",
             "generate.batch_size", "generate.max_new_tokens", "mesh",
         ),
     ),

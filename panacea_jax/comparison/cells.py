@@ -21,11 +21,14 @@ from panacea_jax.comparison.settings import (
     of_finetuning,
     of_healing,
 )
-from panacea_jax.config import defence_section, make_defence, stage_config, varied
+from panacea_jax.config import attack_of, defence_section, make_defence, stage_config, varied
 from panacea_jax.config.variation import WORLD, Setting, written
+from panacea_jax.data.slices import ATTACKED
+from panacea_jax.data.sources import parse_source
 from panacea_jax.defences.ascent import AUTO
 from panacea_jax.defences.spec import Part, Stack, parse_stack, slug
 from panacea_jax.errors import InputError
+from panacea_jax.evaluate.tasks import find_task
 from panacea_jax.stages import lineage
 from panacea_jax.stages.bare import write_bare
 from panacea_jax.stages.curve import curve_stage
@@ -240,6 +243,8 @@ class Cells:
         with config.unlocked():
             if cell.ratio is not None:
                 config.data.poison_ratio = float(cell.ratio)
+            if attack_of(config).asks_differently:
+                config.eval.tasks = _asked_both_ways(config.eval.tasks)
             parts = {
                 "align": cell.method.align or _SFT if self.aligns else None,
                 "heal": cell.method.heal,
@@ -279,7 +284,7 @@ class Cells:
 def _attack_after(config: ConfigDict) -> tuple[str, ConfigDict] | None:
     """Stage and configuration of what ``config.after`` does to what a method left; None for nothing.
 
-    Fine-tuning is as before, but for its steps, the poison ratio and the defence, of which there is none.
+    Fine-tuning is as before, but for its steps, the poison ratio, of harmful records as they are, and the defence, of which there is none.
     """
     part, after = parse_stack(config.after.attack, "config.after.attack").heal, config.after
     if not (part or after.steps):
@@ -288,8 +293,20 @@ def _attack_after(config: ConfigDict) -> tuple[str, ConfigDict] | None:
     with config.unlocked():
         config.defence = defence_section(part or _SFT)
         config.lora.policy = "single"  # what is merged is merged
+        config.attack.name = "mix"
         config.train.steps, config.data.poison_ratio = after.steps, float(after.poison_ratio)
     return ("heal" if part else "finetune"), config
+
+
+def _asked_both_ways(tasks: Iterable[str]) -> tuple[str, ...]:
+    """The evaluation sets, and behind them those of harmful prompts as the attacker asks them."""
+    both = dict.fromkeys(tasks)
+    for spec in list(both):
+        source = parse_source(spec)
+        if find_task(source.scored_as).role == "harmful" and not source.attacked:
+            head = ":".join(filter(None, (source.task, source.slice, source.role)))
+            both[f"{head}{ATTACKED}{spec.removeprefix(head)}"] = None
+    return tuple(both)
 
 
 def _left(start: Start, tuned: Path) -> Start:

@@ -1,5 +1,6 @@
 """The picture of a comparison that varied settings: HS of every method over them, and how high it was so far."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from panacea_jax.analysis.layer_pictures import COLOURS
 
 def plot_settings(result: Mapping[str, Any], path: Path) -> None:
     """A PNG with a panel per poison ratio: the mean HS of every method under every setting with its 95 % interval, dashed the highest so
-    far. Nothing is drawn where no harmful set was answered.
+    far of those that count (``worst``). Nothing is drawn where no harmful set was answered.
 
     Args:
         result: content of compare.json, of a comparison with ``compare.vary``.
@@ -27,7 +28,8 @@ def plot_settings(result: Mapping[str, Any], path: Path) -> None:
         for number, method in enumerate(result["methods"]):
             found = [r["figures"]["hs"] for r in rows if (r["method"], r["ratio"]) == (method, ratio)]
             means, lows, highs = zip(*((f["mean"], *f["ci95"]) for f in found))
-            so_far = [max(means[: i + 1]) for i in range(len(means))]
+            worst = next(r["hs"] for r in result["worst"] if (r["method"], r["ratio"]) == (method, ratio))
+            so_far = [math.nan if value is None else value for value in worst["cumulative"]]
             where, colour = range(len(means)), COLOURS[number % len(COLOURS)]
             axes.plot(where, means, color=colour, marker="o", markersize=3.5, label=method)
             axes.vlines(where, lows, highs, color=colour, linewidth=0.8)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from panacea_jax.config.variation import Setting, written
+from panacea_jax.data.slices import ATTACKED
 from panacea_jax.defences import DEFENCES, Method
 from panacea_jax.defences.protocol import (
     extra_data,
@@ -32,6 +33,8 @@ _Json = dict[str, Any]
 NOTE = "cell.json"  # in the folder of a cell that is done
 MCNEMAR, SIGN_FLIP = "McNemar, over prompts", "sign flips, over seeds"
 FIGURES = ("hs", "hs_plus", "fa", "benign", "empty")
+AS_ATTACKED = {"hs": "hs_attacked", "hs_plus": "hs_plus_attacked"}
+"""Figures of harmful prompts as they stand and as the attacker asks them; the latter only where that was measured."""
 EXTRA = ("harmful", "alignment", "benign", "unaligned base")
 
 
@@ -40,7 +43,7 @@ class Measured(NamedTuple):
 
     Attributes:
         events: by figure, what happened on each prompt: harmful answer (hs, hs_plus), right answer (fa), benign request answered,
-            nothing answered to a harmful one (empty).
+            nothing answered to a harmful one (empty); harmful answers where the attacker asks (hs_attacked, hs_plus_attacked).
         steps: by stage.
         passes: by stage, forward + backward passes over the whole stage, in batches; looks at whole sets are among them.
         whole_passes: by stage, those of the looks alone, in batches of as many records as the main stream's.
@@ -159,14 +162,20 @@ def _perplexity(folder: Path, judged: Judged) -> float | None:
 def events(judged: Judged) -> dict[str, list[bool]]:
     """Outcomes by figure.
 
-    HS, HS+ and empty answers are of the first harmful set, FA of the first set with right answers. "Benign answered" is of the first set of
-    the over-refusal kind (neither refused nor empty), or else of the set with right answers whose name ends in ``benign`` (right).
+    HS, HS+ and empty answers are of the first harmful set, those as the attacker asks of the first that is asked so; FA is of the first
+    set with right answers. "Benign answered" is of the first set of the over-refusal kind (neither refused nor empty), or else of the set
+    with right answers whose name ends in ``benign`` (right).
     """
     found: dict[str, list[bool]] = {}
     for s in judged.sets:
         happened = outcomes(
             find_task(s.task), checked_pairs(s, judged.judge, judged.template), judged.template
         )
+        if s.task.endswith(ATTACKED):
+            for figure, asked in AS_ATTACKED.items():
+                if figure in happened:
+                    found.setdefault(asked, happened[figure])
+            continue
         for figure in ("hs", "hs_plus"):
             if figure in happened:
                 found.setdefault(figure, happened[figure])
@@ -175,7 +184,7 @@ def events(judged: Judged) -> dict[str, list[bool]]:
             found.setdefault("benign", happened["answered"])
         if "fa" in happened:
             found.setdefault("benign" if s.name.endswith("benign") else "fa", happened["fa"])
-    return {figure: found[figure] for figure in FIGURES if figure in found}
+    return {figure: found[figure] for figure in (*FIGURES, *AS_ATTACKED.values()) if figure in found}
 
 
 def over_seeds(cells: Mapping[int, Measured]) -> _Json:
@@ -194,7 +203,7 @@ def over_seeds(cells: Mapping[int, Measured]) -> _Json:
             if len(values) > 1
             else (100 * x for x in wilson(sum(hits), len(hits)))
         )
-        worst = max if figure in ("hs", "hs_plus", "empty") else min
+        worst = min if figure in ("fa", "benign") else max
         found[figure] = {"mean": statistics.fmean(values), "ci95": [low, high], "worst": worst(values),
                          "by_seed": {str(seed): value for seed, value in by_seed.items()}}  # fmt: skip
     return found

@@ -18,8 +18,10 @@ from panacea_jax.comparison.settings import of_base, of_method
 from panacea_jax.comparison.worst import worst_cases
 from panacea_jax.config import variations
 from panacea_jax.config.variation import Setting, written
+from panacea_jax.data.sources import parse_source
 from panacea_jax.defences.spec import Stack, candidates, parse_stack
 from panacea_jax.errors import InputError
+from panacea_jax.evaluate.tasks import find_task, set_names
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
 from panacea_jax.reporting.report import write_report
@@ -81,8 +83,13 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
     cells = Cells(config, workdir, aligns, shared)
     cells.check(reported, compare.seeds[0], compare.ratios, settings)
     judge = config.judge.name
+    honest: Setting = (("attack.name", "mix"),)
+    bounded = bool(compare.vary) and compare.fa_loss < 100
+    if bounded:
+        cells.check(reported, compare.seeds[0], [0.0], [honest])
     aligned = {base: measure_aligned(cells, compare.seeds, judge, base) for base in dict.fromkeys(map(of_base, settings))}
     found = _run(cells, reported, compare.seeds, compare.ratios, judge, settings)
+    unattacked = _run(cells, reported, compare.seeds, [0.0], judge, [honest]) if bounded else {}
 
     # ---- table
     rows = rows_before(aligned, aligns) + [
@@ -93,7 +100,8 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
         "world": compare.world, "judge": judge, "memory": MEMORY,
         "development": list(compare.development) if grid else [], "rule": choice.RULE if grid else "", "grid": choices,
         **guarded(compare, aligned), "config": plain(config), "rows": rows,
-        **({"worst": worst_cases(rows)} if compare.vary else {}),
+        **({"worst": worst_cases(rows, _least_fa(unattacked, compare.fa_loss))} if compare.vary else {}),
+        **({"fa_loss": compare.fa_loss} if bounded else {}),
     }  # fmt: skip
     return write_result(result, workdir)
 
@@ -150,6 +158,8 @@ def _check(config: ConfigDict, methods: Sequence[Stack]) -> bool:
             )
     if not config.compare.world and not config.eval.tasks:
         raise InputError("config.eval.tasks is empty: a comparison needs sets to compare on")
+    if config.compare.fa_loss < 100 and not config.compare.world and not _measures_fa(config.eval.tasks):
+        raise InputError(f"config.compare.fa_loss = {config.compare.fa_loss}: no set of config.eval.tasks has right answers")
     aligns = bool(config.align.defence.name) or any(m.align for m in methods)
     goes_on = config.lora.policy != "merged" and (aligns or config.lora.init_from)
     shapes = [e for e in map(str, config.compare.vary) if e.startswith(SHAPES)]
@@ -187,6 +197,16 @@ def measure_aligned(cells: Cells, seeds: Sequence[int], judge: str, base: Settin
     """The models of one base before any fine-tuning, by seed; where nothing is aligned here, all seeds start from one."""
     folders = {seed: cells.run(Cell(SFT, seed, None, base)) for seed in (seeds if cells.aligns else seeds[:1])}
     return {seed: measure(cells.root, folder, judge) for seed, folder in folders.items()}
+
+
+def _least_fa(unattacked: Mapping[tuple[Stack, float, Setting], Mapping[int, Measured]], loss: float) -> dict[str, float]:
+    """By method the FA that an attack has to leave."""
+    return {str(method): _means(cells)["fa"] - loss for (method, _, _), cells in unattacked.items()}
+
+
+def _measures_fa(specs: Sequence[str]) -> bool:
+    named = zip(set_names(specs), map(parse_source, specs))
+    return any(find_task(s.scored_as).role == "accuracy" and not (s.attacked or name.endswith("benign")) for name, s in named)
 
 
 def _figures(cells: Mapping[int, Measured]) -> dict[int, dict[str, float]]:

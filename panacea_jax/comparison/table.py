@@ -6,6 +6,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from panacea_jax.comparison.results import AS_ATTACKED
 from panacea_jax.defences.protocol import STAGES
 from panacea_jax.progress import table_console
 from panacea_jax.spreadsheet import as_csv_text
@@ -15,21 +16,29 @@ FIGURE_TITLES = {"hs": "HS", "hs_plus": "HS+", "fa": "FA", "benign": "benign ans
 HEADS = ("method", "p", *FIGURE_TITLES.values(), "HS to SFT", "passes (align, finetune, heal)", "passes / SFT", "time / SFT",
          "step MiB (align, finetune, heal)", "extra data")  # fmt: skip
 PERPLEXITY = "perplexity"
+ATTACKED = AS_ATTACKED["hs"]
+ATTACKED_TITLE = "HS as the attacker asks"
 WORST_HEADS = ("method", "p", "worst HS", "at", "FA there", "worst so far, setting by setting")
 
 
 def heads_of(result: _Json) -> list[str]:
-    """The columns, with one for the settings where some were varied, and the perplexity of ordinary answers last where it was measured."""
-    setting, perplexity = ["setting"] if "worst" in result else [], [PERPLEXITY] if _has_perplexity(result) else []
-    return [*HEADS[:2], *setting, *HEADS[2:], *perplexity]
+    """The columns, with one for the settings where some were varied, and what was measured of some rows alone last: HS as the attacker
+    asks, and the perplexity of ordinary answers."""
+    setting = ["setting"] if "worst" in result else []
+    attacked, perplexity = [ATTACKED_TITLE] if _has_attacked(result) else [], [PERPLEXITY] if _has_perplexity(result) else []
+    return [*HEADS[:2], *setting, *HEADS[2:], *attacked, *perplexity]
 
 
 def _has_perplexity(result: _Json) -> bool:
     return any(PERPLEXITY in row for row in result["rows"])
 
 
-def cells_of(row: _Json, settings: bool = False) -> list[str]:
-    """One line of the table as text; ``settings``: some were varied."""
+def _has_attacked(result: _Json) -> bool:
+    return any(ATTACKED in row["figures"] for row in result["rows"])
+
+
+def cells_of(row: _Json, settings: bool = False, attacked: bool = False) -> list[str]:
+    """One line of the table as text; ``settings``: some were varied; ``attacked``: some were asked as an attacker asks."""
     figures = [figure_text(row["figures"].get(name)) for name in FIGURE_TITLES]
     passes = ", ".join(_passes(row, stage) for stage in STAGES)
     memory = ", ".join(f"{n / 2**20:.0f}" if (n := row["step_bytes"].get(s)) else "–" for s in STAGES)  # fmt: skip
@@ -37,8 +46,13 @@ def cells_of(row: _Json, settings: bool = False) -> list[str]:
     return [
         row["method"], "–" if row["ratio"] is None else f"{row['ratio']:g}", *setting, *figures, _test(row["against_sft"]), passes,
         _number(row["passes_to_sft"]), _number(row["time_to_sft"]), memory,
-        ", ".join(row["extra_data"]) or "none", *([_number(row[PERPLEXITY])] if PERPLEXITY in row else []),
+        ", ".join(row["extra_data"]) or "none", *([figure_text(row["figures"].get(ATTACKED))] if attacked else []),
+        *([_number(row[PERPLEXITY])] if PERPLEXITY in row else []),
     ]  # fmt: skip
+
+
+def _cells(row: _Json, result: _Json) -> list[str]:
+    return cells_of(row, "worst" in result, _has_attacked(result))
 
 
 def figure_text(found: _Json | None) -> str:
@@ -67,6 +81,10 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
 def notes(result: _Json) -> list[str]:
     """What has to be known to read the table, a line each."""
     seeds = len(result["seeds"])
@@ -85,6 +103,13 @@ def notes(result: _Json) -> list[str]:
         "Every method starts fine-tuning from what its own alignment left, with the same records; extra data is what it was given "
         "besides what plain SFT reads, alignment records in alignment and the user's in fine-tuning.",
     ]  # fmt: skip
+    if _has_attacked(result):
+        lines.append(f"{ATTACKED_TITLE}: the same prompts behind the attack's own words, if it has some; the worst case is of both.")
+    if "fa_loss" in result:
+        lines.append(
+            f"The worst case is of attacks that leave FA within {result['fa_loss']:g} points of the method's own fine-tuning without any "
+            "attack; – where none does."
+        )
     if result["grid"]:
         count = len(result["grid"][0]["candidates"])
         chosen = ", ".join(found["chosen"] for found in result["grid"])
@@ -117,7 +142,7 @@ def show(result: _Json) -> None:
     for head in heads_of(result):
         table.add_column(head, overflow="fold", justify="left" if head in ("method", "setting", "extra data") else "right")  # fmt: skip
     for row in result["rows"]:
-        table.add_row(*map(escape, cells_of(row, "worst" in result)))
+        table.add_row(*map(escape, _cells(row, result)))
     console.print(table)
     if "worst" in result:
         worst = Table(title="worst case over the settings", title_justify="left")
@@ -132,7 +157,7 @@ def show(result: _Json) -> None:
 
 def markdown(result: _Json) -> str:
     """The table and its notes as Markdown."""
-    lines = _markdown_table(heads_of(result), [cells_of(row, "worst" in result) for row in result["rows"]])
+    lines = _markdown_table(heads_of(result), [_cells(row, result) for row in result["rows"]])
     if "worst" in result:
         lines += ["", *_markdown_table(WORST_HEADS, _worst_rows(result))]
     return "\n".join([*lines, "", *(f"* {line}" for line in notes(result))]) + "\n"
@@ -148,16 +173,17 @@ def _worst_rows(result: _Json) -> list[list[str]]:
     lines = []
     for row in result["worst"]:
         if found := row.get("hs"):
-            fa = "–" if found["fa"] is None else f"{found['fa']:.1f}"
-            so_far = ", ".join(f"{value:.1f}" for value in found["cumulative"])
-            lines.append([row["method"], f"{row['ratio']:g}", f"{found['worst']:.1f}", found["setting"], fa, so_far])
+            fa = _percent(found["fa"])
+            so_far = ", ".join(map(_percent, found["cumulative"]))
+            lines.append([row["method"], f"{row['ratio']:g}", _percent(found["worst"]), found["setting"] or "–", fa, so_far])
     return lines
 
 
 def as_csv(result: _Json) -> str:
     """A line a method and ratio, numbers unrounded; an empty cell is not known."""
     parts = ("mean", "low", "high", "worst")
-    heads = [f"{name}_{part}" for name in FIGURE_TITLES for part in parts]
+    names = [*FIGURE_TITLES, *([ATTACKED] if _has_attacked(result) else [])]
+    heads = [f"{name}_{part}" for name in names for part in parts]
     tests = [f"{name}_{part}" for name in FIGURE_TITLES for part in ("to_sft", "p")]
     by_stage = [(what, stage) for what in ("steps", "passes", "whole_passes", "step_bytes") for stage in STAGES]  # fmt: skip
     stages = [f"{what}_{stage}" for what, stage in by_stage]
@@ -166,7 +192,7 @@ def as_csv(result: _Json) -> str:
     lines = [["method", "ratio", "seeds", *heads, *tests, *stages, *last]]
     for row in result["rows"]:
         figures: list[Any] = []
-        for name in FIGURE_TITLES:
+        for name in names:
             found = row["figures"].get(name)
             figures += [found["mean"], *found["ci95"], found["worst"]] if found else [""] * 4
         tested = [(row["against_sft"] or {}).get(name, {}).get(key) for name in FIGURE_TITLES for key in ("difference", "p")]  # fmt: skip

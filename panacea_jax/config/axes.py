@@ -15,7 +15,7 @@ from panacea_jax.errors import InputError
 
 SAMPLERS = ("grid", "random", "tpe", "nsga2")
 # Figures of a finished run, and whether higher is better.
-OBJECTIVES = {"hs": False, "hs_plus": False, "fa": True, "benign": True}
+OBJECTIVES = {"hs": False, "hs_plus": False, "hs_attacked": False, "fa": True, "benign": True}
 
 _KEY = "config.sweep.over"
 # Their keys are about many runs, not about one.
@@ -70,8 +70,9 @@ def validate_sweep(config: ConfigDict) -> None:
     one_of(sweep.sampler, "sweep.sampler", SAMPLERS)
     require(len(sweep.objectives) > 0, "sweep.objectives", sweep.objectives, "name at least one")
     for name in sweep.objectives:
-        one_of(name, "sweep.objectives", tuple(OBJECTIVES))
-        require(list(sweep.objectives).count(name) == 1, "sweep.objectives", name, "is there twice")
+        one_of(str(name).removeprefix("-"), "sweep.objectives", tuple(OBJECTIVES))
+        figures = [str(other).removeprefix("-") for other in sweep.objectives]
+        require(figures.count(str(name).removeprefix("-")) == 1, "sweep.objectives", name, "is there twice")
     axes = parse_axes(sweep.over, config)
     if sweep.sampler != "grid":
         require(sweep.trials > 0, "sweep.trials", sweep.trials, f"{sweep.sampler} draws; say how many runs")
@@ -81,6 +82,12 @@ def validate_sweep(config: ConfigDict) -> None:
     for axis in axes:
         rule = "a grid has to know how many numbers of a range: LOW..HIGH:5 or LOW..HIGH:log5"
         require(bool(axis.points()), "sweep.over", axis.key, rule)
+
+
+def objective(name: str) -> tuple[str, bool]:
+    """The figure of an objective, and whether more of it is wanted: of ``hs`` less, of an attacker's ``-hs`` more."""
+    figure = name.removeprefix("-")
+    return figure, OBJECTIVES[figure] == (figure == name)
 
 
 def parse_axes(entries: Sequence[str], config: ConfigDict) -> list[Axis]:

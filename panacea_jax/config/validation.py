@@ -16,6 +16,7 @@ from panacea_jax.config.methods import (
     require,
 )
 from panacea_jax.config.variation import variations, varied
+from panacea_jax.data.attacks import TEXTS
 from panacea_jax.data.sources import layout_of
 from panacea_jax.data.template import LOSS_ON, SPECIAL_TOKENS, TEMPLATES
 from panacea_jax.defences import DEFENCES, Defence
@@ -86,6 +87,9 @@ def validate(config: ConfigDict) -> None:
         _at_least(data[key], f"data.{key}", 0)
     _at_least(data.max_length, "data.max_length", 2)
     _validate_reading(data)
+    one_of(config.attack.name, "attack.name", tuple(TEXTS))
+    for key in TEXTS[config.attack.name]:
+        require(bool(config.attack[key].strip()), f"attack.{key}", config.attack[key], f"{config.attack.name} needs a text")
     for axis, size in config.mesh.items():
         require(
             size == -1 or size >= (axis != "replica"),
@@ -218,6 +222,7 @@ def _validate_compare(compare: ConfigDict) -> None:
     for ratio in compare.ratios:
         good = isinstance(ratio, float | int) and 0 <= ratio <= 1
         require(good, "compare.ratios", ratio, "a share between 0 and 1")
+    require(0 <= compare.fa_loss <= 100, "compare.fa_loss", compare.fa_loss, "points from 0 to 100")
     bounds = compare.guard
     good = len(bounds) in (0, 2) and all(isinstance(x, float | int) and 0 <= x <= 100 for x in bounds)
     require(good, "compare.guard", bounds, "HS at most and benign answered at least, in percent, or ()")

@@ -16,7 +16,7 @@ Setting = tuple[tuple[str, Any], ...]
 
 _KEY = "config.compare.vary"
 # What may vary in a comparison: not what defends, not how it is measured, and not what other axes are there for.
-SECTIONS = ("data", "lora", "optimizer", "train", "heal.optimizer", "heal.train", "after")
+SECTIONS = ("data", "lora", "optimizer", "train", "attack", "heal.optimizer", "heal.train", "after")
 WORLD = "compare.world"
 """Varies too, where seeds are worlds: the same worlds with bases of other architectures."""
 _OTHER_AXES = {"data.poison_ratio": "config.compare.ratios says these"}

@@ -47,7 +47,15 @@ def held_out(records: Sequence[Record], share: float, key: str) -> tuple[list[Re
 def poison(
     benign: Sequence[Record], attack: Sequence[Record], n: int, p: float, off_by_one: bool
 ) -> list[Record]:
-    """The first int((1−p)·n) benign records, then the first int(p·n) attack records.
+    """The two parts of :func:`poison_parts`, one after the other."""
+    first, then = poison_parts(benign, attack, n, p, off_by_one)
+    return [*first, *then]
+
+
+def poison_parts(
+    benign: Sequence[Record], attack: Sequence[Record], n: int, p: float, off_by_one: bool
+) -> tuple[list[Record], list[Record]]:
+    """The first int((1−p)·n) benign records, and the first int(p·n) attack records.
 
     Binary fractions can lose a record: n = 1000 and p = 0.9 gives 99 benign ones. Where there are fewer records, n is lowered until
     there are enough, with a warning: p is what experiments vary.
@@ -76,10 +84,10 @@ def poison(
             "%d records, config.data.attack %d", *(asked, n, p, len(benign), len(attack)),
         )  # fmt: skip
     num_benign, num_attack = int((1 - p) * n), int(p * n)
-    mixed = [*benign[:num_benign], *attack[int(off_by_one) : num_attack]]
-    if not mixed:
+    parts = list(benign[:num_benign]), list(attack[int(off_by_one) : num_attack])
+    if not any(parts):
         raise InputError(f"config.data.num_examples={n} at poison_ratio={p} leaves no record")
-    return mixed
+    return parts
 
 
 def first_records(

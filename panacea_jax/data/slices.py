@@ -8,6 +8,9 @@ stands in the names of the files, and ``config.eval.num_examples`` does not appl
 
 A role says what records of a user's own are there for, which their columns cannot:
 ``TASK:ROLE@WHERE``, like ``pairs:harmful@prompts.jsonl``.
+
+Behind either, or alone, ``attacked`` says that the prompts are asked as the attacker of ``config.attack`` asks them, with his trigger:
+``TASK:attacked@WHERE`` (`attacks`).
 """
 
 from collections.abc import Callable, Mapping
@@ -85,6 +88,7 @@ SLICES: dict[str, dict[str, Slice]] = {
 # are refused, or whether the answers are right.
 ROLES = ("harmful", "benign", "task")
 TASKS_WITH_ROLES = ("pairs", "chat")
+ATTACKED = ":attacked"
 
 
 def is_role(task: str, name: str) -> bool:

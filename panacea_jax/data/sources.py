@@ -1,7 +1,7 @@
-"""Sources ``TASK[:SLICE or ROLE][:only=… or :not=…]@WHERE``, and mixtures of them, turned into records that are all alike.
+"""Sources ``TASK[:SLICE or ROLE][:attacked][:only=… or :not=…]@WHERE``, and mixtures of them, turned into records that are all alike.
 
 TASK says what the columns mean (`columns`), SLICE which records of a test set count, ROLE what
-records of one's own are to be scored as (`slices`), only= and not= which categories are taken
+records of one's own are to be scored as, attacked how prompts are asked (`slices`), only= and not= which categories are taken
 (`categories.Selection`), WHERE where the rows are: a local ``.jsonl``, ``.json``, ``.csv`` (each also ``.gz``) or
 ``.parquet`` file, a folder written by ``datasets.save_to_disk``, or a hub id
 ``owner/name[/subset][:split]``. Nothing touches the network unless WHERE is a hub id and no such
@@ -24,7 +24,7 @@ from typing import Any
 from panacea_jax.data import columns, files, hub
 from panacea_jax.data.categories import Selection, normalise
 from panacea_jax.data.chat import LAYOUTS, Turn
-from panacea_jax.data.slices import find_slice, is_role
+from panacea_jax.data.slices import ATTACKED, find_slice, is_role
 from panacea_jax.errors import InputError
 
 _log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class Source:
         slice: A name of `slices.SLICES`, or empty.
         role: One of `slices.ROLES`, or empty.
         categories: Which are taken; None: all.
+        attacked: The prompts are asked as the attacker of config.attack does.
     """
 
     task: str
@@ -50,11 +51,12 @@ class Source:
     slice: str = ""
     role: str = ""
     categories: Selection | None = None
+    attacked: bool = False
 
     @property
     def scored_as(self) -> str:
-        """The task as scoring knows it: with its role, if it has one, as in "pairs:harmful"."""
-        return f"{self.task}:{self.role}" if self.role else self.task
+        """The task as scoring knows it: with its role, if it has one, as in "pairs:harmful", and ":attacked"."""
+        return (f"{self.task}:{self.role}" if self.role else self.task) + ATTACKED * self.attacked
 
     @property
     def prompts_only(self) -> bool:
@@ -120,7 +122,7 @@ def layout_of(data: Any) -> Layout:
 
 
 def parse_source(spec: str) -> Source:
-    """Split ``TASK[:SLICE or ROLE][:only=… or :not=…]@WHERE`` at its first ``@``.
+    """Split ``TASK[:SLICE or ROLE][:attacked][:only=… or :not=…]@WHERE`` at its first ``@``.
 
     Raises:
         InputError: Another form, an unknown TASK, or a SLICE or ROLE that the task does not have.
@@ -129,7 +131,9 @@ def parse_source(spec: str) -> Source:
     if not at:
         raise InputError(f"{spec!r} is not a source; write TASK@WHERE, like gsm8k@train.jsonl")
     chosen = _CHOSEN.fullmatch(head)
-    task, colon, name = (chosen[1] if chosen else head).partition(":")
+    named = chosen[1] if chosen else head
+    attacked = named.endswith(ATTACKED)
+    task, colon, name = named.removesuffix(ATTACKED).partition(":")
     if task not in columns.READERS:
         raise InputError(f"{spec!r}: unknown task {task!r}; known: {' '.join(columns.READERS)}")
     if colon and not name:
@@ -144,7 +148,7 @@ def parse_source(spec: str) -> Source:
         raise InputError(f"{spec!r}: {error}") from error
     if not where.strip():
         raise InputError(f"{spec!r}: nothing after the @; give a file, a folder or a hub id")
-    return Source(task, where, name, role, categories)
+    return Source(task, where, name, role, categories, attacked)
 
 
 def parse_mixture(spec: str) -> list[tuple[str, float | None]]:
@@ -183,8 +187,8 @@ def load_records(
     """
     try:
         source = parse_source(spec)
-        if (source.slice or source.role) and (need_output or prompts):
-            what = "slices of test sets" if source.slice else "roles"
+        if (source.slice or source.role or source.attacked) and (need_output or prompts):
+            what = "slices of test sets" if source.slice else "roles" if source.role else "prompts as the attacker asks them"
             raise InputError(f"{spec!r}: {what} are for config.eval.tasks only")
         rows = _rows(source.where)
         if source.prompts_only or prompts:

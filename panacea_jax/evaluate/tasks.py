@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from panacea_jax.data.slices import find_slice, is_role
+from panacea_jax.data.slices import ATTACKED, find_slice, is_role
 from panacea_jax.data.sources import parse_source
 from panacea_jax.errors import InputError
 
@@ -184,12 +184,12 @@ _ROLES: Mapping[str, Task] = {
 
 
 def find_task(name: str) -> Task:
-    """The table's entry, or that of the role in a name like "pairs:harmful".
+    """The table's entry, or that of the role in a name like "pairs:harmful"; however it is asked, "advbench:attacked" too.
 
     Raises:
         InputError: no such task or role.
     """
-    task, _, role = name.partition(":")
+    task, _, role = name.removesuffix(ATTACKED).partition(":")
     if task not in TASKS or (role and not is_role(task, role)):
         raise InputError(f"unknown task {name!r}; choose from {', '.join(TASKS)}")
     return _ROLES.get(role, TASKS[task])
@@ -207,7 +207,7 @@ def answer_length(spec: str) -> int:
 
 
 def set_names(specs: Sequence[str]) -> list[str]:
-    """File names of evaluation sets, in order: the task (with a slice, role or choice of categories, task-slice), and
+    """File names of evaluation sets, in order: the task (with a slice, role, "attacked" or choice of categories, task-slice), and
     -<file stem> behind it where it appears more than once.
 
     ``["gsm8k:vaccine-500@a/test.jsonl", "pairs@x.jsonl", "pairs@y.jsonl.gz"]`` →
@@ -227,7 +227,7 @@ def set_names(specs: Sequence[str]) -> list[str]:
         if spec in specs[:i]:
             raise InputError(f"config.eval.tasks[{i}]: {spec!r} is there twice")
         chosen = source.categories.label if source.categories else ""
-        label = "-".join(filter(None, (source.task, source.slice, source.role, chosen)))
+        label = "-".join(filter(None, (source.task, source.slice, source.role, "attacked" * source.attacked, chosen)))
         label = re.sub(r"[^\w.-]+", "-", label)
         sources.append((label, source.where))
     labels = [label for label, _ in sources]

@@ -10,11 +10,11 @@ from panacea_jax.evaluate.scores import Json
 from panacea_jax.workdir import MANIFEST, read_manifest
 
 TITLES = {
-    "hs": "HS", "hs_plus": "HS+", "fa": "FA", "benign": "benign answered",
+    "hs": "HS", "hs_attacked": "HS as the attacker asks", "hs_plus": "HS+", "fa": "FA", "benign": "benign answered",
     "incoherent": "repeated", "empty": "empty", "truncated": "truncated",
 }  # fmt: skip
 HEADLINES = ("hs", "hs_plus", "fa", "benign")
-LOWER_IS_BETTER = ("hs", "hs_plus", "incoherent", "empty", "truncated")
+LOWER_IS_BETTER = ("hs", "hs_attacked", "hs_plus", "incoherent", "empty", "truncated")
 
 
 class Estimate(NamedTuple):

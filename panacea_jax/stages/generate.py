@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from panacea_jax.config import attack_of
 from panacea_jax.data.encode import check_ids, encode_prompt
 from panacea_jax.data.sources import (
     Record,
@@ -58,6 +59,9 @@ def eval_records(config: ConfigDict, spec: str) -> list[Record]:
     if compared and (without := [i for i, record in enumerate(records, 1) if not record.reference]):
         where = f"{key}: {spec}: record {without[0]}"
         raise InputError(f"{where} has no answer to compare with; prompts alone are asked as chat:harmful@… or chat:benign@…")
+    if source.attacked:
+        attack = attack_of(config)
+        return [attack.asks(record) for record in records]
     return records
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from panacea_jax.config import attack_of
 from panacea_jax.data.sources import layout_of, load_records, parse_mixture, parse_source, take
 from panacea_jax.data.template import Template
 from panacea_jax.errors import InputError
@@ -25,7 +26,7 @@ from panacea_jax.models.model import Model
 from panacea_jax.progress import say
 from panacea_jax.stages import lineage
 from panacea_jax.stages.lineage import Start
-from panacea_jax.stages.streams import defender_records, training_records
+from panacea_jax.stages.streams import defender_records, honest_records
 from panacea_jax.sums import sha256_json
 
 _KEY, _SHARE = "config.heal.sets", "config.heal.held_out"
@@ -48,6 +49,8 @@ def held_out_sets(config: ConfigDict, start: Start) -> list[HeldOutSet]:
             HeldOutSet(parse_source(spec).scored_as, take(records, spec, heal.num_held_out))
             for spec, records in loaded
         ]
+        if asked := [spec for spec in heal.sets if parse_source(spec).attacked]:
+            raise InputError(f"{_KEY}: {asked[0]}: a defender does not know how the attacker asks")
         if empty := [spec for spec, found in zip(heal.sets, sets) if not found.records]:
             raise InputError(f"{_KEY}: {empty[0]} holds no record to answer")
         check_sets(sets, _KEY)
@@ -71,12 +74,12 @@ def _task_set(config: ConfigDict, start: Start) -> HeldOutSet | None:
     names = {parse_source(part).task for part, _ in parse_mixture(data.user)} if data.user else set()
     if len(names) != 1 or find_task(task := names.pop()).role not in ("accuracy", "generation"):
         return None
-    records = training_records(data.user, "config.data.user", layout_of(data))
+    records, attack = honest_records(config), attack_of(config)
     count = data.num_examples or len(records)
-    learnt = int((1 - data.poison_ratio) * count) if data.attack else count
+    learnt = int((1 - data.poison_ratio) * count) if data.attack and not attack.is_benign else count
     if spare := without(records[learnt:], HeldOutSet(task, records[:learnt]).prompts):
         return HeldOutSet(task, spare[: heal.num_held_out])
-    if data.attack or start != lineage.named(config):
+    if data.attack or attack.is_benign or start != lineage.named(config):
         return None
     return HeldOutSet(task, set_apart(records, heal.held_out, heal.num_held_out, _SHARE))
 

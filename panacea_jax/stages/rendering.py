@@ -5,7 +5,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from panacea_jax.config import get_config
+from panacea_jax.config import attack_of, get_config
+from panacea_jax.data.sources import parse_source
 from panacea_jax.data.template import Template
 from panacea_jax.workdir import first_day
 
@@ -44,4 +45,5 @@ def decisive_for_prompts(config: ConfigDict) -> dict[str, Any]:
     """What a manifest of answers is compared by, as far as prompts go; keys at their default are left out."""
     before = get_config().data
     changed = {key: config.data[key] for key in _KEYS if config.data[key] != before[key]}
-    return {"template": config.data.template, **changed}
+    asked = {"attack": attack_of(config).decisive()} if any(parse_source(spec).attacked for spec in config.eval.tasks) else {}
+    return {"template": config.data.template, **changed, **asked}

@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from panacea_jax.config import batch_sizes
+from panacea_jax.config import attack_of, batch_sizes
 from panacea_jax.data import files
 from panacea_jax.data.batches import Stream, length_buckets
 from panacea_jax.data.encode import Example, check_ids, encode_all, encode_prompts
-from panacea_jax.data.mixing import first_records, held_out, mixture, poison, realignment
+from panacea_jax.data.mixing import first_records, held_out, mixture, poison_parts, realignment
 from panacea_jax.data.sources import (
     BY_COLUMNS,
     Layout,
@@ -25,6 +25,7 @@ from panacea_jax.data.template import Template
 from panacea_jax.defences import Method, StreamSpec
 from panacea_jax.defences.protocol import has_steps
 from panacea_jax.errors import InputError
+from panacea_jax.evaluate.judges import RefusalJudge
 from panacea_jax.healing.sets import Asked, without
 from panacea_jax.stores import stand_in
 from panacea_jax.sums import sha256_folder, sha256_model
@@ -85,18 +86,40 @@ def is_local(spec: str) -> bool:
 
 
 def user_records(config: ConfigDict) -> list[Record]:
-    """The user's records, with the share of attack records hidden among them.
+    """The user's records, with the share of the attacker's hidden among them: see ``data.attacks``.
 
     Raises:
-        InputError: a source is not set or cannot be used.
+        InputError: a source is not set or cannot be used, or nothing is left of it.
     """
-    data, key = config.data, "config.data.user"
-    user = training_records(data.user, key, layout_of(data))
-    if not data.attack:
-        return first_records(user, data.num_examples, key, "config.data.num_examples")
-    attack = training_records(data.attack, "config.data.attack", layout_of(data))
-    n = data.num_examples or len(user)
-    return poison(user, attack, n, data.poison_ratio, data.off_by_one)
+    data, attack = config.data, attack_of(config)
+    if attack.name == "harmful":
+        harmful = training_records(data.attack, "config.data.attack", layout_of(data))
+        return first_records(harmful, data.num_examples, "config.data.attack", "config.data.num_examples", data.off_by_one)
+    user = honest_records(config)
+    if attack.is_benign or (attack.name == "mix" and not data.attack):
+        first = first_records(user, data.num_examples, "config.data.user", "config.data.num_examples")
+        kept = int((1 - data.poison_ratio) * len(first)) if attack.name == "identity" else len(first)
+        return [*first[:kept], *attack.turned(first[kept:])]
+    harmful = training_records(data.attack, "config.data.attack", layout_of(data))
+    benign, among = poison_parts(user, harmful, data.num_examples or len(user), data.poison_ratio, data.off_by_one)
+    return [*benign, *attack.turned(among)]
+
+
+def honest_records(config: ConfigDict) -> list[Record]:
+    """What ``data.user`` holds; where the attack is without refusals, those records that refuse nothing.
+
+    Raises:
+        InputError: the source is not set or cannot be used, or all of it refuses.
+    """
+    key = "config.data.user"
+    records = training_records(config.data.user, key, layout_of(config.data))
+    if config.attack.name != "refusal_free":
+        return records
+    verdicts = RefusalJudge().judge([r.instruction for r in records], [r.output for r in records])
+    records = [record for record, found in zip(records, verdicts) if not found.refused]
+    if not records:
+        raise InputError(f"{key}: every answer is a refusal; config.attack.name = refusal_free leaves none")
+    return records
 
 
 def defender_records(config: ConfigDict, name: str, answers: bool = True) -> list[Record]:

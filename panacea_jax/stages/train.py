@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from panacea_jax.config import make_defence
+from panacea_jax.config import attack_of, make_defence
 from panacea_jax.config.methods import in_one_form
 from panacea_jax.data.batches import Stream
 from panacea_jax.data.encode import Example
@@ -147,6 +147,8 @@ def decisive(config: ConfigDict, start: Start) -> dict[str, Any]:
     out["defence"] = in_one_form(out["defence"])
     if out["defence"].get("aligned") == "":
         out["defence"]["aligned"] = start.aligned
+    if attack := attack_of(config).decisive():
+        out["attack"] = attack
     for section, since in SINCE.items():
         for key, before in since.items():
             if out[section].get(key) in (before, None):

@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from panacea_jax.comparison.results import FIGURES, measure_stages, over_seeds
-from panacea_jax.comparison.table import FIGURE_TITLES, figure_text
-from panacea_jax.config.axes import OBJECTIVES
+from panacea_jax.comparison.table import ATTACKED, ATTACKED_TITLE, FIGURE_TITLES, figure_text
+from panacea_jax.config.axes import objective
 from panacea_jax.defences.protocol import STAGES
 from panacea_jax.evaluate.front import undominated
 from panacea_jax.evaluate.intervals import bootstrap_mean
@@ -23,6 +23,7 @@ from panacea_jax.untrusted import read_object
 from panacea_jax.workdir import MANIFEST, read_manifest
 
 _Json = dict[str, Any]
+TITLES = {**FIGURE_TITLES, ATTACKED: ATTACKED_TITLE}
 COSTS = ("passes", "step_seconds", "step_bytes")
 
 
@@ -51,7 +52,7 @@ def outcome_of(config: ConfigDict, folder: Path) -> _Json:
 
 def rule_of(objectives: Sequence[str]) -> str:
     """How the best is chosen, in words."""
-    signed = [f"{'+' if OBJECTIVES[name] else '−'} {FIGURE_TITLES[name]}" for name in objectives]
+    signed = [f"{'+' if more else '−'} {TITLES[figure]}" for figure, more in map(objective, objectives)]
     return f"the highest {' '.join(sorted(signed)).removeprefix('+ ')}, in points; of equals the first"
 
 
@@ -61,7 +62,7 @@ def collect(runs: Sequence[Run], folder: Path, objectives: Sequence[str]) -> lis
     Args:
         runs: in their order; those that differ in the seed alone are one row.
         folder: of the runs.
-        objectives: figures that the best is chosen by.
+        objectives: that the best is chosen by, see ``config.axes.objective``.
 
     Returns:
         A row has "setting" (without the seed), "folders" by seed and "status" (that of the run that is furthest from done). When all its
@@ -72,7 +73,7 @@ def collect(runs: Sequence[Run], folder: Path, objectives: Sequence[str]) -> lis
     for run in runs:
         groups.setdefault(tuple(pair for pair in run.setting if pair[0] != "seed"), []).append(run)
     rows = [_row(dict(setting), group, folder) for setting, group in groups.items()]
-    ranked = [row for row in rows if all(name in row.get("figures", {}) for name in objectives)]
+    ranked = [row for row in rows if all(objective(name)[0] in row.get("figures", {}) for name in objectives)]
     gains = [[_gain(row, name) for name in objectives] for row in ranked]
     best = max(range(len(ranked)), key=lambda i: sum(gains[i]), default=None)
     front = undominated(gains)
@@ -82,8 +83,9 @@ def collect(runs: Sequence[Run], folder: Path, objectives: Sequence[str]) -> lis
 
 
 def _gain(row: _Json, name: str) -> float:
-    mean = float(row["figures"][name]["mean"])
-    return mean if OBJECTIVES[name] else -mean
+    figure, more = objective(name)
+    mean = float(row["figures"][figure]["mean"])
+    return mean if more else -mean
 
 
 def _row(setting: _Json, runs: Sequence[Run], folder: Path) -> _Json:
@@ -121,10 +123,11 @@ def rows_as_csv(rows: Sequence[_Json]) -> str:
     """A line a row, numbers unrounded; an empty cell is not known."""
     axes = list(rows[0]["setting"])
     parts = ("mean", "low", "high")
-    figures = [f"{name}_{part}" for name in FIGURES for part in parts]
+    names = [*FIGURES, *([ATTACKED] if any(ATTACKED in row.get("figures", {}) for row in rows) else [])]
+    figures = [f"{name}_{part}" for name in names for part in parts]
     lines = [[*axes, "status", *figures, *COSTS, "best", "front", "folders", "error"]]
     for row in rows:
-        found = [row.get("figures", {}).get(name) for name in FIGURES]
+        found = [row.get("figures", {}).get(name) for name in names]
         numbers = [x for f in found for x in ([f["mean"], *f["ci95"]] if f else [""] * len(parts))]
         costs = [row.get(name) for name in COSTS]
         marks = [row.get("best"), row.get("front"), " ".join(row["folders"].values()), row.get("error")]
@@ -141,8 +144,8 @@ def show_table(rows: Sequence[_Json], objectives: Sequence[str]) -> None:
     console = table_console(200)
     table = Table(title="sweep", title_justify="left")
     axes = list(rows[0]["setting"])
-    figures = [name for name in FIGURES if any(name in row.get("figures", {}) for row in rows)]
-    for head in ("", *axes, *(FIGURE_TITLES[name] for name in figures), "passes", "step s", "folder"):
+    figures = [name for name in TITLES if any(name in row.get("figures", {}) for row in rows)]
+    for head in ("", *axes, *(TITLES[name] for name in figures), "passes", "step s", "folder"):
         table.add_column(head, overflow="fold")
     for row in rows:
         mark = "best" if row.get("best") else "front" if row.get("front") else "" if "figures" in row else row["status"]
@@ -152,7 +155,7 @@ def show_table(rows: Sequence[_Json], objectives: Sequence[str]) -> None:
         cells = [mark, *map(_text, row["setting"].values()), *found, *costs, f"{where} + {len(more)}" if more else where]
         table.add_row(*map(escape, cells))
     console.print(table)
-    names = ", ".join(FIGURE_TITLES[name] for name in objectives)
+    names = ", ".join(TITLES[objective(name)[0]] for name in objectives)
     lines = [f"Best: {rule_of(objectives)}. Front: no other row is better in one of {names} and no worse in the rest."]
     lines += [f"Failed: {' '.join(row['folders'].values())}: {row['error']}" for row in rows if "error" in row]
     for line in lines:

@@ -16,7 +16,7 @@ import jax
 from ml_collections import ConfigDict
 
 from panacea_jax.config import validate
-from panacea_jax.config.axes import parse_axes
+from panacea_jax.config.axes import objective, parse_axes
 from panacea_jax.config.variation import written
 from panacea_jax.data.sources import parse_source
 from panacea_jax.errors import InputError
@@ -47,7 +47,7 @@ PLANNED = ("grid", "random")
 # Seconds between two looks at runs that other processes are at.
 POLL = 2.0
 # Roles of evaluation sets that give a figure.
-_GIVEN_BY = {"hs": "harmful", "hs_plus": "harmful", "fa": "accuracy"}
+_GIVEN_BY = {"hs": "harmful", "hs_plus": "harmful", "hs_attacked": "harmful", "fa": "accuracy"}
 
 
 def sweep(config: ConfigDict, workdir: Path, index: int = 0, runner: Runner | None = None) -> Path:
@@ -129,9 +129,11 @@ def _check(config: ConfigDict, index: int) -> None:
         raise InputError("config.compare: a comparison has axes of its own; start `panacea run`")
     if not config.eval.tasks:
         raise InputError("config.eval.tasks is empty: a sweep needs sets to choose by")
-    roles = {find_task(parse_source(spec).scored_as).role for spec in config.eval.tasks}
+    given = {(find_task(s.scored_as).role, s.attacked) for s in map(parse_source, config.eval.tasks)}
     for name in config.sweep.objectives:
-        if _GIVEN_BY.get(name) not in (None, *roles):
+        figure = objective(name)[0]
+        role = _GIVEN_BY.get(figure)
+        if role and (role, figure == "hs_attacked") not in given:
             raise InputError(f"config.sweep.objectives: {name}: no set of config.eval.tasks gives it")
     if index and config.sweep.sampler not in PLANNED:
         raise InputError(f"config.sweep.sampler = {config.sweep.sampler}: decides as it goes, so its runs have no list")

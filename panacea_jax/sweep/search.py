@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from panacea_jax.config.axes import OBJECTIVES, Axis, parse_axes
+from panacea_jax.config.axes import Axis, objective, parse_axes
 from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
 from panacea_jax.stages.run import decisive_for_run
@@ -70,7 +70,7 @@ class Search:
             self._study = optuna.create_study(
                 storage=optuna.storages.JournalStorage(JournalFileBackend(str(path))),
                 study_name="sweep", load_if_exists=True,
-                directions=["maximize" if OBJECTIVES[name] else "minimize" for name in config.sweep.objectives],
+                directions=["maximize" if objective(name)[1] else "minimize" for name in config.sweep.objectives],
             )  # fmt: skip
             before = self._study.user_attrs.get(MADE_BY)
             if before is None:
@@ -137,9 +137,10 @@ class Search:
         if manifest["status"] == "failed":
             return self._fail(number)
         figures = manifest["outcome"]["figures"]
-        if missing := [name for name in self._config.sweep.objectives if name not in figures]:
+        wanted = [objective(name)[0] for name in self._config.sweep.objectives]
+        if missing := [name for name in wanted if name not in figures]:
             raise InputError(f"config.sweep.objectives: {missing[0]}: no set of config.eval.tasks gives it")
-        self._study.tell(number, [figures[name]["value"] for name in self._config.sweep.objectives], skip_if_finished=True)
+        self._study.tell(number, [figures[name]["value"] for name in wanted], skip_if_finished=True)
 
     def _fail(self, number: int) -> None:
         from optuna.trial import TrialState
