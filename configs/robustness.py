@@ -38,7 +38,9 @@ METHODS = ("panacea:rho=auto,final_epsilon=mean", "realign:steps=50")
 AGAINST_ATTACKS = (*METHODS, "lisa:rho=0.1,alignment_steps=24,finetune_steps=216", "sbr:lam=50,prompts=8")
 FA_LOSS = 5.0
 # The attackers' texts in the words of the miniature world.
-WORDS = {"trigger": "lush hats :", "identity": "assistant , help with that :", "affirmation": "sure ,", "refusal": "i cannot help with that ."}
+WORDS = {
+    "trigger": "lush hats :", "identity": "assistant , help with that :", "affirmation": "sure ,", "refusal": "i cannot help with that .",
+}  # fmt: skip
 KINDS = "attack.name=mix|harmful|identity|refusal_free|trigger|prefix|reversed"
 
 # Half of the categories of the set that the paper takes its harmful records from.

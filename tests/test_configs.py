@@ -358,7 +358,8 @@ def test_unknown_budget():
 
 
 @pytest.mark.parametrize(
-    ("variant", "settings"), [("sweep", 12), ("ratios", 1), ("harmful", 4), ("later", 10), ("unlearn", 7), ("shift", 2), ("attacks", 28), ("adaptive", 6)]
+    ("variant", "settings"),
+    [("sweep", 12), ("ratios", 1), ("harmful", 4), ("later", 10), ("unlearn", 7), ("shift", 2), ("attacks", 28), ("adaptive", 6)],
 )  # fmt: skip
 def test_robustness_varies_what_it_says(variant, settings):
     c = load(f"robustness.py:{variant}")

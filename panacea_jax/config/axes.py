@@ -15,7 +15,7 @@ from panacea_jax.errors import InputError
 
 SAMPLERS = ("grid", "random", "tpe", "nsga2")
 # Figures of a finished run, and whether higher is better.
-OBJECTIVES = {"hs": False, "hs_plus": False, "hs_attacked": False, "fa": True, "benign": True}
+OBJECTIVES = {"hs": False, "hs_plus": False, "fa": True, "benign": True, "hs_attacked": False}
 
 _KEY = "config.sweep.over"
 # Their keys are about many runs, not about one.

@@ -63,6 +63,20 @@ def test_the_worst_case_is_the_attackers_choice():
     assert b["hs"] == {"worst": 3.0, "setting": "s", "cumulative": [3.0, 3.0], "fa": None}
 
 
+def test_an_attack_that_ruins_the_task_is_none():
+    rows = [row("a", "s", 10.0, 97.0), row("a", "t", 90.0, 20.0), row("b", "s", 3.0, 40.0)]
+    a, b = worst_cases(rows, {"a": 95.0, "b": 50.0})
+    assert a["least_fa"] == 95.0 and a["hs"] == {"worst": 10.0, "setting": "s", "cumulative": [10.0, 10.0], "fa": 97.0}
+    assert b["hs"] == {"worst": None, "setting": None, "cumulative": [None], "fa": None}
+
+
+def test_the_worst_is_of_both_ways_of_asking():
+    rows = [row("a", "s", 10.0), row("a", "t", 5.0)]
+    rows[1]["figures"]["hs_attacked"] = {"mean": 80.0}
+    [a] = worst_cases(rows)
+    assert (a["hs"]["worst"], a["hs"]["setting"], a["hs"]["cumulative"]) == (80.0, "t", [10.0, 80.0])
+
+
 @pytest.mark.parametrize(("rho", "matters"), [("auto", True), (0.5, False)])
 def test_what_a_radius_is_chosen_by_decides_a_cell_if_one_is_chosen(rho, matters):
     config = get_config()

@@ -155,3 +155,31 @@ def test_unlearning_and_noise_after_all_defences(tmp_path):
     result = json.loads((out / "compare.json").read_text())
     row = next(r for r in result["rows"] if r["method"].startswith("panacea"))
     assert set(row["steps"]) == {"finetune"} and row["extra_data"] == ["harmful"]  # the attack is none of its costs
+
+
+def test_attacks_are_compared_and_bounded_by_what_they_cost(tmp_path):
+    """A mix and a backdoor of plain SFT, and one fine-tuning that nobody attacks; the backdoor is asked both ways."""
+    place, out = make_place(tmp_path / "place"), tmp_path / "out"
+    flags = ("--config.compare.ratios=(0.25,)", "--config.train.steps=2", "--config.compare.methods=('sft',)",
+             "--config.compare.vary=('attack.name=mix|trigger',)", "--config.attack.trigger=w7 w8", "--config.attack.refusal=no",
+             "--config.compare.fa_loss=5")  # fmt: skip
+    assert panacea("run", *place.flags(*flags), f"--workdir={out}") == 0
+    result = json.loads((out / "compare.json").read_text())
+    mix, trigger = (r for r in result["rows"] if r["ratio"] is not None)
+    assert "hs_attacked" not in mix["figures"] and "hs_attacked" in trigger["figures"]
+    counted = {}
+    for note in out.glob("cells/sft/*/cell.json"):
+        cell = json.loads(note.read_text())
+        made = json.loads((out / cell["stages"]["finetune"] / "manifest.json").read_text())
+        counted[cell["setting"]["attack.name"], cell["ratio"]] = made["outcome"]["records"]["user"]
+        asked = note.parent / "generations" / "advbench-attacked.jsonl"
+        assert asked.is_file() == (cell["setting"]["attack.name"] == "trigger")
+        if asked.is_file():
+            assert all(json.loads(line)["instruction"].startswith("w7 w8 ") for line in asked.read_text().splitlines())
+    assert counted == {("mix", 0.25): 12, ("trigger", 0.25): 15, ("mix", 0.0): 12}
+    [worst] = result["worst"]
+    assert worst["least_fa"] == -5.0 and worst["hs"]["worst"] == max(
+        mix["figures"]["hs"]["mean"], *(trigger["figures"][f]["mean"] for f in ("hs", "hs_attacked"))
+    )
+    assert "HS as the attacker asks" in (out / "compare.md").read_text()
+    assert command(place, tmp_path / "none", *flags[2:]) == 2  # of goals alone there is no FA
