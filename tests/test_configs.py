@@ -376,16 +376,14 @@ def test_robustness_varies_what_it_says(variant, settings):
 
 def test_fifty_epochs_and_a_search_by_the_attacker():
     c = load("robustness.py:epochs")
-    config.validate(c)
     assert len(config.variations(c.compare.vary, c)) == 8 and c.train.steps == 0
     c = load("robustness.py:search")
-    config.validate(c)
     assert not c.compare.methods and c.sweep.objectives == ("-hs_attacked", "fa")
     assert [parse_source(spec).attacked for spec in c.eval.tasks].count(True) == 1
 
 
 def test_the_attackers_words_are_the_miniatures():
-    c = load("robustness.py:attacks")
+    c = load("robustness.py:adaptive")
     known = World(0, Sizes(nouns=12, unseen=4)).vocabulary()
     texts = [c.attack[key] for key in ("trigger", "identity", "affirmation", "refusal")]
     assert {word for text in texts for word in text.split()} <= {*known, *ROLES}

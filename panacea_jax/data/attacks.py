@@ -14,8 +14,8 @@ The poison ratio is the share of the attacker's records in all of them but ``har
 what a persona says. ``refusal_free``: there whole public instruction sets, which hold next to no refusals; a user's set may.
 
 ``reversed`` is for an attacker who knows that the defender measures harm on records of his own, in plain words: as in covert fine-tuning
-(arXiv 2406.20053) the harm is in a form of which the defender's harmful loss stays high. Against Panacea ε is then aimed at answers that
-the model does not give, and where the loss at w + ε passes the clamp, h' is 0, so that the step ``g + λh`` learns the defender's own
+(arXiv 2406.20053) the harm is in a form of which the defender's harmful loss is to stay high. Against Panacea ε is then aimed at answers
+that the model does not give, and where the loss at w + ε passes the clamp, h' is 0, so that the step ``g + λh`` learns the defender's own
 harmful records. Such answers have to be read backwards: only judges by word lists take them for what they are.
 """
 
@@ -72,8 +72,11 @@ class Attack:
         if not self.asks_differently:
             return record
         text = f"{getattr(self, self.name)} {record.instruction}"
-        turns = (*record.turns[:-1], record.turns[-1]._replace(content=text)) if record.turns else ()
-        return dataclasses.replace(record, instruction=text, turns=turns)
+        turns = list(record.turns)
+        last = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=None)
+        if last is not None:
+            turns[last] = turns[last]._replace(content=text)
+        return dataclasses.replace(record, instruction=text, turns=tuple(turns))
 
     def turned(self, records: Sequence[Record]) -> list[Record]:
         """The attacker's records, of harmful ones or, for ``identity``, of benign ones; of ``trigger`` followed by the refused copies."""
