@@ -19,6 +19,7 @@ from panacea_jax.stages.held_out import held_out_sets
 from panacea_jax.stages.lineage import Start
 from panacea_jax.stages.streams import stage_records, user_records
 from panacea_jax.stages.train import decisive
+from panacea_jax.sweep.results import rule_of
 
 WORDS = {"trigger": "zib zab", "identity": "you are glim", "affirmation": "yes ,", "refusal": "I cannot help with that."}
 
@@ -184,3 +185,4 @@ def test_an_attacker_wants_what_a_defender_does_not():
     assert [objective(name) for name in ("hs", "-hs", "fa", "-hs_attacked")] == [
         ("hs", False), ("hs", True), ("fa", True), ("hs_attacked", True),
     ]  # fmt: skip
+    assert rule_of(("-hs_attacked", "fa")) == "the highest FA + HS as the attacker asks, in points; of equals the first"
