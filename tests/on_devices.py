@@ -28,13 +28,17 @@ def on_devices(module: str, *arguments: object, count: int = 8) -> Any:
     return json.loads(found["said"].splitlines()[-1])
 
 
+def xla_flags(count: int) -> str:
+    """``XLA_FLAGS`` of a process with so many fake devices, which compiles as lightly as this one."""
+    return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+
+
 @functools.cache
 def _child(count: int) -> "subprocess.Popen[str]":
     """Lives as long as this process; its input then ends, and so does it."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     return subprocess.Popen(
         [sys.executable, "-m", "tests.on_devices"],
-        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(count)},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
 
