@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def on_devices(module: str, *arguments: object, count: int = 8, light: bool = True) -> Any:
-    """What ``python -m module arguments…`` prints last, which is JSON, on so many devices of the CPU; not ``light``: compiled as for use."""
+    """What ``python -m module arguments…`` prints last, which is JSON, on so many devices; not ``light``: compiled as for use."""
     child = _child(count, light)
     assert child.stdin is not None and child.stdout is not None
     child.stdin.write(json.dumps([module, *map(str, arguments)]) + "\n")
