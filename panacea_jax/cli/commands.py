@@ -340,7 +340,8 @@ COMMANDS = {
     "doctor": Command(
         "what this machine has, and what a configuration will use of it", _doctor, ("show_records",), several=True,
         reads=(
-            "seed", "model", "lora", "data", "defence", "align.defence", "heal.defence", "optimizer", "train", "eval.tasks", "judge", "mesh",
+            "seed", "model", "lora", "data", "defence", "align.defence", "heal.defence", "optimizer", "train", "eval.tasks", "judge",
+            "mesh",
         ),
     ),
     "plan": Command(
