@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile the same small programs over and over: all processes share them, also those of the next session.
+# Tests compile the same small programs over and over: all processes share them, also those of the next session. No limit of size: with
+# one JAX reads the time of every kept program under a lock before it keeps another. ``make clean`` makes room.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
-os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 * 2**30))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Small programs compile for longer than they run, and each worker of pytest-xdist has one core. Without the fusion emitters, which go
 # through MLIR, a step compiles in half the time.

@@ -15,9 +15,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 
-def on_devices(module: str, *arguments: object, count: int = 8) -> Any:
-    """What ``python -m module arguments…`` prints last, which is JSON, on so many devices of the CPU."""
-    child = _child(count)
+def on_devices(module: str, *arguments: object, count: int = 8, light: bool = True) -> Any:
+    """What ``python -m module arguments…`` prints last, which is JSON, on so many devices; not ``light``: compiled as for use."""
+    child = _child(count, light)
     assert child.stdin is not None and child.stdout is not None
     child.stdin.write(json.dumps([module, *map(str, arguments)]) + "\n")
     child.stdin.flush()
@@ -28,13 +28,17 @@ def on_devices(module: str, *arguments: object, count: int = 8) -> Any:
     return json.loads(found["said"].splitlines()[-1])
 
 
+def xla_flags(count: int, light: bool = True) -> str:
+    """``XLA_FLAGS`` of a process with so many fake devices, which compiles as lightly as this one, or as for use."""
+    return f"{os.environ.get('XLA_FLAGS', '') if light else ''} --xla_force_host_platform_device_count={count}"
+
+
 @functools.cache
-def _child(count: int) -> "subprocess.Popen[str]":
+def _child(count: int, light: bool) -> "subprocess.Popen[str]":
     """Lives as long as this process; its input then ends, and so does it."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     return subprocess.Popen(
         [sys.executable, "-m", "tests.on_devices"],
-        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(count, light)},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
 

@@ -343,7 +343,10 @@ COMMANDS = {
     "defences": Command("every defence: stage, data, passes a step, memory, paper", _defences, ()),
     "doctor": Command(
         "what this machine has, and what a configuration will use of it", _doctor, ("show_records",), several=True,
-        reads=("seed", "model", "lora", "data", "attack", "defence", "optimizer", "train", "eval.tasks", "judge", "mesh"),
+        reads=(
+            "seed", "model", "lora", "data", "attack", "defence", "align.defence", "heal.defence", "optimizer", "train", "eval.tasks",
+            "judge", "mesh",
+        ),
     ),
     "plan": Command(
         "memory and least time of a step, hours and cost of the recipe, on a machine that is not there", _plan,

@@ -72,6 +72,7 @@ import jax
 from panacea_jax.models import weights
 from panacea_jax.models.model import load
 from panacea_jax.parallel import make_mesh
+from tests.on_devices import xla_flags
 
 mesh = make_mesh(2, 2, 2)
 plain = load(sys.argv[1], mesh=mesh, dtype="float32").weights
@@ -88,7 +89,7 @@ for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again)):
 def test_layer_by_layer_is_the_same(tmp_path):
     """The way to accelerators, on the CPU's memory."""
     folder = save(build("qwen2"), tmp_path / "m")
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = os.environ | {"XLA_FLAGS": xla_flags(8)}
     done = subprocess.run(
         [sys.executable, "-c", BY_LAYER, str(folder)],
         cwd=ROOT, env=env, capture_output=True, text=True, check=False,

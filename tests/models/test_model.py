@@ -18,6 +18,7 @@ from panacea_jax.models.bound import Inputs
 from panacea_jax.models.cache import init_cache, settle
 from panacea_jax.models.config import ModelConfig
 from tests.families import FAMILIES, SETTINGS, VOCAB, build, save
+from tests.on_devices import xla_flags
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -301,7 +302,7 @@ for folder in sys.argv[1:]:
         np.testing.assert_array_equal(a, b)
 """
     folders = [str(save(build(f), tmp_path / f)) for f in ("gemma2", "qwen3", "gemma3")]
-    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    env = {"XLA_FLAGS": xla_flags(4)}
     assert _python(code, *folders, env=env).split() == ["1", "4"] * 3
 
 

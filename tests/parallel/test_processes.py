@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from panacea_jax.errors import InputError
 from panacea_jax.parallel import lifeline, processes
+from tests.on_devices import xla_flags
 from tests.runs import make_place, rewrite_manifest
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +47,7 @@ class Together:
             port = probe.getsockname()[1]
         env = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": xla_flags(devices),
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }

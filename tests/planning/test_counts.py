@@ -16,7 +16,7 @@ STEPS = [name for name in KEPT if name != "jax"]
 def found():
     if jax.__version__ != KEPT["jax"]:
         pytest.skip(f"counted with jax {KEPT['jax']}; `make counts` counts anew")
-    return on_devices("tests.planning.counted")
+    return on_devices("tests.planning.counted", light=False)
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -40,4 +40,4 @@ def test_panacea_has_three_passes(found):
 
 
 if __name__ == "__main__":
-    GOLDEN.write_text(json.dumps(on_devices("tests.planning.counted"), indent=1) + "\n", "utf-8")
+    GOLDEN.write_text(json.dumps(on_devices("tests.planning.counted", light=False), indent=1) + "\n", "utf-8")

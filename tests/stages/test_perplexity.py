@@ -12,6 +12,7 @@ import torch
 
 from panacea_jax.stages import perplexity
 from tests import runs, torch_oracle
+from tests.on_devices import xla_flags
 from tests.tiny import write_pairs
 
 
@@ -83,9 +84,7 @@ def test_over_eight_devices(place_and_run, tmp_path):
             f"--config.eval.tasks=('pairs@{source}',)", "--config.generate.adapter=none", f"--workdir={workdir}",
             *(f"--config.mesh.{axis}" for axis in mesh),
         )  # fmt: skip
-        environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
-        }
+        environment = os.environ | {"XLA_FLAGS": xla_flags(devices)}
         command = [sys.executable, "-m", "panacea_jax.cli", "perplexity", *map(str, flags)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
