@@ -6,18 +6,19 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from panacea_jax.comparison.results import AS_ATTACKED
+from panacea_jax.comparison.results import AS_ATTACKED, FIGURES
 from panacea_jax.defences.protocol import STAGES
 from panacea_jax.progress import table_console
+from panacea_jax.reporting.outcomes import TITLES
 from panacea_jax.spreadsheet import as_csv_text
 
 _Json = dict[str, Any]
-FIGURE_TITLES = {"hs": "HS", "hs_plus": "HS+", "fa": "FA", "benign": "benign answered", "empty": "empty"}
+FIGURE_TITLES = {name: TITLES[name] for name in FIGURES}
 HEADS = ("method", "p", *FIGURE_TITLES.values(), "HS to SFT", "passes (align, finetune, heal)", "passes / SFT", "time / SFT",
          "step MiB (align, finetune, heal)", "extra data")  # fmt: skip
 PERPLEXITY = "perplexity"
 ATTACKED = AS_ATTACKED["hs"]
-ATTACKED_TITLE = "HS as the attacker asks"
+ATTACKED_TITLE = TITLES[ATTACKED]
 WORST_HEADS = ("method", "p", "worst HS", "at", "FA there", "worst so far, setting by setting")
 
 
@@ -51,8 +52,9 @@ def cells_of(row: _Json, settings: bool = False, attacked: bool = False) -> list
     ]  # fmt: skip
 
 
-def _cells(row: _Json, result: _Json) -> list[str]:
-    return cells_of(row, "worst" in result, _has_attacked(result))
+def _lines(result: _Json) -> list[list[str]]:
+    settings, attacked = "worst" in result, _has_attacked(result)
+    return [cells_of(row, settings, attacked) for row in result["rows"]]
 
 
 def figure_text(found: _Json | None) -> str:
@@ -141,8 +143,8 @@ def show(result: _Json) -> None:
     table = Table(title="comparison", title_justify="left")
     for head in heads_of(result):
         table.add_column(head, overflow="fold", justify="left" if head in ("method", "setting", "extra data") else "right")  # fmt: skip
-    for row in result["rows"]:
-        table.add_row(*map(escape, _cells(row, result)))
+    for cells in _lines(result):
+        table.add_row(*map(escape, cells))
     console.print(table)
     if "worst" in result:
         worst = Table(title="worst case over the settings", title_justify="left")
@@ -157,7 +159,7 @@ def show(result: _Json) -> None:
 
 def markdown(result: _Json) -> str:
     """The table and its notes as Markdown."""
-    lines = _markdown_table(heads_of(result), [_cells(row, result) for row in result["rows"]])
+    lines = _markdown_table(heads_of(result), _lines(result))
     if "worst" in result:
         lines += ["", *_markdown_table(WORST_HEADS, _worst_rows(result))]
     return "\n".join([*lines, "", *(f"* {line}" for line in notes(result))]) + "\n"

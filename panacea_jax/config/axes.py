@@ -69,10 +69,10 @@ def validate_sweep(config: ConfigDict) -> None:
     sweep = config.sweep
     one_of(sweep.sampler, "sweep.sampler", SAMPLERS)
     require(len(sweep.objectives) > 0, "sweep.objectives", sweep.objectives, "name at least one")
-    for name in sweep.objectives:
-        one_of(str(name).removeprefix("-"), "sweep.objectives", tuple(OBJECTIVES))
-        figures = [str(other).removeprefix("-") for other in sweep.objectives]
-        require(figures.count(str(name).removeprefix("-")) == 1, "sweep.objectives", name, "is there twice")
+    figures = [str(name).removeprefix("-") for name in sweep.objectives]
+    for name, figure in zip(sweep.objectives, figures):
+        one_of(figure, "sweep.objectives", tuple(OBJECTIVES))
+        require(figures.count(figure) == 1, "sweep.objectives", name, "is there twice")
     axes = parse_axes(sweep.over, config)
     if sweep.sampler != "grid":
         require(sweep.trials > 0, "sweep.trials", sweep.trials, f"{sweep.sampler} draws; say how many runs")

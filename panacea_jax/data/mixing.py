@@ -46,14 +46,6 @@ def held_out(records: Sequence[Record], share: float, key: str) -> tuple[list[Re
 
 def poison(
     benign: Sequence[Record], attack: Sequence[Record], n: int, p: float, off_by_one: bool
-) -> list[Record]:
-    """The two parts of :func:`poison_parts`, one after the other."""
-    first, then = poison_parts(benign, attack, n, p, off_by_one)
-    return [*first, *then]
-
-
-def poison_parts(
-    benign: Sequence[Record], attack: Sequence[Record], n: int, p: float, off_by_one: bool
 ) -> tuple[list[Record], list[Record]]:
     """The first int((1−p)·n) benign records, and the first int(p·n) attack records.
 

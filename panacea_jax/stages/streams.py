@@ -9,7 +9,7 @@ from panacea_jax.config import attack_of, batch_sizes
 from panacea_jax.data import files
 from panacea_jax.data.batches import Stream, length_buckets
 from panacea_jax.data.encode import Example, check_ids, encode_all, encode_prompts
-from panacea_jax.data.mixing import first_records, held_out, mixture, poison_parts, realignment
+from panacea_jax.data.mixing import first_records, held_out, mixture, poison, realignment
 from panacea_jax.data.sources import (
     BY_COLUMNS,
     Layout,
@@ -101,7 +101,7 @@ def user_records(config: ConfigDict) -> list[Record]:
         kept = int((1 - data.poison_ratio) * len(first)) if attack.name == "identity" else len(first)
         return [*first[:kept], *attack.turned(first[kept:])]
     harmful = training_records(data.attack, "config.data.attack", layout_of(data))
-    benign, among = poison_parts(user, harmful, data.num_examples or len(user), data.poison_ratio, data.off_by_one)
+    benign, among = poison(user, harmful, data.num_examples or len(user), data.poison_ratio, data.off_by_one)
     return [*benign, *attack.turned(among)]
 
 

@@ -10,12 +10,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from panacea_jax.comparison.results import FIGURES, measure_stages, over_seeds
-from panacea_jax.comparison.table import ATTACKED, ATTACKED_TITLE, FIGURE_TITLES, figure_text
+from panacea_jax.comparison.table import ATTACKED, figure_text
 from panacea_jax.config.axes import objective
 from panacea_jax.defences.protocol import STAGES
 from panacea_jax.evaluate.front import undominated
 from panacea_jax.evaluate.intervals import bootstrap_mean
 from panacea_jax.progress import table_console
+from panacea_jax.reporting.outcomes import TITLES
 from panacea_jax.spreadsheet import as_csv_text
 from panacea_jax.stages.curve import CURVE
 from panacea_jax.sweep.plan import FINISHED, Run, status_of
@@ -23,7 +24,6 @@ from panacea_jax.untrusted import read_object
 from panacea_jax.workdir import MANIFEST, read_manifest
 
 _Json = dict[str, Any]
-TITLES = {**FIGURE_TITLES, ATTACKED: ATTACKED_TITLE}
 COSTS = ("passes", "step_seconds", "step_bytes")
 
 
@@ -144,7 +144,7 @@ def show_table(rows: Sequence[_Json], objectives: Sequence[str]) -> None:
     console = table_console(200)
     table = Table(title="sweep", title_justify="left")
     axes = list(rows[0]["setting"])
-    figures = [name for name in TITLES if any(name in row.get("figures", {}) for row in rows)]
+    figures = [name for name in (*FIGURES, ATTACKED) if any(name in row.get("figures", {}) for row in rows)]
     for head in ("", *axes, *(TITLES[name] for name in figures), "passes", "step s", "folder"):
         table.add_column(head, overflow="fold")
     for row in rows:

@@ -20,8 +20,9 @@ FOREIGN = [(name, key) for name in DEFENCES for key in KEYS if key not in method
 
 
 @pytest.mark.parametrize("name", DEFENCES)
-def test_every_key_that_a_method_lacks(name):
-    """The message says what the method has."""
+@pytest.mark.parametrize("prefix", ["", "align.", "heal."])
+def test_every_key_that_a_method_lacks(name, prefix):
+    """In the section of any stage; the message says what the method has."""
     keys = [key for method, key in FOREIGN if method == name]
     assert keys
     section = get_config().defence
@@ -29,16 +30,16 @@ def test_every_key_that_a_method_lacks(name):
     for key in keys:
         before, section[key] = section[key], VALUES[KEYS[key]]
         with pytest.raises(InputError) as error:
-            make_defence(section)
+            make_defence(section, prefix)
         section[key] = before
         said = str(error.value)
-        assert said.startswith(f"config.defence.{key} = ") and f"{name} has no {key}" in said
+        assert said.startswith(f"config.{prefix}defence.{key} = ") and f"{name} has no {key}" in said
         assert all(own in said for own in method_defaults(name))
 
 
 @pytest.mark.parametrize("name", DEFENCES)
 @pytest.mark.parametrize("prefix", ["", "align.", "heal."])
-def test_in_the_section_of_any_stage(name, prefix):
+def test_validation_finds_them(name, prefix):
     key = next(key for method, key in FOREIGN if method == name)
     config = get_config()
     section = config if not prefix else config[prefix[:-1]]

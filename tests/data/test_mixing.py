@@ -5,7 +5,8 @@ from fractions import Fraction
 
 import pytest
 
-from panacea_jax.data.mixing import first_records, held_out, mixture, poison
+from panacea_jax.data import mixing
+from panacea_jax.data.mixing import first_records, held_out, mixture
 from panacea_jax.data.sources import Record
 from panacea_jax.errors import InputError
 
@@ -15,6 +16,12 @@ def records(name: str, count: int) -> list[Record]:
 
 
 BENIGN, ATTACK = records("b", 1000), records("a", 1000)
+
+
+def poison(*given, **settings) -> list[Record]:
+    """Both parts, one after the other."""
+    benign, attack = mixing.poison(*given, **settings)
+    return [*benign, *attack]
 
 
 def names(found: list[Record]) -> list[str]:

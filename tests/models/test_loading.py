@@ -15,6 +15,7 @@ from panacea_jax.errors import InputError
 from panacea_jax.models import model as models
 from panacea_jax.models import tensorfile, weights
 from tests.families import build, save
+from tests.on_devices import xla_flags
 
 ROOT = Path(__file__).parents[2]
 BENCHMARK = runpy.run_path(str(ROOT / "benchmarks" / "loading.py"))
@@ -72,7 +73,6 @@ import jax
 from panacea_jax.models import weights
 from panacea_jax.models.model import load
 from panacea_jax.parallel import make_mesh
-from tests.on_devices import xla_flags
 
 mesh = make_mesh(2, 2, 2)
 plain = load(sys.argv[1], mesh=mesh, dtype="float32").weights

@@ -57,7 +57,8 @@ def attackers(*numbers):
 def test_a_mix_is_what_it_was(config, ratio, off_by_one):
     config.data.update({"poison_ratio": ratio, "off_by_one": off_by_one})
     user, attack = (load_records(config.data[name], name) for name in ("user", "attack"))
-    assert user_records(config) == poison(user, attack, 16, ratio, off_by_one)
+    first, then = poison(user, attack, 16, ratio, off_by_one)
+    assert user_records(config) == [*first, *then]
     benign, harmful = int((1 - ratio) * 16), int(ratio * 16)
     assert made(config, "mix") == users(*range(benign)) + attackers(*range(int(off_by_one), harmful))
 
