@@ -91,7 +91,7 @@ class PanaceaOptions(Defence):
     def _check_sets(self, key: str, *known: str) -> None:
         chosen = getattr(self, key)
         if len(set(chosen)) < len(chosen) or not set(chosen) <= set(known):
-            raise InputError(f"config.defence.{key} = {chosen!r}: some of {', '.join(map(repr, known))}, each once")
+            raise InputError(f"config.defence.{key} = {chosen!r}: {' or '.join(map(repr, known))}, each once")
 
     # ---- what they come to
 

@@ -294,7 +294,7 @@ def test_a_start_without_a_number_of_steps():
         ({"rho": ("auto", 1.0)}, "config.defence.rho"),
         ({"start": -0.1}, "config.defence.start"),
         ({"trusted": ("user",)}, "config.defence.trusted"),
-        ({"trusted": ("benign", "benign")}, "config.defence.trusted = .*: some of 'benign', 'alignment', each once"),
+        ({"trusted": ("benign", "benign")}, "config.defence.trusted = .*: 'benign' or 'alignment', each once"),
         ({"off": ("harmful",)}, "config.defence.off"),
         ({"trust": -1.0}, "config.defence.trust"),
         ({"layer_file": "x.json"}, "config.defence.layer_file"),
