@@ -15,7 +15,7 @@ where ε has the direction of the gradient at its own end, as at a maximum on th
 Ours, off by default (``panacea_options.py``): λ and ρ by what is measured (``steering.py``, ``rho="auto"``), a radius for each layer
 (``perturbation/radii.py``), cheaper schedules, and two variants. ``trusted`` rows are learnt where the model is deployed, which adds
 ``ϑ ∇L_trusted(w + ε)``; and ``off``: ε goes along the part of h that is orthogonal to other gradients, so that to first order their losses
-do not feel it.
+do not feel it (with a radius for each layer, orthogonal in each).
 """
 
 import dataclasses
@@ -42,6 +42,7 @@ from panacea_jax.defences.protocol import (
     Sets,
     Stage,
 )
+from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
 from panacea_jax.perturbation import inner, norms, off_span, onto_ball, stacked_layers, to_sphere
 
@@ -53,7 +54,7 @@ class PanaceaState(NamedTuple):
     """What Panacea carries from step to step.
 
     Attributes:
-        epsilon: ε of the last harmful batch, same tree as ``params``.
+        epsilon: ε of the last harmful batch that has a gradient, same tree as ``params``.
         epsilon_mean: running mean of ε over the steps that computed one.
         difference: ``h' − h``, kept only when it is reused (``every`` > 1); otherwise empty.
         measured: scalars of the last harmful passes, for the log.
@@ -84,6 +85,12 @@ def _difference(a: Params, b: Params) -> Params:
     return jax.tree.map(jnp.subtract, a, b)
 
 
+def _off(rho: Any) -> Callable[[Params, list[Params]], Params]:
+    """How h is taken off other gradients. With a radius for each layer it is in each by itself: layers are scaled differently afterwards,
+    and what is orthogonal over all of them together would no longer be."""
+    return jax.vmap(off_span) if jnp.ndim(rho) == 1 else off_span
+
+
 def _cosine(a: Params, b: Params) -> Float[Array, ""]:
     """Cosine between two trees; 0 when either is zero."""
     scale = optax.tree.norm(a) * optax.tree.norm(b)
@@ -103,7 +110,11 @@ class Panacea(PanaceaOptions):
     )
 
     def init(self, params: Params) -> PanaceaState:
-        """ε = 0."""
+        """ε = 0.
+
+        Raises:
+            InputError: radii by layer that do not fit the layers of what is trained.
+        """
         zeros = jax.tree.map(jnp.zeros_like, params)
         dtype = jax.tree.leaves(params)[0].dtype
         names = ("harmful_loss", "harmful_loss_perturbed", "norm_h", "norm_difference", "clamped",
@@ -113,6 +124,8 @@ class Panacea(PanaceaOptions):
         # Separate buffers: the state is donated, and one buffer cannot be donated twice.
         copy = jax.tree.map(jnp.zeros_like, params)
         held = jax.tree.map(jnp.zeros_like, params) if self._holds else ()
+        if isinstance(self.rho, tuple) and len(self.rho) != (count := stacked_layers(params, "config.defence.rho")):
+            raise InputError(f"config.defence.rho = {self.rho}: {len(self.rho)} radii for {count} layers")
         layers: Any = ()
         if self._layers:
             depth = stacked_layers(params)
@@ -164,7 +177,8 @@ class Panacea(PanaceaOptions):
         self, loss_fn: LossFn, w: Params, batches: Batches, g: Params, state: PanaceaState
     ) -> _HarmfulTerm:
         """``h`` at w, ``ε`` from it, ``h'`` at w + ε, and ``h' − h``."""
-        batch = batches["harmful"]
+        batch, rho = batches["harmful"], self._radius(w, state)
+        off = _off(rho)
         spared = [g if name == "user" else jax.grad(loss_fn)(w, batches[name]) for name in self.off]
 
         def perturbed_loss(w: Params) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -177,9 +191,9 @@ class Panacea(PanaceaOptions):
         loss, h = jax.value_and_grad(loss_fn)(w, batch)
         epsilon = self._ascend(
             w,
-            off_span(h, spared),
-            lambda at, n: off_span(jax.grad(loss_fn)(at, again(batch, n)), spared),
-            self._radius(w, state),
+            off(h, spared),
+            lambda at, n: off(jax.grad(loss_fn)(at, again(batch, n)), spared),
+            rho,
         )
         (_, loss_perturbed), h_perturbed = jax.value_and_grad(perturbed_loss, has_aux=True)(
             jax.tree.map(jnp.add, w, epsilon)
@@ -216,8 +230,11 @@ class Panacea(PanaceaOptions):
             share = jnp.where(h2 > 0, dot / jnp.where(h2 > 0, h2, 1.0), 0.0)
             measured = {"cos_gh": _cosine(g, term.h), "poison_estimate": share}
             held = term.difference if self._holds else ()
+            # Records without loss show no direction; ε stays that of the last ones that do, or a last batch of them would deploy w alone.
+            told = term.measured["norm_h"] > 0
+            epsilon = jax.tree.map(lambda e, before: jnp.where(told, e, before), term.epsilon, state.epsilon)
             new = state._replace(
-                epsilon=term.epsilon, epsilon_mean=mean, difference=held, measured=term.measured
+                epsilon=epsilon, epsilon_mean=mean, difference=held, measured=term.measured
             )
             if self._steering:
                 losses = (term.measured[f"harmful_loss{at}"] for at in ("", "_perturbed"))
@@ -278,12 +295,13 @@ class Panacea(PanaceaOptions):
         if self.final_epsilon == "last":
             return state
         spared = [mean_gradient(loss, params, sets[name]) for name in self.off]
+        rho = self._radius(params, state)
+        off = _off(rho)
 
         def whole_gradient(w: Params, _: int = 0) -> Params:
-            return off_span(mean_gradient(loss, w, sets["harmful"]), spared)
+            return off(mean_gradient(loss, w, sets["harmful"]), spared)
 
-        h, rho = whole_gradient(params), self._radius(params, state)
-        return state._replace(epsilon=self._ascend(params, h, whole_gradient, rho))
+        return state._replace(epsilon=self._ascend(params, whole_gradient(params), whole_gradient, rho))
 
     def finish(self, params: Params, state: PanaceaState) -> Params:
         """``w + ε``."""

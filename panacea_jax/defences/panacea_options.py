@@ -38,7 +38,7 @@ class PanaceaOptions(Defence):
         between: the term at steps without harmful passes: "reuse" the last one, or "skip" it, with a λ of k times the size.
         trusted: sets of the defender's, "benign" or "alignment", whose loss is lowered at w + ε.
         trust: weight of that loss.
-        off: gradients that ε is orthogonal to: "user" (the step's own), "benign", "alignment".
+        off: gradients that ε is orthogonal to, with radii by layer in each layer: "user" (the step's own), "benign", "alignment".
     """
 
     rho: float | int | str | tuple[float | str, ...] = 1.0
@@ -72,8 +72,8 @@ class PanaceaOptions(Defence):
         self._check_words("clamp", "reference", "none")
         self._check_words("final_epsilon", "last", "mean")
         self._check_words("between", "reuse", "skip")
-        self._check_words("trusted", "benign", "alignment")
-        self._check_words("off", "user", "benign", "alignment")
+        self._check_sets("trusted", "benign", "alignment")
+        self._check_sets("off", "user", "benign", "alignment")
         if "user" in self.off and self.final_epsilon == "mean":
             raise InputError("config.defence.off: 'user' does not go with final_epsilon = mean, which has no user records to look at")
 
@@ -85,10 +85,13 @@ class PanaceaOptions(Defence):
             raise InputError(f"config.defence.rho_per_layer = {self.rho_per_layer}: rho = {self.rho} is one radius a layer already")
 
     def _check_words(self, key: str, *known: str) -> None:
+        if (chosen := getattr(self, key)) not in known:
+            raise InputError(f"config.defence.{key} = {chosen!r}: {' or '.join(map(repr, known))}")
+
+    def _check_sets(self, key: str, *known: str) -> None:
         chosen = getattr(self, key)
-        for word in (chosen,) if isinstance(chosen, str) else chosen:
-            if word not in known:
-                raise InputError(f"config.defence.{key} = {chosen!r}: {' or '.join(map(repr, known))}")
+        if len(set(chosen)) < len(chosen) or not set(chosen) <= set(known):
+            raise InputError(f"config.defence.{key} = {chosen!r}: {' or '.join(map(repr, known))}, each once")
 
     # ---- what they come to
 
@@ -131,9 +134,10 @@ class PanaceaOptions(Defence):
         """Raises:
         InputError: radii by layer for all weights, or from a file that cannot be used.
         """
-        if self._layers and full_parameters:
+        key = "rho_per_layer" if self._layers else "rho"
+        if full_parameters and (self._layers or isinstance(self.rho, tuple)):
             raise InputError(
-                f"config.defence.rho_per_layer = {self.rho_per_layer}: is for adapters; of all weights some belong to no layer"
+                f"config.defence.{key} = {getattr(self, key)}: one radius a layer is for adapters; of all weights some belong to no layer"
             )
         self._layers.check()
 

@@ -151,7 +151,7 @@ class SafeDelta(Method):
         """Go through the aligned model layer by layer, and heal each.
 
         Raises:
-            InputError: the aligned model is not named, cannot be used, or has not the same projections.
+            InputError: the aligned model is not named, cannot be used, or has not the same projections; H has no inverse in this dtype.
         """
         both: _Both = _Matrices(self, params) if isinstance(params, Mapping) else _Factors(self, loss, params)
         entered = [_enter(loss, both.outer, batch) for batch in sets["alignment"]]
@@ -167,6 +167,11 @@ class SafeDelta(Method):
             for target in targets:
                 delta = both.delta(layer, target)
                 selection = select(self, products[_INPUTS_OF.get(target, target)], records, delta)
+                if not bool(jnp.isfinite(selection.factor).all()):
+                    raise InputError(
+                        f"config.defence.damping = {self.damping}: H of {target} in layer {layer} has no Cholesky factor in {delta.dtype}; "
+                        "a larger one gives it one"
+                    )
                 left = carry(self, selection, delta)
                 both.heal(layer, target, selection, left)
                 kept.setdefault(target, []).append(int(selection.kept.sum()))

@@ -67,7 +67,8 @@ def candidates(text: str, key: str) -> list[Stack]:
     Raises:
         InputError: as :func:`parse_stack`.
     """
-    parts = [_parts(part, text, key) for part in re.split(r"\+(?=\s*[a-z])", text)]
+    # A + within a value, of a number or of a folder, has no method's name behind it.
+    parts = [_parts(part, text, key) for part in re.split(r"\+(?=\s*[a-z_]+\s*(?:[:+]|$))", text)]
     found = [_stack(chosen, text, key) for chosen in itertools.product(*parts)]
     return list(dict.fromkeys(found))
 

@@ -24,7 +24,7 @@ from panacea_jax.defences import (
     Realign,
 )
 from panacea_jax.defences.ascent import AUTO
-from panacea_jax.defences.protocol import hyper_parameters
+from panacea_jax.defences.protocol import extra_data, hyper_parameters
 from panacea_jax.defences.spec import Part
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.judges import Judge, RefusalJudge
@@ -32,7 +32,7 @@ from panacea_jax.generate.ends import eos_ids
 from panacea_jax.healing import table
 from panacea_jax.healing.auto import ascend_auto
 from panacea_jax.healing.choice import Budget
-from panacea_jax.healing.methods import allowed, lacking
+from panacea_jax.healing.methods import BRINGS, allowed, lacking
 from panacea_jax.healing.radius import ChosenRadius
 from panacea_jax.healing.sets import (
     Exam,
@@ -176,6 +176,9 @@ def heal(
             raise InputError(f"heal: {name} acts at the stage {method.stage}")
         if needs := lacking(method, there):
             left_out.append(Treated(name, why=needs))
+            continue
+        if gone := [BRINGS[what] for what in extra_data(method) if not at_hand.get(what, True)]:
+            left_out.append(Treated(name, why=f"all of the {' and '.join(gone)} ask what held-out ones do"))
             continue
         results[name], radius = treat(method)
         if radius is not None:

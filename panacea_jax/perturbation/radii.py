@@ -126,15 +126,15 @@ class LayerRule:
         return c if self.rule == "proportional" else 1 / c
 
 
-def stacked_layers(tree: Any) -> int:
-    """L of a tree whose every leaf is stacked over layers.
+def stacked_layers(tree: Any, key: str = KEY) -> int:
+    """L of a tree whose every leaf is stacked over layers; ``key`` is what asks for radii by layer.
 
     Raises:
         InputError: a leaf belongs to no layer, as with all weights.
     """
     sizes = {x.shape[0] for x in jax.tree.leaves(tree)}
     if len(sizes) != 1:
-        raise InputError(f"{KEY}: one radius a layer is for adapters; of all weights some belong to no layer")
+        raise InputError(f"{key}: one radius a layer is for adapters; of all weights some belong to no layer")
     return int(sizes.pop())
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-# Of a gradient that the ones before it hold but for this share, what is left is rounding and spans nothing.
+# Of a tree that others hold but for this share, what is left is rounding: a direction of no meaning, which nothing is to be made of.
 DEPENDENT = 1e-5
 
 
@@ -29,20 +29,22 @@ def off_span(tree: Any, others: Sequence[Any]) -> Any:
     """``tree`` without its part in the span of ``others``, all of one structure; over all leaves together.
 
     Gram and Schmidt's way, each projection taken twice, after which nothing but rounding is left of it. Zeros, and trees that others hold
-    already, span nothing.
+    already, span nothing; of a tree that lies in the span zeros are left.
     """
     basis: list[Any] = []
     for other in others:
-        length = optax.tree.norm(other)
         rest = _off_basis(other, basis)
         left = optax.tree.norm(rest)
-        spans = left > DEPENDENT * length
-        unit = jnp.where(spans, 1 / jnp.where(spans, left, 1.0), 0.0)
+        unit = jnp.where(left > 0, 1 / jnp.where(left > 0, left, 1.0), 0.0)
         basis.append(jax.tree.map(lambda x, unit=unit: x * unit.astype(x.dtype), rest))
     return _off_basis(tree, basis)
 
 
 def _off_basis(tree: Any, basis: Sequence[Any]) -> Any:
+    if not basis:
+        return tree
+    length = optax.tree.norm(tree)
     for unit in [*basis, *basis]:
         tree = _less(tree, inner(tree, unit), unit)
-    return tree
+    rounding = optax.tree.norm(tree) <= DEPENDENT * length  # false for NaN, which stays to be seen
+    return jax.tree.map(lambda x: jnp.where(rounding, 0, x), tree)

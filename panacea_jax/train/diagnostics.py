@@ -73,8 +73,10 @@ class Diagnostics:
         if metrics.get("clamped", 0) > 0:
             found.append(("clamped", "the harmful loss at w + ε passed 5: the clamp removes h', the update is g + λh "
                           "(less ρ, or defence.clamp=none)"))  # fmt: skip
+        # A steered λ goes to 0 without poison; with rho = auto there is none to raise.
+        meant = "; where λ goes by the poison, as with defence.rho=auto, it is meant to be without any" if "lam" in metrics else ""
         checks: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-            ("term_ratio", lambda m: m < INERT, "λ‖h'−h‖/‖g‖ = {:.1e}: the training term is inert (raise λ or ρ)"),
+            ("term_ratio", lambda m: m < INERT, f"λ‖h'−h‖/‖g‖ = {{:.1e}}: the training term is inert (raise λ or ρ{meant})"),
             ("rho_displacement", lambda m: m > LARGE_RHO,
              "ρ is {:.2f} of the distance moved ‖w − w₀‖: ε may undo the task (lower ρ)"),
             ("cos_gh", lambda m: m > HIGH_COSINE,

@@ -146,6 +146,22 @@ def test_finish_adds_epsilon():
     np.testing.assert_array_equal(flat(defence.finish(W, state)), flat(W) + flat(state.epsilon))
 
 
+def test_harmful_records_without_loss_leave_epsilon_as_it_was():
+    """A last batch of them does not deploy w alone; that step is SFT's."""
+
+    def weighed(w, batch):
+        return batch[1] * loss(w, batch[0])
+
+    defence = Panacea(rho=0.3, lam=0.7)
+    user, state = jnp.asarray([0.2, 1.0]), defence.init(W)
+    _, state, _ = defence.gradient(weighed, W, {"user": user, "harmful": jnp.asarray([-0.4, 1.0])}, state, KEY)
+    before = flat(state.epsilon)
+    grads, state, metrics = defence.gradient(weighed, W, {"user": user, "harmful": jnp.asarray([-0.4, 0.0])}, state, KEY)
+    assert metrics["norm_h"] == 0 and np.linalg.norm(before) == pytest.approx(0.3, rel=1e-5)
+    np.testing.assert_array_equal(flat(state.epsilon), before)
+    np.testing.assert_allclose(flat(grads), flat(run(Sft())[0]), rtol=1e-6)
+
+
 def test_rho_by_layer():
     w = {"x": jnp.asarray([[1.0], [2.0]])}
     defence = Panacea(rho=(0.1, 0.4))

@@ -1,5 +1,7 @@
 """Panacea's schedules, layers and variants on losses whose answer is known, and their costs; each against the same in numpy."""
 
+import dataclasses
+import functools
 import json
 import os
 import signal
@@ -9,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from panacea_jax.defences import Panacea, Sft
+from panacea_jax.defences import Loss, Panacea, Sft
+from panacea_jax.defences.loss import mean_gradient
 from panacea_jax.errors import InputError
 from panacea_jax.export import load_epsilon
 from panacea_jax.perturbation import norms
 from panacea_jax.train.checkpoints import Checkpoints
+from panacea_jax.train.loop import finetune
+from panacea_jax.train.optimizer import make_optimizer
 from panacea_jax.train.signals import Preempted
 from tests.defences.test_panacea import (
     BATCHES,
@@ -26,7 +31,7 @@ from tests.defences.test_panacea import (
     run,
 )
 from tests.runs import RHO, make_place, panacea
-from tests.train.test_loop import assert_equal, model
+from tests.train.test_loop import assert_equal, examples, model, streams
 from tests.train.test_loop import run as train
 from tests.train.test_loop import start as begin
 
@@ -195,6 +200,39 @@ def test_further_ascent_steps_stay_off_too():
     assert np.linalg.norm(epsilon) <= 0.3 * (1 + 1e-6)
 
 
+STACKED = {"a": jnp.asarray(RNG.normal(size=(3, 4)), jnp.float32), "b": jnp.asarray(RNG.normal(size=(3, 2, 2)), jnp.float32)}
+TARGETS = {n: jax.tree.map(lambda x: jnp.asarray(RNG.normal(size=x.shape), x.dtype), STACKED) for n in ("user", "harmful", "benign")}
+
+
+def by_layer(w, batch):
+    return sum(jnp.sum((x - y) ** 2) for x, y in zip(jax.tree.leaves(w), jax.tree.leaves(batch))) / 2
+
+
+def cosine(x, y):
+    return flat(x) @ flat(y) / np.linalg.norm(flat(x)) / np.linalg.norm(flat(y))
+
+
+@pytest.mark.parametrize("given", [{"rho": (0.1, 0.2, 0.5)}, {"rho": 0.3, "rho_per_layer": (1.0, 0.0, 3.0), "ascent_steps": 3}], ids=str)
+def test_with_a_radius_for_each_layer_epsilon_is_orthogonal_too(given):
+    """Layers are scaled differently, so it has to be so in each."""
+    defence = Panacea(off=("benign",), lam=0.1, clamp="none", **given)
+    _, state, _ = defence.gradient(by_layer, STACKED, TARGETS, defence.init(STACKED), KEY)
+    assert abs(cosine(state.epsilon, jax.grad(by_layer)(STACKED, TARGETS["benign"]))) < 1e-6
+    radii = given["rho"] if isinstance(given["rho"], tuple) else 0.3 * np.asarray([1, 0, 3]) / 10**0.5
+    np.testing.assert_allclose(norms(state.epsilon, per_layer=True), radii, rtol=1e-5)
+
+
+def test_so_is_the_epsilon_of_the_whole_set(model):
+    """Radii 1 : 4; the benign set is passed over once at the end."""
+    benign = dataclasses.replace(streams()["harmful"], name="benign", examples=examples(7))
+    defence = Panacea(rho=(0.1, 0.4), lam=0.1, off=("benign",), final_epsilon="mean")
+    params = jax.tree.map(lambda x: x + 0.02, begin(model, False)[1])
+    result = finetune(model, params, defence, streams() | {"benign": benign}, optimizer=make_optimizer(1e-2), steps=2)
+    slope = mean_gradient(Loss.of(model), result.params, map(functools.partial(jax.tree.map, jnp.asarray), benign.once()))
+    np.testing.assert_allclose(norms(result.epsilon, per_layer=True), [0.1, 0.4], rtol=1e-5)
+    assert abs(cosine(result.epsilon, slope)) < 1e-5
+
+
 # ---- layers, and all of it in the loop
 
 
@@ -256,6 +294,7 @@ def test_a_start_without_a_number_of_steps():
         ({"rho": ("auto", 1.0)}, "config.defence.rho"),
         ({"start": -0.1}, "config.defence.start"),
         ({"trusted": ("user",)}, "config.defence.trusted"),
+        ({"trusted": ("benign", "benign")}, "config.defence.trusted = .*: 'benign' or 'alignment', each once"),
         ({"off": ("harmful",)}, "config.defence.off"),
         ({"trust": -1.0}, "config.defence.trust"),
         ({"layer_file": "x.json"}, "config.defence.layer_file"),
@@ -264,6 +303,16 @@ def test_a_start_without_a_number_of_steps():
 def test_impossible_values_name_the_key(given, said):
     with pytest.raises(InputError, match=said):
         Panacea(**given)
+
+
+@pytest.mark.parametrize("rho", [(0.1,), (0.1, 0.2)])
+def test_as_many_radii_as_layers(rho):
+    with pytest.raises(InputError, match=rf"config\.defence\.rho = .*: {len(rho)} radii for 3 layers"):
+        Panacea(rho=rho).init(STACKED)
+    with pytest.raises(InputError, match=r"config\.defence\.rho: one radius a layer is for adapters"):
+        Panacea(rho=rho).init(W)
+    with pytest.raises(InputError, match=r"config\.defence\.rho = .*: one radius a layer is for adapters"):
+        Panacea(rho=rho).check(full_parameters=True)
 
 
 def test_radii_from_a_file_on_the_command_line(tmp_path, capsys):

@@ -376,6 +376,18 @@ def test_what_is_refused(tmp_path):
         apply_once(model, adapter, SafeDelta(), {})
 
 
+def test_an_h_without_an_inverse_is_refused(tmp_path):
+    """Nine tokens leave most of 32 inputs without any, and next to nothing is added: no NaN is deployed."""
+    model = load(write_model(tmp_path / "base"), dtype="float32")
+    adapter = noisy(lora.init(model, 2, 4, ("q",), key=jax.random.key(0)), 0.1, 1)
+    short = Stream("alignment", examples(1, vocab=40)[:1], 1, 0, False, (32,))
+    assert len(short.examples[0].tokens) < 32
+    with pytest.raises(InputError, match=r"config\.defence\.damping = 1e-10: H of q_proj in layer 0 has no Cholesky factor in float32"):
+        apply_once(model, adapter, SafeDelta(damping=1e-10), {"alignment": short})
+    healed = apply_once(model, adapter, SafeDelta(), {"alignment": short})
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(healed.deployed))
+
+
 @pytest.mark.parametrize(
     ("key", "bad"), [("budget", -1.0), ("budget", float("nan")), ("damping", 0.0), ("guarded", 1.1), ("rule", "some")]
 )

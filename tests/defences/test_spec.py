@@ -33,6 +33,12 @@ def test_values_are_literals_or_words():
     assert parse_stack("panacea:rho=1e+1", KEY).finetune == Part("panacea", (("rho", 10.0),))
 
 
+def test_a_folder_may_be_named_as_comparisons_name_theirs():
+    folder = "runs/vaccine_rho=2+panacea_rho=0.25/align/adapter"
+    stack = parse_stack(f"resta:base={folder},gamma=2+panacea:rho=1", KEY)
+    assert stack.heal == Part("resta", (("base", folder), ("gamma", 2))) and stack.finetune == Part("panacea", (("rho", 1),))
+
+
 def test_alternatives_multiply():
     found = candidates("vaccine:rho=2|5+panacea:rho=0.1|0.25,lam=0.2", KEY)
     assert [str(stack) for stack in found] == [
@@ -49,6 +55,7 @@ def test_alternatives_multiply():
     [
         ("panacae", "'panacae' is no defence; known are sft"),
         ("", "'' is no defence"),
+        ("vaccine+panacae", "'panacae' is no defence"),
         ("panacea:mu=1", "panacea has no 'mu'; it has rho, lam"),
         ("sft:rho=1", "sft has no 'rho'; it has none"),
         ("panacea:rho", "'rho' is not KEY=VALUE"),

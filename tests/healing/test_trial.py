@@ -1,5 +1,7 @@
 """Healing in memory: ``pj.heal``."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import panacea_jax as pj
 from panacea_jax.defences import Antidote, Ascent, Panacea, Realign, SafeLora
 from panacea_jax.errors import InputError
+from panacea_jax.healing.sets import set_apart
 from panacea_jax.healing.table import UNTREATED
 from panacea_jax.healing.trial import method_name
 from tests.healing.test_radius import records
@@ -60,6 +63,19 @@ def test_harmful_records_alone(world):
     assert {"ascent", "ascent:steps=8", "antidote"} <= set(rows)
     assert set(rows["ascent"].figures) == {"hs", "hs_plus", "coherence"}
     assert healed.data.startswith("With harmful records there are ascent")
+
+
+def test_records_that_are_all_held_out_leave_a_method_out(world):
+    """Refusals to the very prompts that are held out."""
+    model, params = world
+    harmful = records(1, 8)
+    refusals = [dataclasses.replace(r, output="no") for r in set_apart(harmful, 0.25, 64, "held_out")]
+    healed = pj.heal(
+        model, params, harmful, benign=records(3, 8), refusals=refusals, methods=(Realign(steps=1), Antidote()), **SETTINGS
+    )
+    rows = {row.method: row for row in healed.rows}
+    assert rows["realign:steps=1"].why == "all of the refusals ask what held-out ones do"
+    assert rows["antidote"].figures is not None
 
 
 def test_a_method_in_a_line():

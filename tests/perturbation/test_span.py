@@ -27,4 +27,14 @@ def test_zeros_and_repetitions_span_nothing():
     left = flat(off_span(tree(), [zero, one, twice, near]))
     np.testing.assert_allclose(left, flat(off_span(tree(), [one])), atol=1e-6)
     np.testing.assert_array_equal(flat(off_span(tree(), [])), flat(tree()))
-    assert np.abs(flat(off_span(one, [one]))).max() < 1e-6
+
+
+def test_of_what_lies_in_the_span_nothing_is_left():
+    """Not roundings, of which a sphere would make a direction. What is not a number stays so."""
+    others = [tree(1), tree(2)]
+    within = jax.tree.map(lambda x, y: 3 * x - 0.7 * y, *others)
+    np.testing.assert_array_equal(flat(off_span(within, others)), 0)
+    near = jax.tree.map(lambda x, y: x + 1e-3 * y, within, tree())
+    assert np.linalg.norm(flat(off_span(near, others))) > 1e-4 * np.linalg.norm(flat(tree()))
+    broken = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), within)
+    assert np.isnan(flat(off_span(broken, others))).any()

@@ -18,6 +18,14 @@ def watch(metrics, steps=WINDOW):
     return warnings
 
 
+def test_a_steered_term_may_be_meant_to_be_inert():
+    """By the poison λ goes to 0 without any, and with rho = auto there is none to raise."""
+    inert = HEALTHY | {"term_ratio": 0.0}
+    [plain], [steered] = watch(inert, WINDOW), watch(inert | {"lam": 0.0, "poison_mean": 0.0}, WINDOW)
+    assert plain.endswith("the training term is inert (raise λ or ρ)")
+    assert "inert (raise λ or ρ; where λ goes by the poison, as with defence.rho=auto, it is meant to be without any)" in steered
+
+
 def test_a_healthy_run_is_silent():
     assert watch(HEALTHY, 3 * WINDOW) == []
 
