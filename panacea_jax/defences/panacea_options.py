@@ -83,6 +83,8 @@ class PanaceaOptions(Defence):
             raise InputError(f"config.defence.rho = {self.rho}: a radius is a finite number, 0 or more, or auto")
         if self._layers and isinstance(self.rho, tuple):
             raise InputError(f"config.defence.rho_per_layer = {self.rho_per_layer}: rho = {self.rho} is one radius a layer already")
+        if self.rho_relative and isinstance(self.rho, tuple):
+            raise InputError(f"config.defence.rho_relative = {self.rho_relative} would take the place of rho = {self.rho}: set one of them")
 
     def _check_words(self, key: str, *known: str) -> None:
         if (chosen := getattr(self, key)) not in known:
@@ -127,7 +129,14 @@ class PanaceaOptions(Defence):
         return int(self.start * self._steps)
 
     def for_steps(self, steps: int) -> "PanaceaOptions":
-        """Told when the defence begins."""
+        """Told when the defence begins.
+
+        Raises:
+            InputError: the harmful passes are made before the first update alone, where ρ relative to ‖w − w₀‖ is 0.
+        """
+        if self._steering.rho_relative and not self.start and self.every >= steps > 1:
+            alone = f"of {steps} steps the first alone would look for ε, where ‖w − w₀‖ is 0, and ρ with it"
+            raise InputError(f"config.defence.every = {self.every}: {alone}")
         return dataclasses.replace(self, _steps=steps) if self.start else self
 
     def check(self, full_parameters: bool) -> None:

@@ -74,10 +74,10 @@ def heal_stage(config: ConfigDict, workdir: Path, start: Start | None = None) ->
     parts = [_part(text) for text in config.heal.methods]
     start = start or lineage.to_heal(config, workdir)
     sets, budget = held_out_sets(config, start), budget_of(config)
-    there = [name for name in BRINGS if config.data.get(name, "")]
+    there = [name for name in (*BRINGS, "attack") if config.data.get(name, "")]
     made_by = decisive(config, start) | decisive_for_exam(config) | {"defence": list(map(str, parts))}
     inputs = start.inputs() | fingerprint_of(sets)
-    for name in (*there, *(["attack"] if config.data.attack else [])):
+    for name in there:
         inputs[config.data[name]] = fingerprint(config.data[name], f"config.data.{name}")
     kind = "model" if start.full_parameters else "adapter"
     with StageFolder(workdir, "heal", made_by, inputs) as stage:

@@ -90,8 +90,9 @@ def asked_in(sets: Sequence[HeldOutSet]) -> frozenset[Asked]:
 
 
 def fingerprint_of(sets: Sequence[HeldOutSet]) -> dict[str, str]:
-    """What a manifest says of them, among its inputs."""
-    return {"held-out records": sha256_json([[found.task, *sorted(found.prompts)] for found in sets])}
+    """What a manifest says of them, among its inputs: prompts and right answers, since both decide."""
+    records = [[found.task, *([r.turns, r.instruction, r.input, r.output, str(r.reference)] for r in found.records)] for found in sets]
+    return {"held-out records": sha256_json(records)}
 
 
 def decisive_for_exam(config: ConfigDict) -> dict[str, Any]:

@@ -280,6 +280,14 @@ def test_stop_and_resume_is_bit_for_bit(model, tmp_path, defence):
     assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(whole.deployed))
 
 
+def test_a_radius_of_the_distance_moved_needs_passes_after_the_first_update():
+    for given in ({"rho": "auto"}, {"rho_relative": 0.1}):
+        with pytest.raises(InputError, match="config.defence.every = 4: of 4 steps"):
+            Panacea(every=4, **given).for_steps(4)
+        assert Panacea(every=3, **given).for_steps(4).every == 3
+    assert Panacea(every=4).for_steps(4).every == 4
+
+
 def test_a_start_without_a_number_of_steps():
     with pytest.raises(ValueError, match="for_steps"):
         run(Panacea(start=0.5))
@@ -292,6 +300,7 @@ def test_a_start_without_a_number_of_steps():
     [
         ({"rho": (0.1, 0.2), "rho_per_layer": "uniform"}, "rho_per_layer = uniform: rho = \\(0.1, 0.2\\) is one radius a layer"),
         ({"rho": ("auto", 1.0)}, "config.defence.rho"),
+        ({"rho": (0.1, 0.2), "rho_relative": 0.1}, "config.defence.rho_relative = 0.1 would take the place of rho"),
         ({"start": -0.1}, "config.defence.start"),
         ({"trusted": ("user",)}, "config.defence.trusted"),
         ({"trusted": ("benign", "benign")}, "config.defence.trusted = .*: 'benign' or 'alignment', each once"),

@@ -14,7 +14,7 @@ from panacea_jax.models import lora
 from panacea_jax.models.model import load
 from panacea_jax.models.peft import save_adapter
 from panacea_jax.stages import heal as stage
-from panacea_jax.stages.held_out import asked_in, held_out_sets
+from panacea_jax.stages.held_out import asked_in, fingerprint_of, held_out_sets
 from panacea_jax.stages.lineage import named
 from panacea_jax.stages.streams import stage_inputs, stage_records
 from tests.runs import ADAPTED, make_place, panacea
@@ -181,6 +181,17 @@ def test_sets_that_are_named_take_the_place_of_all(tmp_path):
     place = make_place(tmp_path)
     made = config(place, heal__sets=(place.spec("goals"), place.spec("safe"), f"pairs@{tmp_path / 'test.jsonl'}"), heal__num_held_out=4)
     assert sets(made) == {"advbench": 4, "xstest": 4, "pairs": 4}
+
+
+def test_a_right_answer_that_was_mended_makes_another_set(tmp_path):
+    """FA and the range of radii come from it."""
+    place, path = make_place(tmp_path), tmp_path / "test.jsonl"
+    made = config(place, heal__sets=(place.spec("goals"), f"pairs@{path}"))
+    before = fingerprint_of(held_out_sets(made, named(made)))
+    assert fingerprint_of(held_out_sets(made, named(made))) == before
+    first, *others = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps(json.loads(first) | {"output": "w1"}), *others]) + "\n")
+    assert fingerprint_of(held_out_sets(made, named(made))) != before
 
 
 def test_no_stream_asks_what_is_held_out(tmp_path):
