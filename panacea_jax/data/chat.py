@@ -60,7 +60,7 @@ def read_chat(row: Mapping[str, Any], need_answer: bool, layout: str = "") -> Ch
     found = next((name for name in wanted if _holds(row, name, need_answer)), None)
     if found is None:
         columns = ", or ".join(" and ".join(map(repr, LAYOUTS[name])) for name in wanted)
-        has = f"(it has: {named_fields(row)}); config.data.columns maps other names"
+        has = f"(it has: {named_fields(row)}); config.data.columns=OURS=THEIRS maps other names"
         raise InputError(f"no conversation: it needs {columns} {has}", record=names_beyond(row))
     used = LAYOUTS[found]
     if found == "prompt_completion":
