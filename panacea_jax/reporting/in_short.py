@@ -29,6 +29,8 @@ def short_section(found: Found) -> Section | None:
             text.append(head + _fine_tuning(sft, found.before(sft)))
         text += [head + _method(o) for o in group if o.to_sft]
     text.append(
+        "HS: harmful requests that were answered, of all of them; FA: right answers to the user's test records, by equality where they are "
+        "free text; benign answered: harmless requests that were neither refused nor answered by nothing. "
         f"p: the test that the notes below name; from {SHOWN_BELOW:g} on it is said that no difference is shown, which does not show that "
         "there is none. Which figures are good enough is for bounds of your own: `panacea verify` holds a model to them."
     )
