@@ -58,6 +58,9 @@ def read_chat(row: Mapping[str, Any], need_answer: bool, layout: str = "") -> Ch
     """
     wanted = [layout] if layout else list(LAYOUTS)
     found = next((name for name in wanted if _holds(row, name, need_answer)), None)
+    if found is None and "prompt_completion" in wanted and row.get("prompt") is not None:
+        has = f"(it has: {named_fields(row)}); config.data.columns=completion=THEIRS maps another name"
+        raise InputError(f"no 'completion' to its 'prompt', so it cannot be trained on {has}", record=names_beyond(row))
     if found is None:
         columns = ", or ".join(" and ".join(map(repr, LAYOUTS[name])) for name in wanted)
         has = f"(it has: {named_fields(row)}); config.data.columns=OURS=THEIRS maps other names"

@@ -67,7 +67,7 @@ def test_the_rows_choose_themselves(finished):
     report = (out / "report" / "report.md").read_text()
     again = f"    panacea compare --config.model.path={finished[0].base} "
     assert again in report, "`run` with this configuration would train the defence alone"
-    assert f"HS {report_figure(rows_of(out)['sft'])} % after" in report.partition("## Methods")[0].replace("\\", "")
+    assert f"% before it, {report_figure(rows_of(out)['sft'])} % after" in report.partition("## Methods")[0].replace("\\", "")
 
 
 def test_every_row_is_what_its_answers_scored(finished):

@@ -301,6 +301,7 @@ def test_layout_and_columns_may_be_named(tmp_path: Path):
     ("row", "says"),
     [
         ({"text": "a"}, r"no conversation: it needs 'messages', or 'conversations', or 'prompt' and 'completion' \(it has: text\)"),
+        ({"prompt": "a"}, r"no 'completion' to its 'prompt', so it cannot be .* \(it has: prompt\); config.data.columns=completion=THEIRS"),
         ({"messages": []}, "field 'messages' must be a list of turns"),
         ({"messages": "hello"}, "field 'messages' must be a list of turns"),
         ({"messages": ["hello"]}, "field 'messages', turn 1: expected an object with role and content"),
