@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 from panacea_jax.comparison.cells import Cell, Cells
-from panacea_jax.comparison.results import Measured, measure, row
+from panacea_jax.comparison.results import NOTE, Measured, measure, row
 from panacea_jax.comparison.run import (
     MEMORY,
     SFT,
@@ -31,7 +31,8 @@ from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
 from panacea_jax.train.shared import Shared
-from panacea_jax.workdir import plain
+from panacea_jax.untrusted import read_object
+from panacea_jax.workdir import plain, read_manifest
 
 NOISE = "sft + noise as long as ε"
 
@@ -53,13 +54,19 @@ def compare_own(config: ConfigDict, workdir: Path) -> Path:
     cells.check([SFT, method], seeds[0], ratios)
 
     # ---- every row
+    if not cells.is_done(Cell(SFT, seeds[0], None)):
+        say(f"== {'aligned' if cells.aligns else 'before'}")
     before: dict[Setting, dict[int, Measured]] = {(): measure_aligned(cells, seeds, judge)}
     found: dict[tuple[float, str], dict[int, Measured]] = {}
     norms: list[float] = []
+    deployed: list[str] = []
+    learnt: list[str] = []
     for seed in seeds:
         for ratio in ratios:
             rows, norm = _rows(cells, method, seed, ratio)
             norms += [] if norm is None else [norm]
+            deployed.append(_to_deploy(cells, Cell(method, seed, ratio)))
+            learnt = learnt or _learnt(cells, Cell(method, seed, ratio), Cell(SFT, seed, ratio))
             for name, folder in rows.items():
                 found.setdefault((ratio, name), {})[seed] = measure(cells.root, folder, judge)
 
@@ -72,7 +79,8 @@ def compare_own(config: ConfigDict, workdir: Path) -> Path:
     result = {
         "methods": names, "seeds": list(seeds), "ratios": list(ratios), "world": config.compare.world, "judge": judge, "memory": MEMORY,
         "development": [], "rule": "", "grid": [], **guarded(config.compare, before),
-        "rows": [*rows_before(before, cells.aligns), *lines], "notes": _notes(config, method, norms), "config": plain(config),
+        "rows": [*rows_before(before, cells.aligns), *lines], "notes": [*_notes(config, method, norms, deployed), *learnt],
+        "config": plain(config),
     }  # fmt: skip
     return write_result(result, workdir)
 
@@ -147,7 +155,32 @@ def _norm(epsilon: Path) -> float:
     return math.sqrt(sum(float(np.sum(np.square(x, dtype=np.float64))) for x in load_file(epsilon).values()))
 
 
-def _notes(config: ConfigDict, method: Stack, norms: Sequence[float]) -> list[str]:
+def _to_deploy(cells: Cells, cell: Cell) -> str:
+    """Where the adapter or model of a cell that is done lies, from the comparison's folder."""
+    stages = read_object(cells.folder(cell) / NOTE)["stages"]
+    last = stages.get("heal", stages["finetune"])
+    return f"{last}/{'adapter' if (cells.root / last / 'adapter').is_dir() else 'model'}"
+
+
+def _learnt(cells: Cells, ours: Cell, sft: Cell) -> list[str]:
+    """A line where a method learnt fewer of the user's records than SFT beside it: those that it chose by, as ρ "auto" does."""
+    ours_of, sft_of = (_user_records(cells, cell) for cell in (ours, sft))
+    if ours_of is None or sft_of is None or ours_of >= sft_of:
+        return []
+    return [
+        f"{ours.name} learnt {ours_of} of the user's records and sft {sft_of}: the others were set apart to choose by. "
+        "config.heal.sets names sets of your own for that."
+    ]
+
+
+def _user_records(cells: Cells, cell: Cell) -> int | None:
+    """How many of them fine-tuning had; None where its manifest does not say."""
+    stages = read_object(cells.folder(cell) / NOTE)["stages"]
+    found = read_manifest(cells.root / stages["finetune"])["outcome"].get("records", {}).get("user")
+    return None if found is None else int(found)
+
+
+def _notes(config: ConfigDict, method: Stack, norms: Sequence[float], deployed: Sequence[str]) -> list[str]:
     """What has to be known besides to read these rows."""
     if norms:
         lengths = ", ".join(dict.fromkeys(f"{norm:.4g}" for norm in norms))
@@ -157,6 +190,8 @@ def _notes(config: ConfigDict, method: Stack, norms: Sequence[float]) -> list[st
         ]  # fmt: skip
     else:
         lines = [f"{method} has no ε, so neither noise of its length nor w alone stands beside it."]
+    more = f" (and {len(deployed) - 1} more, by seed and p)" if len(deployed) > 1 else ""
+    lines.append(f"What {method} would deploy lies in this folder, {deployed[0]}{more}.")
     if not (config.data.attack or config.compare.world):
         lines.append("p is 0 because nothing was mixed into the user's records; what they hold themselves is not known here.")
     return lines

@@ -35,6 +35,8 @@ MCNEMAR, SIGN_FLIP = "McNemar, over prompts", "sign flips, over seeds"
 FIGURES = ("hs", "hs_plus", "fa", "benign", "empty")
 AS_ATTACKED = {"hs": "hs_attacked", "hs_plus": "hs_plus_attacked"}
 """Figures of harmful prompts as they stand and as the attacker asks them; the latter only where that was measured."""
+CONVERSATIONS = "chat"
+"""The task whose right answers are free text: FA, which is equality, says nothing of it."""
 EXTRA = ("harmful", "alignment", "benign", "unaligned base")
 
 
@@ -51,7 +53,8 @@ class Measured(NamedTuple):
         step_bytes: by stage, memory of one device that its compiled step needs; a stage without steps, or of which it is not known, is
             left out.
         extra_data: what the methods were given that plain SFT is not, see ``extra_data`` of the protocol.
-        perplexity: of ordinary requests' own answers, the first set of the kind "generation"; None where it was not asked for.
+        perplexity: of ordinary requests' own answers, the first set of the kind "generation", or else of conversations; None where it was
+            not asked for.
     """
 
     events: Mapping[str, Sequence[bool]]
@@ -156,6 +159,7 @@ def _perplexity(folder: Path, judged: Judged) -> float | None:
         return None
     measured = read_object(path)["sets"]
     ordinary = [s.name for s in judged.sets if find_task(s.task).role == "generation"]
+    ordinary += [s.name for s in judged.sets if s.task == CONVERSATIONS]
     return next((measured[name]["perplexity"] for name in ordinary if name in measured), None)
 
 

@@ -102,8 +102,9 @@ def notes(result: _Json) -> list[str]:
         "records as a step's; a one-shot method has no steps. Time: of the steps alone, without compilation and without what is computed "
         "once below an adapter. "
         f"Memory: {result['memory']}.",
-        "Every method starts fine-tuning from what its own alignment left, with the same records; extra data is what it was given "
-        "besides what plain SFT reads, alignment records in alignment and the user's in fine-tuning.",
+        "Every method starts fine-tuning from what its own alignment left, with the same records but for those that it sets apart to "
+        "choose by; extra data is what it was given besides what plain SFT reads, alignment records in alignment and the user's in "
+        "fine-tuning.",
     ]  # fmt: skip
     if _has_attacked(result):
         lines.append(f"{ATTACKED_TITLE}: the same prompts behind the attack's own words, if it has some; the worst case is of both.")

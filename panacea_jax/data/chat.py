@@ -58,9 +58,12 @@ def read_chat(row: Mapping[str, Any], need_answer: bool, layout: str = "") -> Ch
     """
     wanted = [layout] if layout else list(LAYOUTS)
     found = next((name for name in wanted if _holds(row, name, need_answer)), None)
+    if found is None and "prompt_completion" in wanted and row.get("prompt") is not None:
+        has = f"(it has: {named_fields(row)}); config.data.columns=completion=THEIRS maps another name"
+        raise InputError(f"no 'completion' to its 'prompt', so it cannot be trained on {has}", record=names_beyond(row))
     if found is None:
         columns = ", or ".join(" and ".join(map(repr, LAYOUTS[name])) for name in wanted)
-        has = f"(it has: {named_fields(row)}); config.data.columns maps other names"
+        has = f"(it has: {named_fields(row)}); config.data.columns=OURS=THEIRS maps other names"
         raise InputError(f"no conversation: it needs {columns} {has}", record=names_beyond(row))
     used = LAYOUTS[found]
     if found == "prompt_completion":
@@ -102,12 +105,16 @@ def _turn(turn: Any, place: str) -> Turn:
     if not isinstance(turn, Mapping):
         raise InputError(f"{place}: expected an object with role and content", record=turn)
     key = "from" if "role" not in turn and "from" in turn else "role"
-    role = turn.get(key)
+    if key not in turn:
+        raise InputError(f"{place}: nobody is said to speak: no 'role' or 'from' (it has: {named_fields(turn)})", record=names_beyond(turn))
+    role = turn[key]
     if not isinstance(role, str) or role not in _ROLES:
         raise InputError(f"{place}: {key!r} is none of {', '.join(_ROLES)}", record=role)
     said = "value" if "content" not in turn and "value" in turn else "content"
     if turn.get("tool_calls"):
         raise InputError(f"{place}: tool calls are not read; write them into {said!r} as text")
+    if said not in turn:
+        raise InputError(f"{place}: nothing is said: no 'content' or 'value' (it has: {named_fields(turn)})", record=names_beyond(turn))
     return Turn(_ROLES[role], _content(turn.get(said), f"{place}: {said!r}"))
 
 

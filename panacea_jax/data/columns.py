@@ -70,7 +70,7 @@ def is_safe(extra: _Row, default: bool) -> bool:
 
 
 def _missing(row: _Row, name: str) -> InputError:
-    has = f"(it has: {named_fields(row)}); config.data.columns maps other names"
+    has = f"(it has: {named_fields(row)}); config.data.columns=OURS=THEIRS maps other names"
     return InputError(f"no field {name!r} {has}", record=names_beyond(row))
 
 

@@ -13,6 +13,7 @@ from panacea_jax.healing.choice import BUDGET, Budget
 from panacea_jax.healing.radius import ChosenRadius, Looks, choose_radius, outer_radius
 from panacea_jax.healing.sets import Exam
 from panacea_jax.models.model import Model
+from panacea_jax.progress import say
 from panacea_jax.train.loop import Result
 from panacea_jax.train.once import apply_once
 
@@ -61,6 +62,7 @@ def at_chosen_radius(
     Raises:
         InputError: as :func:`choose_radius`.
     """
+    say("ρ: choosing how far to go along ε, by held-out records")
     found = choose_radius(result.model, result.params, result.epsilon, exam, budget=budget)
     factor = found.radius / float(optax.tree.norm(result.epsilon))
     epsilon = jax.tree.map(lambda e: (factor * e).astype(e.dtype), result.epsilon)

@@ -21,6 +21,7 @@ from panacea_jax.healing.choice import Share
 from panacea_jax.models import lora
 from panacea_jax.models.adapter import Adapter
 from panacea_jax.models.model import Model
+from panacea_jax.progress import Progress
 from panacea_jax.train.held_out import sum_nll
 
 Asked = tuple[str, str]  # instruction and input: what tells one request from another
@@ -157,16 +158,19 @@ def _lines(
     params = lora.side_by_side(group) if len(group) > 1 else group[0]
     todo = list(itertools.product(range(len(group)), range(len(probe.ids))))
     found: dict[int, dict[str, Any]] = {}
-    for number, tokens, finished in generate(
+    answers = generate(
         model, model.weights, params, [probe.ids[i] for _, i in todo], adapters=[a for a, _ in todo],
         batch_size=exam.batch_size, max_new_tokens=probe.new_tokens, eos_ids=exam.eos_ids, pad_id=0,
         shared=common_prefix(probe.ids) if len(group) == 1 else 0,
-    ):  # fmt: skip
-        i = todo[number][1]
-        found[number] = generation_line(
-            probe.source.records[i], prompt=probe.texts[i], template=exam.template.id, finished=finished,
-            response=exam.template.tokenizer.decode(tokens, skip_special_tokens=True),
-        )  # fmt: skip
+    )  # fmt: skip
+    with Progress(f"answers to held-out {probe.source.task}", len(todo)) as bar:
+        for number, tokens, finished in answers:
+            i = todo[number][1]
+            found[number] = generation_line(
+                probe.source.records[i], prompt=probe.texts[i], template=exam.template.id, finished=finished,
+                response=exam.template.tokenizer.decode(tokens, skip_special_tokens=True),
+            )  # fmt: skip
+            bar.advance()
     for start in range(0, len(todo), len(probe.ids)):
         yield [found[number] for number in range(start, start + len(probe.ids))]
 

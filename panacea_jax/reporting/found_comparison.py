@@ -7,7 +7,7 @@ from panacea_jax.config.variation import written
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.scores import Json
 from panacea_jax.reporting.commands import GENERATIONS, command_of
-from panacea_jax.reporting.outcomes import HEADLINES, Estimate, Found, Outcome, Trained
+from panacea_jax.reporting.outcomes import HEADLINES, Estimate, Found, Outcome, ToSft, Trained
 from panacea_jax.stores import by_address
 from panacea_jax.untrusted import read_object
 
@@ -36,7 +36,7 @@ def read_comparison(folder: Path) -> Found:
             for choice in result["grid"] for c in choice["candidates"]
         ]  # fmt: skip
         failing = [(f"seed {seed}", f"fails the guard: {result['bounds']}") for seed, held in result["guard"].items() if not held]
-        commands = [command_of("run", result["config"], by_address(folder))] if "config" in result else []
+        commands = [command_of(_made_by(result["config"]), result["config"], by_address(folder))] if "config" in result else []
         before = next((outcome.method for outcome in outcomes if not outcome.attacked), "aligned")
         runs = [
             Trained(_cell_label(cell, before), cell["seed"], where, _stages(cell, where, folder))
@@ -78,7 +78,14 @@ def _of_row(row: Json, settings: Mapping[str, Json]) -> Outcome:
         row["seeds"],
         attacked=row["ratio"] is not None,
         costs=costs,
+        to_sft={name: ToSft(found["difference"], found["p"]) for name, found in (row["against_sft"] or {}).items()},
     )
+
+
+def _made_by(config: Json) -> str:
+    """The command that compares by a configuration: without methods and grid ``run`` would train the defence alone."""
+    asked = config["compare"]
+    return "run" if asked["methods"] or asked["grid"] else "compare"
 
 
 def _number(value: float | None) -> str:

@@ -29,6 +29,13 @@ class Estimate(NamedTuple):
         return f"{self.mean:.1f}{bounds}"
 
 
+class ToSft(NamedTuple):
+    """Percentage points to plain fine-tuning on the same prompts or seeds, and the p of that difference."""
+
+    points: float
+    p: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What a method came to.
@@ -41,6 +48,7 @@ class Outcome:
         seeds: that the figures are means over; () where it is not known.
         attacked: False of the model before fine-tuning, which the others are to be seen against.
         costs: by the head of their column, as text.
+        to_sft: by a key of ``TITLES``, where SFT stands beside it; empty for SFT itself.
     """
 
     method: str
@@ -50,6 +58,7 @@ class Outcome:
     seeds: Sequence[int] = ()
     attacked: bool = True
     costs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    to_sft: Mapping[str, ToSft] = dataclasses.field(default_factory=dict)
 
     @property
     def case(self) -> str:

@@ -10,6 +10,7 @@ from panacea_jax.reporting.evidence import answers_section, failure_section, jud
 from panacea_jax.reporting.gather import gather
 from panacea_jax.reporting.harmless import harmless, shown
 from panacea_jax.reporting.healing_section import healing_section
+from panacea_jax.reporting.in_short import short_section
 from panacea_jax.reporting.layer_section import layers_section
 from panacea_jax.reporting.markdown import report_markdown
 from panacea_jax.reporting.page import GENERATOR, as_page, as_picture
@@ -22,8 +23,8 @@ from panacea_jax.reporting.variation import variation_section
 from panacea_jax.workdir import versions, write_bytes, write_text
 
 SECTIONS = (
-    scores_section, tradeoff_section, variation_section, failure_section, epochs_section, training_section, layers_section, healing_section,
-    judges_section, published_section, cost_section, answers_section, rerun_section,
+    short_section, scores_section, tradeoff_section, variation_section, failure_section, epochs_section, training_section, layers_section,
+    healing_section, judges_section, published_section, cost_section, answers_section, rerun_section,
 )  # fmt: skip
 """In the order of the page; one that has nothing to say returns None."""
 PAGE = "index.html"

@@ -8,7 +8,7 @@ from panacea_jax.reporting.charts import interval_chart, tradeoff_chart
 from panacea_jax.reporting.outcomes import HEADLINES, LOWER_IS_BETTER, TITLES, Found, Outcome
 from panacea_jax.reporting.parts import Chart, Section, filled, numbered
 
-BEFORE = "before the attack"
+BEFORE = "before fine-tuning"
 CASES = 8
 """Cases with a picture of their own."""
 

@@ -33,6 +33,11 @@ def rows_of(root):
     return {row["method"]: row for row in content(root)["rows"]}
 
 
+def report_figure(row):
+    figure = row["figures"]["hs"]
+    return f"{figure['mean']:.1f} [{figure['ci95'][0]:.1f}, {figure['ci95'][1]:.1f}]"
+
+
 def norm(path):
     return math.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in load_file(path).values()))
 
@@ -58,6 +63,11 @@ def test_the_rows_choose_themselves(finished):
     assert any(f"Gaussian noise of norm {RHO:g} on SFT" in note for note in result["notes"])
     table = (out / "compare.md").read_text()
     assert all(f"| {name} |" in table for name in ("before", *names)) and f"* {NOISE}: " in table
+    assert result["notes"][1] == f"What {OURS} would deploy lies in this folder, {(tuned(out, 'panacea') / 'adapter').relative_to(out)}."
+    report = (out / "report" / "report.md").read_text()
+    again = f"    panacea compare --config.model.path={finished[0].base} "
+    assert again in report, "`run` with this configuration would train the defence alone"
+    assert f"% before it, {report_figure(rows_of(out)['sft'])} % after" in report.partition("## Methods")[0].replace("\\", "")
 
 
 def test_every_row_is_what_its_answers_scored(finished):
@@ -143,7 +153,9 @@ def test_an_epsilon_of_healing_and_records_as_they_came(finished, tmp_path):
 def test_a_defence_without_epsilon_has_no_noise_beside_it(finished):
     result = json.loads((finished[0].root.parent / "pruned.json").read_text())
     assert [row["method"] for row in result["rows"]] == ["before", "sft", "random_prune"]
-    assert result["notes"] == ["random_prune has no ε, so neither noise of its length nor w alone stands beside it."]
+    pruned, where = result["notes"]
+    assert pruned == "random_prune has no ε, so neither noise of its length nor w alone stands beside it."
+    assert (finished[1] / where.split(", ")[1].removesuffix(".") / WEIGHTS).is_file() and "/heal/adapter" in where
 
 
 def test_w_alone_of_all_parameters(tmp_path_factory, tmp_path):

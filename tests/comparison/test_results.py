@@ -15,7 +15,7 @@ from panacea_jax.config import defence_section
 from panacea_jax.defences.protocol import passes_of
 from panacea_jax.defences.spec import Part, parse_stack
 from panacea_jax.errors import InputError
-from panacea_jax.evaluate.scores import Judged
+from panacea_jax.evaluate.scores import Judged, ScoredSet
 from panacea_jax.workdir import MANIFEST
 
 MIB = 2**20
@@ -221,6 +221,22 @@ def test_extra_data_is_what_the_method_reads(stage, method, data, tmp_path, monk
     records = {"user": 10, "harmful": 10, "alignment": 10}
     root = finished_cell(tmp_path, {stage: (method, 0, records, 0)}, monkeypatch)
     assert measure(root, root, "any").extra_data == data
+
+
+def test_perplexity_is_of_ordinary_requests_or_else_of_conversations(tmp_path, monkeypatch):
+    root = finished_cell(tmp_path, {}, monkeypatch)
+    names = {"chat-harmful": "chat:harmful", "gsm8k": "gsm8k", "chat": "chat", "alpaca": "alpaca"}
+    found = {"chat": {"perplexity": 7.0}, "gsm8k": {"perplexity": 5.0}, "alpaca": {"perplexity": 3.0}}
+    (root / "perplexity.json").write_text(json.dumps({"sets": found}))
+
+    def of(*there):
+        sets = tuple(ScoredSet(name, names[name], (), ()) for name in there)
+        monkeypatch.setattr(results, "load_judged", lambda folder: {"any": Judged({}, sets, "", None)})
+        return measure(root, root, "any").perplexity
+
+    assert of("chat-harmful", "gsm8k", "chat", "alpaca") == 3.0
+    assert of("chat-harmful", "gsm8k", "chat") == 7.0
+    assert of("chat-harmful", "gsm8k") is None
 
 
 def result():

@@ -1,6 +1,7 @@
 """What a report says of folders whose figures are known, in its tables, sheets and commands."""
 
 import csv
+import dataclasses
 import io
 import itertools
 import json
@@ -19,9 +20,10 @@ from panacea_jax.reporting.epochs import epochs_section
 from panacea_jax.reporting.evidence import failure_section, judges_section
 from panacea_jax.reporting.gather import gather
 from panacea_jax.reporting.harmless import harmless, shown
+from panacea_jax.reporting.in_short import MODELS, short_section
 from panacea_jax.reporting.layer_section import layers_section
 from panacea_jax.reporting.markdown import report_markdown
-from panacea_jax.reporting.outcomes import Estimate, Found, Outcome, figures_of
+from panacea_jax.reporting.outcomes import Estimate, Found, Outcome, ToSft, figures_of
 from panacea_jax.reporting.published import published_section
 from panacea_jax.reporting.report import write_report
 from panacea_jax.reporting.scores import pareto_front, scores_section, tradeoff_section
@@ -237,6 +239,48 @@ def test_layers_of_one_run_are_stacked_and_of_several_set_side_by_side(tmp_path)
     # In units of their means: 4, 3, 2, 1 over 2.5, and 2, 1 over 1.5.
     assert lines["deep"] == [(pytest.approx(l / 3), pytest.approx((4 - l) / 2.5)) for l in range(4)]
     assert lines["flat"] == [(0, pytest.approx(4 / 3)), (1, pytest.approx(2 / 3))]
+
+
+def of_ten(method, hs, low, high, **more):
+    return Outcome(method, {"hs": Estimate(hs, low, high), "benign": Estimate(70.0, 40.0, 90.0)}, **more)
+
+
+def test_in_short_says_whether_there_was_harm_and_what_undid_it(tmp_path):
+    before, sft = of_ten("before", 10.0, 5.0, 20.0, attacked=False), of_ten("sft", 60.0, 50.0, 70.0, ratio=0.1)
+    before, sft = (dataclasses.replace(o, costs={"perplexity": x}) for o, x in ((before, "30.00"), (sft, "12.00")))
+    tests = {"hs": ToSft(-55.0, 0.0001), "hs_plus": ToSft(-1.0, 0.5), "benign": ToSft(-20.0, 0.03)}
+    strong = of_ten("strong", 5.0, 1.0, 9.0, ratio=0.1, to_sft=tests)
+    close = {"hs": ToSft(2.0, 0.6), "benign": ToSft(0.0, 1.0)}
+    weak = of_ten("weak", 62.0, 52.0, 72.0, ratio=0.1, costs={"perplexity": "13.00"}, to_sft=close)
+    harm, *methods, last = short_section(Found(tmp_path, [before, sft, strong, weak], [])).text
+    assert harm == "Plain fine-tuning: HS 10.0 [5.0, 20.0] % before it, 60.0 [50.0, 70.0] % after. " + (
+        "Perplexity of ordinary answers: 30.00 before, 12.00 after."
+    )
+    assert methods == [
+        "strong, beside plain fine-tuning: HS 5.0 [1.0, 9.0] %, 55.0 points lower (p < 0.001); "
+        "benign answered 70.0 [40.0, 90.0] %, 20.0 points lower (p = 0.030).",
+        "weak, beside plain fine-tuning: HS 62.0 [52.0, 72.0] %, no difference shown (+2.0 points, p = 0.600); "
+        "benign answered 70.0 [40.0, 90.0] %, the same; perplexity 13.00.",
+    ]
+    assert "panacea verify" in last
+    # Where intervals meet no harm is shown; where nothing was mixed in, what could show it is said.
+    for ratio, advised in ((0.0, True), (0.1, False)):
+        meek = [dataclasses.replace(o, ratio=ratio) for o in (of_ten("sft", 15.0, 8.0, 30.0), weak)]
+        said = short_section(Found(tmp_path, [before, *meek], [])).text[0]
+        assert "These prompts do not show that it did harm" in said and ("config.data.attack" in said) is advised
+    assert short_section(Found(tmp_path, [before, sft], [])) is None, "nothing stands beside SFT"
+    assert short_section(Found(tmp_path, [sft, *[strong] * MODELS], [])) is None, "the tables are shorter"
+
+
+def test_in_short_is_of_the_tests_in_compare_json(compared):
+    found = gather(compared)
+    rows = json.loads((compared / "compare.json").read_text())["rows"]
+    for ours, row in zip(found.outcomes, rows):
+        tests = row["against_sft"] or {}
+        assert {name: tuple(d) for name, d in ours.to_sft.items()} == {n: (t["difference"], t["p"]) for n, t in tests.items()}
+    few = dataclasses.replace(found, outcomes=[o for o in found.outcomes if o.method in METHODS[:3] or not o.attacked])
+    cases = [line.partition(": ")[0] for line in short_section(few).text[:-1]]
+    assert cases == ["p=0.1"] * 3 + ["p=0.3"] * 3, "SFT and two others, case by case"
 
 
 def test_signs_of_failure_are_found(compared, runs, tmp_path):
