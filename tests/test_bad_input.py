@@ -439,6 +439,8 @@ def test_judging_needs_whole_answers(refused, finished, tmp_path):
     shutil.copytree(finished[1] / "judgements", workdir / "judgements")
     assert "pairs.jsonl:1: damaged line" in refused("judge", *place.flags(), f"--workdir={workdir}")
     answers.write_text(text.replace('"response": "', '"response": "w1 ', 1))
+    assert f"{answers}: not as the stage made it (pairs.jsonl differs" in refused("judge", *place.flags(), f"--workdir={workdir}")
+    runs.rewrite_manifest(workdir / "generations", files={})  # as from before there were hashes
     assert "pairs.refusal.jsonl:1" in refused("judge", *place.flags(), f"--workdir={workdir}")
     runs.rewrite_manifest(workdir / "generations", status="running")
     assert "not finished yet" in refused("judge", *place.flags(), f"--workdir={workdir}")
