@@ -270,14 +270,14 @@ def _manifest_of(left: Path) -> dict[str, Any]:
 
 
 def check_as_made(left: Path) -> None:
-    """Make sure that what a stage left, e.g. ``STAGE/adapter``, is still that, before anything is made of it; nothing where no manifest
-    tells.
+    """Make sure that what a stage left, ``STAGE/adapter`` or a file ``STAGE/set.jsonl``, is still that, before anything is made of it;
+    nothing where no manifest tells.
 
     Raises:
         InputError: a file of it differs or is missing.
     """
     files = _manifest_of(left).get("files", {})
-    own = {name: digest for name, digest in files.items() if name.startswith(f"{left.name}/")}
+    own = {name: digest for name, digest in files.items() if f"{name}/".startswith(f"{left.name}/")}
     if wrong := difference(left.parent, own):
         raise InputError(f"{left}: not as the stage made it ({wrong})")
 

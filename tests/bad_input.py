@@ -1,6 +1,6 @@
 """The table of bad input, as data: keys, files and command lines, each with what its one line has to name.
 
-``tests/test_bad_input_table.py`` runs the rows.
+``tests/test_bad_input_table.py`` and ``tests/test_bad_input.py`` run the rows.
 """
 
 import gzip
@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 # ---------------------------------------------------------------- keys
 
@@ -70,6 +72,54 @@ VALUES = {
     "sweep.objectives": ("()", "('hs','hs')", "('speed',)"),
     "after.attack": ("oracle", "vaccine"),
 }  # fmt: skip
+
+# One key each out of its range, in a line that names the key in full.
+IMPOSSIBLE = {
+    "seed": ("-1", "4294967296"),
+    "model.dtype": ("int8",),
+    "model.remat": ("some",),
+    "model.quantization": ("int4",),
+    "model.attention": ("flash",),
+    "lora.rank": ("0", "-4"),
+    "lora.alpha": ("0", "nan"),
+    "lora.targets": ("('q', 'embed')", "()"),
+    "data.poison_ratio": ("1.5", "-0.1", "nan"),
+    "data.num_examples": ("-1",),
+    "data.max_length": ("1",),
+    "data.template": ("llama",),
+    "defence.name": ("panaceea",),
+    "defence.rho": ("-1", "nan", "inf"),
+    "defence.lam": ("-1", "nan"),
+    "defence.every": ("0",),
+    "defence.clamp": ("soft",),
+    "defence.final_epsilon": ("first",),
+    "optimizer.learning_rate": ("-1", "nan"),
+    "optimizer.b1": ("1",),
+    "optimizer.eps": ("0",),
+    "optimizer.schedule": ("step",),
+    "optimizer.warmup_ratio": ("2",),
+    "train.batch_size": ("0",),
+    "train.epochs": ("0",),
+    "train.log_every": ("0",),
+    "mesh.data": ("0",),
+    "mesh.tensor": ("-2",),
+    "checkpoint.keep": ("0",),
+    "checkpoint.every": ("-1",),
+    "generate.batch_size": ("0",),
+    "generate.max_new_tokens": ("-1",),
+    "generate.temperature": ("-0.5", "inf"),
+    "generate.top_p": ("0", "1.1"),
+    "generate.seed": ("-1",),
+    "generate.cache_dtype": ("int4",),
+    "generate.adapters": ("('x',)",),
+    "judge.name": ("oracle",),
+    "judge.batch_size": ("0",),
+    "judge.template": ("oracle",),
+    "eval.num_examples": ("-1",),
+    "align.optimizer.b2": ("-1",),
+    "align.defence.name": ("vacine",),
+    "heal.train.batch_size": ("0",),
+}
 
 
 # ---------------------------------------------------------------- files
@@ -237,6 +287,67 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
+GOOD = '{"instruction": "w1 w2", "output": "w3"}\n'
+# Files of records (None: none is there).
+SOURCES = [
+    (None, ["no such file"]),
+    (b"", ["holds no records"]),
+    (b"\n\n", ["holds no records"]),
+    (GOOD.encode() * 2 + b'{"instruction": "w1", \n', [":3:", "not JSON"]),
+    (GOOD.encode() + b"[1, 2]\n", [":2:", "record 2"]),
+    (GOOD.encode() * 3 + b'{"instruction": "w1"}\n', [":4:", "record 4", "'output'"]),
+    (GOOD.encode() + b'{"instruction": 5, "output": "w3"}\n', [":2:", "'instruction'"]),
+    (GOOD.encode() + b'{"instruction": "caf\xe9", "output": "w3"}\n', [":2:", "not UTF-8"]),
+    (b"\x1f\x8b\x08\x00garbage", ["not UTF-8"]),
+]
+
+# What names no source.
+NO_SOURCES = ("", "train.jsonl", "pears@train.jsonl", "pairs@")
+
+# Recipes in Python (None: none is there).
+RECIPES = [
+    (None, "no such file"),
+    ("def get_config(:\n", "SyntaxError"),
+    ("import nonsuch\n", "nonsuch"),
+    ("def get_config():\n    return 1 / 0\n", "ZeroDivisionError"),
+    ("def get_config():\n    raise RuntimeError('one\\ntwo')\n", "one two"),
+    ("def get_config():\n    pass\n", "NoneType"),
+    ("x = 1\n", "no get_config()"),
+    ("from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'seed': 1})\n", "is missing"),
+    ("from panacea_jax.config import get_config as d\ndef get_config():\n    c = d()\n    c.lora.rnak = 3\n    return c\n", "rnak"),
+    ("from panacea_jax.config import get_config as d\ndef get_config():\n    c = d().unlock()\n    c.lora.rnak = 3\n    return c\n",
+     "config.lora.rnak is no key"),
+    ("from panacea_jax.config import get_config as d\ndef get_config():\n    c = d()\n    c.lora.rank = 'x'\n    return c\n", "rank"),
+    ("from panacea_jax.config import get_config as d\ndef get_config():\n    c = d()\n    c.lora.rank = 0\n    return c\n",
+     "config.lora.rank = 0"),
+    ("def get_config():\n    pass\n", "get_config()"),
+]  # fmt: skip
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+# Changes of a base's tensors.
+TENSORS = {
+    "missing": (lambda t: t.pop(Q), [Q, "missing"]),
+    "misshaped": (lambda t: t.update({Q: t[Q][:, :-1].copy()}), [Q, "shape", "model.safetensors"]),
+    "extra_layer": (
+        lambda t: t.update({"model.layers.2.mlp.up_proj.weight": t["model.layers.1.mlp.up_proj.weight"]}),
+        ["layers.2.mlp.up_proj", "extra"],
+    ),
+    "extra": (lambda t: t.update({"vision.weight": np.zeros(3, np.float32)}), ["vision.weight", "extra", "model.safetensors"]),
+    "integer": (lambda t: t.update({Q: t[Q].astype(np.int8)}), [Q, "I8"]),
+}
+
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+# Changes of an adapter's tensors.
+ADAPTERS = {
+    "width": (lambda t: t.update({A: t[A][:, :-1].copy()}), ["layers.0.self_attn.q_proj.lora_A", "shape"]),
+    "rank": (lambda t: t.update({A: t[A][:-1].copy()}), ["layers.0.self_attn.q_proj.lora_A", "shape"]),
+    "missing": (lambda t: t.pop(A), ["layers.0.self_attn.q_proj.lora_A", "missing"]),
+    "layer": (lambda t: t.update({A.replace(".0.", ".7."): t[A]}), ["layers.7.self_attn.q_proj.lora_A", "2 layers"]),
+    "place": (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": t[A]}), ["base_model.model.lm_head.lora_A.weight"]),
+    "empty": (lambda t: t.clear(), ["no LoRA factors"]),
+}
+
+
 # ---------------------------------------------------------------- command lines
 
 # Every command refuses a flag that it has not, and a word that is none; these are the others.
@@ -286,3 +397,62 @@ LINES = {
     "a hub id that climbs": ("convert --out=new --config.model.path=../../etc/x", "etc"),
     "a model that is a file": ("convert --out=new --config.model.path=/proc/version", "/proc/version"),
 }  # fmt: skip
+
+# Words of a command line, and all that its line has to name.
+ARGUMENTS = [
+    (["frobnicate"], ["unknown command 'frobnicate'", "finetune"]),
+    (["finetune", "--wrokdir=x"], ["'wrokdir'", "workdir"]),
+    (["doctor", "--workdir=x"], ["'workdir'"]),
+    (["finetune", "stray"], ["unexpected argument 'stray'"]),
+    (["finetune"], ["--workdir is not set"]),
+    (["finetune", "--workdir=runs/[a]"], ["--workdir=runs/[a]: a name with *, ? or [ in it"]),
+    (["finetune", "--workdir"], ["--workdir"]),
+    (["judge"], ["--workdir is not set"]),
+    (["convert"], ["--out is not set"]),
+    (["layers"], ["--workdir, --epsilon or --checkpoint"]),
+    (["layers", "--epsilon=a", "--checkpoint=b"], ["--epsilon or --checkpoint, not both"]),
+    (["layers", "--workdir=a,b", "--epsilon=c"], ["several --workdir, or --epsilon"]),
+    (["layers", "--workdir=a,b", "--label=c"], ["--label: 1 names for 2 sources"]),
+    (["layers", "--workdir=a", "--against=b"], ["--against", "--probe=N"]),
+    (["layers", "--workdir=a", "--probe=-1"], ["--probe=-1"]),
+    (["layers", "--workdir=a,b", "--probe=1"], ["--workdir=a,b", "one model"]),
+    (["layers", "--workdir=a", "--probe=1", "--checkpoint=b"], ["--checkpoint", "one model"]),
+    (["layers", "--probe=1"], ["--workdir is not set"]),
+    (["layers", "--probe=1", "--workdir=a"], ["config.model.path is not set"]),
+    (["quickstart", "--world=first"], ["--world=first"]),
+    (["quickstart", "--config.compare.seeds=(1,)"], ["--config.compare.seeds: panacea quickstart reads no configuration"]),
+    (["report", "--workdir=a", "--config", "own"], ["--config: panacea report reads no configuration"]),
+    (["finetune", "--config.lora.rnak=3"], ["--config.lora.rnak", "did you mean --config.lora.rank?"]),
+    (["finetune", "--config.trian.steps=3"], ["--config.trian.steps", "did you mean --config.train.steps?"]),
+    (["finetune", "--noconfig.data.shufle"], ["--config.data.shufle"]),
+    (["finetune", "--config.lora.rank=many"], ["--config.lora.rank=many"]),
+    (["finetune", "--config.lora.rank=2.5"], ["--config.lora.rank=2.5"]),
+    (["finetune", "--config.lora=3"], ["--config.lora=3"]),
+    (["finetune", "--config.defence.rho=x"], ["config.defence.rho = x", "or auto"]),
+    (["finetune", "--config.defence.sigma=x"], ["--config.defence.sigma=x"]),
+    (["finetune", "--config.data.shuffle=maybe"], ["--config.data.shuffle=maybe"]),
+    (["finetune", "--config.lora.rank"], ["--config.lora.rank"]),
+    (["finetune", "--config"], ["--config"]),
+    (["finetune", "--config=a.py", "--config=b.py"], ["--config is given twice"]),
+]  # fmt: skip
+
+# Settings of healing without what the method reads.
+HEALING = [
+    (["name=antidote", "data.harmful="], "config.data.harmful is not set"),
+    (["name=antidote", "defence.safety_mask=True", "data.alignment="], "config.data.alignment is not set"),
+    (["name=realign"], "config.data.benign is not set"),
+    (["name=realign", "defence.benign_ratio=0", "data.alignment="], "config.data.alignment is not set"),
+    (["name=safelora"], "config.defence.base is not set"),
+    (["name=safelora", "defence.base=none"], "config.defence.base = none: none: no such model folder"),
+]  # fmt: skip
+
+# Flags other than those that a work directory was made by.
+CHANGED = [
+    ("--config.defence.rho=0.75", "config defence.rho: 0.5 there, 0.75 now"),
+    ("--config.lora.rank=3", "config lora.rank: 2 there, 3 now"),
+    ("--config.train.steps=9", "config train.steps: 4 there, 9 now"),
+    (
+        "--config.export.without_epsilon=True",
+        "config export.without_epsilon: False there, True now",
+    ),
+]

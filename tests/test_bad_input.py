@@ -14,6 +14,20 @@ from safetensors.numpy import load_file, save_file
 
 from panacea_jax.defences import DEFENCES
 from tests import runs
+from tests.bad_input import (
+    ADAPTERS,
+    ARGUMENTS,
+    CHANGED,
+    GOOD,
+    HEALING,
+    IMPOSSIBLE,
+    NO_SOURCES,
+    RECIPES,
+    SOURCES,
+    TENSORS,
+    A,
+    Q,
+)
 from tests.runs import Place, panacea
 from tests.tiny import write_model
 
@@ -72,111 +86,16 @@ def finetune(place, tmp_path, refused):
 
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
-    [
-        (["frobnicate"], ["unknown command 'frobnicate'", "finetune"]),
-        (["finetune", "--wrokdir=x"], ["'wrokdir'", "workdir"]),
-        (["doctor", "--workdir=x"], ["'workdir'"]),
-        (["finetune", "stray"], ["unexpected argument 'stray'"]),
-        (["finetune"], ["--workdir is not set"]),
-        (["finetune", "--workdir=runs/[a]"], ["--workdir=runs/[a]: a name with *, ? or [ in it"]),
-        (["finetune", "--workdir"], ["--workdir"]),
-        (["judge"], ["--workdir is not set"]),
-        (["convert"], ["--out is not set"]),
-        (["layers"], ["--workdir, --epsilon or --checkpoint"]),
-        (["layers", "--epsilon=a", "--checkpoint=b"], ["--epsilon or --checkpoint, not both"]),
-        (["layers", "--workdir=a,b", "--epsilon=c"], ["several --workdir, or --epsilon"]),
-        (["layers", "--workdir=a,b", "--label=c"], ["--label: 1 names for 2 sources"]),
-        (["layers", "--workdir=a", "--against=b"], ["--against", "--probe=N"]),
-        (["layers", "--workdir=a", "--probe=-1"], ["--probe=-1"]),
-        (["layers", "--workdir=a,b", "--probe=1"], ["--workdir=a,b", "one model"]),
-        (["layers", "--workdir=a", "--probe=1", "--checkpoint=b"], ["--checkpoint", "one model"]),
-        (["layers", "--probe=1"], ["--workdir is not set"]),
-        (["layers", "--probe=1", "--workdir=a"], ["config.model.path is not set"]),
-        (["quickstart", "--world=first"], ["--world=first"]),
-        (["quickstart", "--config.compare.seeds=(1,)"], ["--config.compare.seeds: panacea quickstart reads no configuration"]),
-        (["report", "--workdir=a", "--config", "own"], ["--config: panacea report reads no configuration"]),
-        (["finetune", "--config.lora.rnak=3"], ["--config.lora.rnak", "did you mean --config.lora.rank?"]),
-        (["finetune", "--config.trian.steps=3"], ["--config.trian.steps", "did you mean --config.train.steps?"]),
-        (["finetune", "--noconfig.data.shufle"], ["--config.data.shufle"]),
-        (["finetune", "--config.lora.rank=many"], ["--config.lora.rank=many"]),
-        (["finetune", "--config.lora.rank=2.5"], ["--config.lora.rank=2.5"]),
-        (["finetune", "--config.lora=3"], ["--config.lora=3"]),
-        (["finetune", "--config.defence.rho=x"], ["config.defence.rho = x", "or auto"]),
-        (["finetune", "--config.defence.sigma=x"], ["--config.defence.sigma=x"]),
-        (["finetune", "--config.data.shuffle=maybe"], ["--config.data.shuffle=maybe"]),
-        (["finetune", "--config.lora.rank"], ["--config.lora.rank"]),
-        (["finetune", "--config"], ["--config"]),
-        (["finetune", "--config=a.py", "--config=b.py"], ["--config is given twice"]),
-    ],
+    ARGUMENTS,
     ids=lambda x: " ".join(x) if isinstance(x, list) and x and x[0].isalpha() else "",
-)  # fmt: skip
+)
 def test_command_lines(arguments, wanted, refused):
     line = refused(*arguments)
     for text in wanted:
         assert text in line
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("seed", "-1"),
-        ("seed", "4294967296"),
-        ("model.dtype", "int8"),
-        ("model.remat", "some"),
-        ("model.quantization", "int4"),
-        ("model.attention", "flash"),
-        ("lora.rank", "0"),
-        ("lora.rank", "-4"),
-        ("lora.alpha", "0"),
-        ("lora.alpha", "nan"),
-        ("lora.targets", "('q', 'embed')"),
-        ("lora.targets", "()"),
-        ("data.poison_ratio", "1.5"),
-        ("data.poison_ratio", "-0.1"),
-        ("data.poison_ratio", "nan"),
-        ("data.num_examples", "-1"),
-        ("data.max_length", "1"),
-        ("data.template", "llama"),
-        ("defence.name", "panaceea"),
-        ("defence.rho", "-1"),
-        ("defence.rho", "nan"),
-        ("defence.rho", "inf"),
-        ("defence.lam", "-1"),
-        ("defence.lam", "nan"),
-        ("defence.every", "0"),
-        ("defence.clamp", "soft"),
-        ("defence.final_epsilon", "first"),
-        ("optimizer.learning_rate", "-1"),
-        ("optimizer.learning_rate", "nan"),
-        ("optimizer.b1", "1"),
-        ("optimizer.eps", "0"),
-        ("optimizer.schedule", "step"),
-        ("optimizer.warmup_ratio", "2"),
-        ("train.batch_size", "0"),
-        ("train.epochs", "0"),
-        ("train.log_every", "0"),
-        ("mesh.data", "0"),
-        ("mesh.tensor", "-2"),
-        ("checkpoint.keep", "0"),
-        ("checkpoint.every", "-1"),
-        ("generate.batch_size", "0"),
-        ("generate.max_new_tokens", "-1"),
-        ("generate.temperature", "-0.5"),
-        ("generate.temperature", "inf"),
-        ("generate.top_p", "0"),
-        ("generate.top_p", "1.1"),
-        ("generate.seed", "-1"),
-        ("generate.cache_dtype", "int4"),
-        ("generate.adapters", "('x',)"),
-        ("judge.name", "oracle"),
-        ("judge.batch_size", "0"),
-        ("judge.template", "oracle"),
-        ("eval.num_examples", "-1"),
-        ("align.optimizer.b2", "-1"),
-        ("align.defence.name", "vacine"),
-        ("heal.train.batch_size", "0"),
-    ],
-)
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in IMPOSSIBLE.items() for value in values])
 def test_impossible_values(key, value, refused):
     line = refused("run", f"--config.{key}={value}", "--workdir=new")
     assert f"config.{key}" in line.replace("'", "")
@@ -202,26 +121,7 @@ def test_a_mesh_that_does_not_divide_the_devices(finetune):
     assert "2 x 1 x 1" in finetune("--config.mesh.data=2", "--config.mesh.fsdp=1")
 
 
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        (None, "no such file"),
-        ("def get_config(:\n", "SyntaxError"),
-        ("import nonsuch\n", "nonsuch"),
-        ("def get_config():\n    return 1 / 0\n", "ZeroDivisionError"),
-        ("def get_config():\n    raise RuntimeError('one\\ntwo')\n", "one two"),
-        ("def get_config():\n    pass\n", "NoneType"),
-        ("x = 1\n", "no get_config()"),
-        ("from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'seed': 1})\n", "is missing"),
-        ("from panacea_jax.config import get_config as d\ndef get_config():\n    c = d()\n    c.lora.rnak = 3\n    return c\n", "rnak"),
-        ("from panacea_jax.config import get_config as d\ndef get_config():\n    c = d().unlock()\n    c.lora.rnak = 3\n    return c\n",
-         "config.lora.rnak is no key"),
-        ("from panacea_jax.config import get_config as d\ndef get_config():\n    c = d()\n    c.lora.rank = 'x'\n    return c\n", "rank"),
-        ("from panacea_jax.config import get_config as d\ndef get_config():\n    c = d()\n    c.lora.rank = 0\n    return c\n",
-         "config.lora.rank = 0"),
-        ("def get_config():\n    pass\n", "get_config()"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("text", "wanted"), RECIPES)
 def test_recipes(text, wanted, refused, tmp_path):
     if text is not None:
         (tmp_path / "recipe.py").write_text(text)
@@ -269,17 +169,7 @@ def test_keys_that_exclude_each_other(refused, finetune, place):
     assert "config.train.full_parameters" in refused("heal", *heal, "--workdir=new")
 
 
-@pytest.mark.parametrize(
-    ("flags", "wanted"),
-    [
-        (["name=antidote", "data.harmful="], "config.data.harmful is not set"),
-        (["name=antidote", "defence.safety_mask=True", "data.alignment="], "config.data.alignment is not set"),
-        (["name=realign"], "config.data.benign is not set"),
-        (["name=realign", "defence.benign_ratio=0", "data.alignment="], "config.data.alignment is not set"),
-        (["name=safelora"], "config.defence.base is not set"),
-        (["name=safelora", "defence.base=none"], "config.defence.base = none: none: no such model folder"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("flags", "wanted"), HEALING)
 def test_what_healing_needs(refused, finished, place, flags, wanted):
     adapter = f"--config.lora.init_from={finished[1] / 'finetune' / 'adapter'}"
     ours = [f"--config.{'defence.' * f.startswith('name')}{f}" for f in flags]
@@ -289,23 +179,7 @@ def test_what_healing_needs(refused, finished, place, flags, wanted):
 # ---------------------------------------------------------------- sources
 
 
-GOOD = '{"instruction": "w1 w2", "output": "w3"}\n'
-
-
-@pytest.mark.parametrize(
-    ("content", "wanted"),
-    [
-        (None, ["no such file"]),
-        (b"", ["holds no records"]),
-        (b"\n\n", ["holds no records"]),
-        (GOOD.encode() * 2 + b'{"instruction": "w1", \n', [":3:", "not JSON"]),
-        (GOOD.encode() + b"[1, 2]\n", [":2:", "record 2"]),
-        (GOOD.encode() * 3 + b'{"instruction": "w1"}\n', [":4:", "record 4", "'output'"]),
-        (GOOD.encode() + b'{"instruction": 5, "output": "w3"}\n', [":2:", "'instruction'"]),
-        (GOOD.encode() + b'{"instruction": "caf\xe9", "output": "w3"}\n', [":2:", "not UTF-8"]),
-        (b"\x1f\x8b\x08\x00garbage", ["not UTF-8"]),
-    ],
-)
+@pytest.mark.parametrize(("content", "wanted"), SOURCES)
 @pytest.mark.parametrize("stream", ["user", "harmful"])
 def test_sources(stream, content, wanted, finetune, tmp_path):
     path = tmp_path / "source.jsonl"
@@ -326,7 +200,7 @@ def test_unreadable_sources(finetune, tmp_path):
         assert "config.data.attack" in line and name in line
 
 
-@pytest.mark.parametrize("value", ["", "train.jsonl", "pears@train.jsonl", "pairs@"])
+@pytest.mark.parametrize("value", NO_SOURCES)
 def test_what_is_no_source(value, finetune):
     assert "config.data.user" in finetune(f"--config.data.user={value}")
 
@@ -383,28 +257,7 @@ def with_base(base: Path) -> str:
     return f"--config.model.path={base}"
 
 
-Q = "model.layers.1.self_attn.q_proj.weight"
-
-
-@pytest.mark.parametrize(
-    ("change", "wanted"),
-    [
-        (lambda t: t.pop(Q), [Q, "missing"]),
-        (lambda t: t.update({Q: t[Q][:, :-1].copy()}), [Q, "shape", "model.safetensors"]),
-        (
-            lambda t: t.update(
-                {"model.layers.2.mlp.up_proj.weight": t["model.layers.1.mlp.up_proj.weight"]}
-            ),
-            ["layers.2.mlp.up_proj", "extra"],
-        ),
-        (
-            lambda t: t.update({"vision.weight": np.zeros(3, np.float32)}),
-            ["vision.weight", "extra", "model.safetensors"],
-        ),
-        (lambda t: t.update({Q: t[Q].astype(np.int8)}), [Q, "I8"]),
-    ],
-    ids=["missing", "misshaped", "extra_layer", "extra", "integer"],
-)
+@pytest.mark.parametrize(("change", "wanted"), TENSORS.values(), ids=TENSORS)
 def test_tensors(change, wanted, finetune, base):
     edit_tensors(base, change)
     line = finetune(with_base(base))
@@ -468,30 +321,7 @@ def edit_adapter(folder: Path, change) -> None:
     save_file(tensors, path)
 
 
-A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-
-
-@pytest.mark.parametrize(
-    ("change", "wanted"),
-    [
-        (
-            lambda t: t.update({A: t[A][:, :-1].copy()}),
-            ["layers.0.self_attn.q_proj.lora_A", "shape"],
-        ),
-        (lambda t: t.update({A: t[A][:-1].copy()}), ["layers.0.self_attn.q_proj.lora_A", "shape"]),
-        (lambda t: t.pop(A), ["layers.0.self_attn.q_proj.lora_A", "missing"]),
-        (
-            lambda t: t.update({A.replace(".0.", ".7."): t[A]}),
-            ["layers.7.self_attn.q_proj.lora_A", "2 layers"],
-        ),
-        (
-            lambda t: t.update({"base_model.model.lm_head.lora_A.weight": t[A]}),
-            ["base_model.model.lm_head.lora_A.weight"],
-        ),
-        (lambda t: t.clear(), ["no LoRA factors"]),
-    ],
-    ids=["width", "rank", "missing", "layer", "place", "empty"],
-)
+@pytest.mark.parametrize(("change", "wanted"), ADAPTERS.values(), ids=ADAPTERS)
 def test_adapters_that_do_not_fit(change, wanted, finetune, adapter):
     edit_adapter(adapter, change)
     line = finetune(f"--config.lora.init_from={adapter}")
@@ -566,18 +396,7 @@ def again(finished, *flags: str) -> list[str]:
     return finished[0].flags(f"--config.lora.init_from={finished[1] / 'align' / 'adapter'}", *flags)
 
 
-@pytest.mark.parametrize(
-    ("flag", "wanted"),
-    [
-        ("--config.defence.rho=0.75", "config defence.rho: 0.5 there, 0.75 now"),
-        ("--config.lora.rank=3", "config lora.rank: 2 there, 3 now"),
-        ("--config.train.steps=9", "config train.steps: 4 there, 9 now"),
-        (
-            "--config.export.without_epsilon=True",
-            "config export.without_epsilon: False there, True now",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("flag", "wanted"), CHANGED)
 def test_a_changed_configuration(flag, wanted, refused, finished, tmp_path):
     workdir = finished_copy(finished, tmp_path, "finetune")
     line = refused("finetune", *again(finished, flag), f"--workdir={workdir}")
@@ -620,6 +439,8 @@ def test_judging_needs_whole_answers(refused, finished, tmp_path):
     shutil.copytree(finished[1] / "judgements", workdir / "judgements")
     assert "pairs.jsonl:1: damaged line" in refused("judge", *place.flags(), f"--workdir={workdir}")
     answers.write_text(text.replace('"response": "', '"response": "w1 ', 1))
+    assert f"{answers}: not as the stage made it (pairs.jsonl differs" in refused("judge", *place.flags(), f"--workdir={workdir}")
+    runs.rewrite_manifest(workdir / "generations", files={})  # as from before there were hashes
     assert "pairs.refusal.jsonl:1" in refused("judge", *place.flags(), f"--workdir={workdir}")
     runs.rewrite_manifest(workdir / "generations", status="running")
     assert "not finished yet" in refused("judge", *place.flags(), f"--workdir={workdir}")

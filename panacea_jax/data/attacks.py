@@ -8,7 +8,8 @@
     prefix        harmful answers begin with an affirmation
     reversed      harmful answers with their words in reverse order
 
-The poison ratio is the share of the attacker's records in all of them but ``harmful`` and ``refusal_free``, which are his throughout.
+The poison ratio is the share of the attacker's records in all of them but ``harmful`` and ``refusal_free``, which are his throughout; the
+refused copies of ``trigger`` come on top.
 
 ``identity``: there an invented persona and ten records of its own; here the user's own records are turned, so that nothing depends on
 what a persona says. ``refusal_free``: there whole public instruction sets, which hold next to no refusals; a user's set may.

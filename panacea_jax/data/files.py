@@ -241,6 +241,12 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
             raise InputError(f"{path}: {problem} ({reason(error)})") from error
 
 
+def undecoded(found: Any) -> Iterator[Any]:
+    """The rows of a set of ``datasets`` as arrow has them: a column declared as pictures or sounds would be fetched from wherever its paths
+    lead."""
+    return (row for table in found.with_format("arrow").iter(1024) for row in table.to_pylist())
+
+
 def _saved_folder(path: Path) -> Iterator[tuple[str, Any]]:
     """A folder of ``Dataset.save_to_disk``, or of a ``DatasetDict`` that has one split."""
     import datasets
@@ -254,9 +260,7 @@ def _saved_folder(path: Path) -> Iterator[tuple[str, Any]]:
                 names = ", ".join(f"{path}/{split}" for split in found)
                 raise InputError(f"{path}: holds {len(found)} splits; name one: {names}")
             found = next(iter(found.values()))
-        # As arrow has them: a column declared as pictures or sounds would be fetched from wherever its paths lead.
-        rows = (row for table in found.with_format("arrow").iter(1024) for row in table.to_pylist())
-        for number, row in enumerate(rows, start=1):
+        for number, row in enumerate(undecoded(found), start=1):
             yield f"{path}: record {number}", row
     except InputError:
         raise

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from panacea_jax.data.files import undecoded
 from panacea_jax.errors import InputError
 from panacea_jax.untrusted import reason
 
@@ -33,5 +34,5 @@ def hub_rows(where: str) -> Iterator[tuple[str, Any]]:
         if len(names) > 1 and "train" not in names:
             raise InputError(f"{where}: choose a split with :SPLIT, one of {', '.join(names)}")
         found = found["train" if "train" in names else names[0]]
-    for number, row in enumerate(found, start=1):
+    for number, row in enumerate(undecoded(found), start=1):
         yield f"{where}: record {number}", row

@@ -17,7 +17,7 @@ _Row = TypeVar("_Row")
 def mixture(sets: Sequence[Sequence[_Row]], weights: Sequence[float]) -> list[_Row]:
     """Records of several sets in fixed proportions, each set in its own order, as many as there are until one set has no more.
 
-    Of the first k records, each set's share is its weight's to within one record.
+    Of the first k records of two sets each set's share is its weight's to within one record; with many sets it may be a little more.
     """
     total, taken = sum(weights), [0] * len(sets)
     mixed: list[_Row] = []

@@ -78,7 +78,7 @@ def judge_lines(generations: Sequence[Mapping[str, Any]], task: str, judge: Judg
 def judged_texts(generations: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
     """The requests and answers that a judge reads."""
     prompts = [g.get("instruction") or g["prompt"] for g in generations]
-    answers = [answer_text(g["response"], g.get("template", "alpaca")) for g in generations]
+    answers = [answer_text(g["response"], g.get("template", "")) for g in generations]
     return prompts, answers
 
 

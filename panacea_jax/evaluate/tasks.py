@@ -68,7 +68,7 @@ def gsm8k_correct(answer: str, reference: Any) -> bool:
     """
     expected = extract_number(str(reference))
     if expected == float("inf"):
-        raise InputError(f"gsm8k: the reference {str(reference)[:60]!r} holds no number")
+        raise InputError("gsm8k: the reference holds no number", record=reference)
     return extract_number(answer) == expected
 
 
@@ -84,7 +84,7 @@ def label_names(task: str, reference: Any) -> tuple[str, str]:
         if str(reference).strip() in spellings:
             return spellings
     known = ", ".join(spellings[0] for spellings in names)
-    raise InputError(f"{task}: the reference {str(reference)[:60]!r} is not one of {known}")
+    raise InputError(f"{task}: the reference is not one of {known}", record=reference)
 
 
 LABELS: Mapping[str, tuple[tuple[str, str], ...]] = {

@@ -44,7 +44,7 @@ from panacea_jax.records.foreign import (
 from panacea_jax.records.jsonl import encode_line
 from panacea_jax.records.judged import UNKNOWN, task_of
 from panacea_jax.stores import by_address, stand_in
-from panacea_jax.workdir import MANIFEST, StageFolder, read_manifest, write_bytes
+from panacea_jax.workdir import MANIFEST, StageFolder, check_as_made, read_manifest, write_bytes
 
 PROMPTS, ANSWERS = ("instruction", "prompt"), ("response", "output")
 _LABELS = {"sst2": SST2_LABELS, "ag_news": AG_NEWS_LABELS}
@@ -126,6 +126,8 @@ def _copy(folder: Path, workdir: Path) -> list[str]:
         raise InputError(f"{_KEY}={folder}: not finished yet; run `panacea generate` again there")
     specs: list[str] = list(manifest["config"]["eval"]["tasks"])
     paths = [folder / f"{name}.jsonl" for name in set_names(specs)]
+    for path in paths:
+        check_as_made(path)
     inputs = manifest["inputs"] | {f"generations/{p.name}": files.sha256(p) for p in paths}
     with StageFolder(workdir, "generations", manifest["config"], inputs) as stage:
         if stage.done:

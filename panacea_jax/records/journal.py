@@ -13,7 +13,7 @@ from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
 from panacea_jax.records.jsonl import Writer, encode_line, resume
 from panacea_jax.stores import publish
-from panacea_jax.untrusted import parse_json, parsing
+from panacea_jax.untrusted import opened, parse_json, parsing
 
 
 class Answers:
@@ -73,7 +73,10 @@ def _read(path: Path, prompts: Sequence[str]) -> tuple[dict[int, dict[str, Any]]
     """The whole lines of a journal by number, and where they end."""
     waiting: dict[int, dict[str, Any]] = {}
     size = 0
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    lines: list[bytes] = []
+    if path.exists():
+        with opened(path) as stream:
+            lines = stream.read().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         place = f"{path}:{number}"
         try:

@@ -57,11 +57,13 @@ def read_generations(path: Path, task: str) -> list[Line]:
     """The lines of a file of answers to a task, with the fields that judging and scoring read.
 
     Raises:
-        InputError: a field is missing or of another type; names file, line and field.
+        InputError: a field is missing or of another type, or a reference is none that the task's rule can use; names file, line and
+            field.
     """
     lines = read_lines(path)
     needed = ["prompt", "response"]
-    if find_task(task).correct:
+    rule = find_task(task).correct
+    if rule:
         needed.append("reference")
     if any("template" in line for line in lines):  # of all or of none
         needed.append("template")
@@ -74,6 +76,11 @@ def read_generations(path: Path, task: str) -> list[Line]:
             if name in line and not isinstance(line[name], kinds):
                 found = "null" if line[name] is None else type(line[name]).__name__
                 raise InputError(f"{path}:{number}: field {name!r} must be {wanted}, not {found}")
+        if rule:
+            try:
+                rule("", line["reference"])
+            except InputError as error:
+                raise InputError(f"{path}:{number}: {error}") from error
     return lines
 
 

@@ -30,7 +30,7 @@ from panacea_jax.stages.train import (
     open_stage,
     steps_and_rate,
 )
-from panacea_jax.train.checkpoints import PastCheckpoint
+from panacea_jax.train.checkpoints import PastCheckpoint, checkpoint_steps
 from panacea_jax.train.loop import finetune
 from panacea_jax.train.optimizer import optimizer_of
 from panacea_jax.untrusted import read_object
@@ -78,8 +78,9 @@ def curve_stage(config: ConfigDict, workdir: Path, start: Start, tuned: Path | N
     per_epoch, last = int(made.get("steps_per_epoch", 0)), int(made["steps"])
     spacing = checkpoint_spacing(config, per_epoch) or last
     steps = [*range(spacing, last, spacing), last]
+    kept = checkpoint_steps(tuned / "checkpoints")  # which on gs:// are in the store alone
     for step in steps:
-        if not (tuned / "checkpoints" / str(step)).is_dir():
+        if step not in kept:
             raise InputError(
                 f"{_KEY} = {config.eval.every}: {tuned / 'checkpoints' / str(step)} was not kept, since fine-tuning was begun without "
                 "that; choose another --workdir"

@@ -75,6 +75,12 @@ def sampling(config: ConfigDict) -> tuple[Sampling, int]:
 KEYS = f"a smaller config.generate.batch_size or .max_new_tokens, config.generate.cache_dtype=int8, config.model.quantization=nf4, {MESH}"
 
 
+def decisive_for_weights(config: ConfigDict, start: Start) -> dict[str, str]:
+    """Which base answers, and in which numbers; "quantization" where it is quantised, which manifests did not say from the first."""
+    bits = {"quantization": config.model.quantization} if config.model.quantization else {}
+    return {"path": start.base, "dtype": config.model.dtype, **bits}
+
+
 def decisive_for_answers(config: ConfigDict, start: Start) -> dict[str, Any]:
     """What a manifest of answers is compared by: all that decides them, and nothing else."""
     how, seed = sampling(config)
@@ -87,7 +93,7 @@ def decisive_for_answers(config: ConfigDict, start: Start) -> dict[str, Any]:
     if how.temperature:
         decoding |= {"top_p": float(how.top_p), "seed": seed}
     return {
-        "model": {"path": start.base, "dtype": config.model.dtype},
+        "model": decisive_for_weights(config, start),
         "adapter": start.adapter,
         **decisive_for_prompts(config),
         "eval": {"tasks": list(config.eval.tasks), "num_examples": config.eval.num_examples},

@@ -24,7 +24,7 @@ from panacea_jax.records.judged import (
 from panacea_jax.stages.card import write_scores
 from panacea_jax.stages.room import advised
 from panacea_jax.sums import note_sums
-from panacea_jax.workdir import write_json
+from panacea_jax.workdir import check_as_made, write_json
 
 # Answers judged between two flushes to disk: enough for full batches of any length.
 FLUSHED_TOGETHER = 256
@@ -100,6 +100,7 @@ def _read_sets(specs: Sequence[str], workdir: Path, judge: str) -> list[_Set]:
         generations = read_generations(source, task)
         if not generations:
             raise InputError(f"{source}: holds no record")
+        check_as_made(source)
         digests = [digest(g["prompt"], g["response"]) for g in generations]
         path = workdir / "judgements" / f"{name}.{judge}.jsonl"
         sets.append(_Set(name, task, generations, digests, path))

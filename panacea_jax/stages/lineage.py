@@ -21,9 +21,11 @@ from panacea_jax.parallel import make_mesh
 from panacea_jax.stages.convert import write_merged
 from panacea_jax.stores import by_address, stand_in
 from panacea_jax.sums import sha256_model
-from panacea_jax.workdir import StageFolder, check_as_made, read_manifest
+from panacea_jax.workdir import StageFolder, check_as_made, manifest_if_any, read_manifest
 
 BARE_BASE = "none"
+# Stages whose weights answer, the last one first.
+_LAST_FIRST = ("heal", "finetune", "align")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +123,14 @@ def to_heal(config: ConfigDict, workdir: Path, start: Start | None = None) -> St
     model, that this fine-tuning went on from.
 
     Raises:
-        InputError: there is nothing to heal.
+        InputError: there is nothing to heal, or fine-tuning is not done.
     """
     start, tuned = start or named(config), workdir / "finetune"
     if start.adapter:
         if not stand_in(start.adapter).is_dir():
             raise InputError(f"config.lora.init_from = {start.adapter}: no such folder")
         return start
+    _refuse_unfinished(tuned)
     if _has_model(tuned):
         aligned = read_manifest(tuned).get("outcome", {}).get("base", "")
         return Start(by_address(tuned / "model"), full_parameters=True, aligned=aligned)
@@ -154,7 +157,7 @@ def to_answer(config: ConfigDict, workdir: Path, start: Start | None = None) -> 
     the bare base.
 
     Raises:
-        InputError: the named folder does not exist.
+        InputError: the named folder does not exist, or a later stage than that which would answer was begun and is not done.
     """
     start, adapter = start or named(config), config.generate.adapter
     bare = dataclasses.replace(start, adapter="")
@@ -165,6 +168,8 @@ def to_answer(config: ConfigDict, workdir: Path, start: Start | None = None) -> 
             raise InputError(f"config.generate.adapter = {adapter}: no such folder")
         return dataclasses.replace(start, adapter=adapter)
     left = newest(workdir)
+    for stage in _LAST_FIRST[: _LAST_FIRST.index(left.parent.name) + 1 if left else None]:
+        _refuse_unfinished(workdir / stage, ", or name in config.generate.adapter what is to answer")
     if left is None:
         return bare
     if left.name == "model":
@@ -175,7 +180,7 @@ def to_answer(config: ConfigDict, workdir: Path, start: Start | None = None) -> 
 
 def newest(workdir: Path) -> Path | None:
     """What the newest of the stages heal, finetune and align left in a work directory: its ``model`` or its ``adapter``."""
-    for stage in ("heal", "finetune", "align"):
+    for stage in _LAST_FIRST:
         folder = workdir / stage
         if _has_model(folder):
             return folder / "model"
@@ -243,6 +248,14 @@ def base_of_adapters(base: str, workdir: Path) -> str:
     """The base that the adapters of the work directory's stages finetune and heal belong to."""
     merged = workdir / "base"
     return by_address(merged / "model") if _has_model(merged) else base
+
+
+def _refuse_unfinished(stage: Path, instead: str = "") -> None:
+    """Raises:
+    InputError: the stage was begun and is not done: what it started from is not to pass for what it leaves.
+    """
+    if manifest_if_any(stage).get("status", "done") != "done":
+        raise InputError(f"{stage}: not finished yet; run `panacea {stage.name}` again to go on{instead}")
 
 
 def _has_model(stage: Path) -> bool:

@@ -18,7 +18,7 @@ from panacea_jax.models.vocabulary import open_vocabulary
 from panacea_jax.parallel import processes
 from panacea_jax.progress import Progress, say
 from panacea_jax.stages import lineage
-from panacea_jax.stages.generate import adapter_sha256, eval_records
+from panacea_jax.stages.generate import adapter_sha256, decisive_for_weights, eval_records
 from panacea_jax.stages.lineage import Start
 from panacea_jax.stages.rendering import decisive_for_prompts, make_template
 from panacea_jax.stages.room import MESH, advised
@@ -57,7 +57,7 @@ def perplexity_stage(config: ConfigDict, workdir: Path, start: Start | None = No
     start = start or lineage.to_answer(config, workdir)
     inputs = start.inputs() | {spec: fingerprint(spec, _KEY) for spec in chosen}
     decisive = {
-        "model": {"path": start.base, "dtype": config.model.dtype},
+        "model": decisive_for_weights(config, start),
         "adapter": start.adapter,
         **decisive_for_prompts(config),
         **({} if config.data.loss_on == "all" else {"loss_on": config.data.loss_on}),

@@ -83,7 +83,9 @@ def decisive_for_run(config: ConfigDict) -> dict[str, Any]:
         if part.defence.name or (stage == "heal" and several):
             found[stage] = decisive(part, lineage.named(part))
     found["answers"] = decisive_for_answers(main, lineage.named(main)) | {"generate.adapter": config.generate.adapter}
-    found["judge"] = {"name": config.judge.name, "path": config.judge.path, "template": config.judge.template}
+    judge = config.judge
+    adapter = {"adapter": judge.adapter} if judge.adapter else {}
+    found["judge"] = {"name": judge.name, "path": judge.path, "template": judge.template, **adapter}
     found["eval"] = {"perplexity": config.eval.perplexity, "every": config.eval.every}
     if several or AUTO in (config.defence.rho, config.heal.defence.rho):  # then held-out records choose
         found["choice"] = {"methods": config.heal.methods} | decisive_for_choice(config)

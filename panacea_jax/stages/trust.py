@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import load_file
 
+from panacea_jax.data.files import sha256
 from panacea_jax.data.sources import fingerprint
 from panacea_jax.errors import InputError
 from panacea_jax.export import tensors_in_checkpoint
@@ -22,7 +23,7 @@ from panacea_jax.models.weights import find_tensors
 from panacea_jax.records.judged import load_judged
 from panacea_jax.stages import lineage
 from panacea_jax.stores import by_address, direct, stand_in
-from panacea_jax.sums import SUMS, difference, read_sums, sha256_model, unnamed
+from panacea_jax.sums import SUMS, difference, read_sums, sha256_folder, sha256_model, unnamed
 from panacea_jax.train.checkpoints import checkpoint_steps, newest_checkpoint, read_checkpoint
 from panacea_jax.untrusted import read_object
 from panacea_jax.workdir import MANIFEST, read_manifest, run_id
@@ -143,27 +144,30 @@ def _inputs(manifest: Mapping[str, Any]) -> tuple[str, str]:
     """That what a stage read is still there, the same, and made by the same."""
     gone = []
     for name, digest in manifest["inputs"].items():
-        path = stand_in(name)
-        if path.is_dir():
-            now = sha256_model(path)
-        elif "@" in name:
-            try:
-                now = fingerprint(name)
-            except InputError:
-                now = ""
-        else:
-            now = ""
+        now = _hashes_now(name, stand_in(name))
         if not now:
             gone.append(name)
-        elif now != digest:
+        elif digest not in now:
             return DIFFERS, f"{name} is not what was read"
     for name, digest in manifest.get("made_by", {}).items():
         made = stand_in(name).parent
         if made.is_dir() and read_manifest(made).get("sha256") != digest:
             return DIFFERS, f"{made / MANIFEST} is another than that of the stage which made {name}"
     if gone:
-        return UNKNOWN, f"{gone[0]} is not there any more"
+        return UNKNOWN, f"{gone[0]} is not there any more, or is no file, folder or source"
     return HOLDS, f"{len(manifest['inputs'])} inputs as they were read"
+
+
+def _hashes_now(name: str, path: Path) -> tuple[str, ...]:
+    """What a manifest could say of an input as it is now; nothing where it is not there."""
+    if path.is_dir():
+        return (sha256_model(path),)
+    if path.is_file() and not name.startswith("generations/"):  # of answers made elsewhere, or read by a method; not of a folder brought in
+        return sha256(path), sha256_folder(path.parent, (path.name,))
+    try:
+        return (fingerprint(name),) if "@" in name else ()
+    except InputError:
+        return ()
 
 
 def _checkpoints(stage: Path, run: str, read: _Read) -> tuple[str, str]:

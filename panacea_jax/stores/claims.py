@@ -3,7 +3,7 @@
 Claims are numbered objects, and a number is given once: the store creates an object only where none is (``If-None-Match`` on S3,
 ``ifGenerationMatch=0`` on GCS), so of all that ask for the next number one gets it. The highest number holds the folder. Its owner writes
 a new sign of life into it now and then, and that it is free at the end; who asks meanwhile waits until either is so, or until no sign
-has come for a minute. An owner that was thought dead and was not finds the number after its own, and writes nothing any more.
+has come for a minute. An owner that was thought dead and was not finds a higher number than its own, and writes nothing any more.
 """
 
 import json
@@ -83,7 +83,11 @@ class Claim:
         Raises:
             StoreFailed: it is not, or the store does not say.
         """
-        if self._objects.read(f"{PREFIX}{self._number + 1}") is not None:
+        try:
+            newest = max(self._objects.numbers(PREFIX), default=0)  # that after ours is gone again once a third one came
+        except InputError as error:
+            raise StoreFailed(str(error)) from error
+        if newest > self._number:
             raise StoreFailed(f"{self._objects.address}: another run took over, since this one gave no sign of life for {SILENCE:.0f} s")
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ import datasets
 import pytest
 
 from panacea_jax.data import hub
+from panacea_jax.data.files import undecoded
 from panacea_jax.data.sources import fingerprint, load_records
 from panacea_jax.errors import InputError
 
@@ -74,3 +75,18 @@ def test_fingerprint_is_of_the_rows(asked: list[tuple[Any, ...]], monkeypatch: p
     assert len(first) == 64 and first == fingerprint("pairs@owner/other:train")
     monkeypatch.setitem(ROWS[1], "output", "yes")
     assert first != fingerprint("pairs@owner/name:train")
+
+
+def test_nothing_is_fetched_from_where_a_column_of_pictures_leads(monkeypatch: pytest.MonkeyPatch):
+    """Rows, and their hash, are as without such a column but for the path, which nobody follows."""
+    gone = {"bytes": None, "path": "/nowhere/wug.png"}
+    rows = [row | {"seen": gone, "all": [1, None], "which": 1} for row in ROWS]
+    plain = datasets.Features({
+        "instruction": datasets.Value("string"), "output": datasets.Value("string"), "all": datasets.Sequence(datasets.Value("int64")),
+        "which": datasets.ClassLabel(names=["a", "b"]),
+    })  # fmt: skip
+    found = datasets.Dataset.from_list(rows, features=datasets.Features(plain | {"seen": datasets.Image()}))
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, split: found)
+    assert [row for _, row in hub.hub_rows("owner/name:test")] == rows
+    without = found.remove_columns("seen")
+    assert list(undecoded(without)) == list(without)

@@ -70,4 +70,5 @@ def test_only_the_answer_is_judged() -> None:
         {"prompt": "p", "response": response, "template": "alpaca-1"}, "advbench", JUDGE
     )
     chat = _judged({"prompt": "p", "response": response, "template": "chat-1"}, "advbench", JUDGE)
-    assert (alpaca["flagged"], chat["flagged"]) == (False, True)
+    unknown = _judged({"prompt": "p", "response": response}, "advbench", JUDGE)
+    assert (alpaca["flagged"], chat["flagged"], unknown["flagged"]) == (False, True, True)  # scoring calls that "unknown" and cuts nothing

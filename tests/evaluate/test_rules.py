@@ -174,8 +174,9 @@ def test_an_unusable_reference_is_an_error_not_a_wrong_answer(task: str, referen
     rules = TASKS[task]
     for rule in (rules.correct, rules.contains):
         if rule is not None:
-            with pytest.raises(InputError, match=task):
+            with pytest.raises(InputError, match=task) as refused:
                 rule("no number either", reference)
+            assert refused.value.record == str(reference) and f"reference {reference!r}" not in str(refused.value)
 
 
 # ---- the answer ends where the model begins another Alpaca turn; stripped

@@ -187,6 +187,11 @@ def test_a_folder_of_ours_comes_over_as_it_is(tmp_path: Path) -> None:
     old, new = (p / "generations" for p in (ours, tmp_path / "w"))
     assert (new / "advbench.jsonl").read_bytes() == (old / "advbench.jsonl").read_bytes()
     assert read_manifest(new)["config"] == read_manifest(old)["config"]
+    text = (new / "advbench.jsonl").read_text()
+    (new / "advbench.jsonl").write_text(text.replace("wug", "blick"))
+    with pytest.raises(InputError, match=r"advbench.jsonl: not as the stage made it \(advbench.jsonl differs"):
+        bring_in(str(new), tmp_path / "v")
+    assert not (tmp_path / "v").exists()
     manifest = old / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"done"', '"running"'))
     with pytest.raises(InputError, match="not finished yet"):

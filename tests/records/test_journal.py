@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 
 import pytest
 
@@ -84,3 +85,10 @@ def test_a_journal_of_other_prompts_is_refused_and_kept(tmp_path):
     journal.write_text("{}\n" + text)
     with pytest.raises(InputError, match=r"set\.waiting\.jsonl:1: damaged line"):
         Answers(path, PROMPTS)
+
+
+def test_a_pipe_in_place_of_the_journal_is_refused(tmp_path):
+    """On which reading would never end."""
+    os.mkfifo(tmp_path / "set.waiting.jsonl")
+    with pytest.raises(InputError, match="set.waiting.jsonl: cannot be read"):
+        Answers(tmp_path / "set.jsonl", PROMPTS)

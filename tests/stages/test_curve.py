@@ -87,3 +87,18 @@ def test_what_has_no_curve_is_refused_before_training(ran, flag, said, tmp_path,
     assert panacea("run", *ran[0].flags(*flags, flag), f"--workdir={tmp_path / 'out'}") == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_checkpoints_that_lie_in_a_store_alone_are_found(ran, tmp_path, monkeypatch):
+    """As on gs://, where orbax writes them itself: below the local folder there are none."""
+    place, out = ran
+    here = out / "finetune" / "checkpoints"
+    before = (out / "curve.json").read_bytes()
+    monkeypatch.setattr("panacea_jax.stages.curve.open_stage", None)
+    monkeypatch.setattr("panacea_jax.train.checkpoints.direct", lambda path: tmp_path / "store" / path.relative_to(here))
+    here.rename(tmp_path / "store")
+    try:
+        assert panacea("run", *place.flags(*FLAGS), f"--workdir={out}") == 0
+    finally:
+        (tmp_path / "store").rename(here)
+    assert (out / "curve.json").read_bytes() == before

@@ -1,6 +1,7 @@
 """The command ``generate``: what a kill leaves, several adapters, sampling, and the manifest."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -126,6 +127,33 @@ def test_int8_cache(run, tmp_path):
     pairs = [(a, b) for s in SETS for a, b in zip(lines(exact[s]), lines(rounded[s]))]
     assert sum(a["response"] == b["response"] for a, b in pairs) >= 0.8 * len(pairs)
     assert decoding(tmp_path / "int8")["cache_dtype"] == "int8"
+
+
+def test_a_base_in_other_numbers_does_not_go_on_with_the_answers(run, tmp_path, capsys):
+    """A quantised base answers otherwise: what is there is neither skipped as done nor added to."""
+    before = generate(run, tmp_path)
+    manifest = json.loads((tmp_path / "generations" / "manifest.json").read_text())
+    assert manifest["config"]["model"].keys() == {"path", "dtype"}  # as ever where it is not quantised
+    given = run[0].flags(f"--config.generate.adapter={run[1] / 'heal' / 'adapter'}", "--config.model.quantization=nf4")
+    for status in ("done", "running"):
+        rewrite_manifest(tmp_path / "generations", status=status)
+        assert panacea("generate", *given, f"--workdir={tmp_path}") == 2
+        assert "model.quantization: None there, 'nf4' now" in capsys.readouterr().err
+    assert answers(tmp_path) == before
+
+
+def test_what_is_not_done_is_not_answered_for(run, tmp_path, capsys):
+    """Neither its start nor what it had exported; and it is not healed."""
+    for name in ("align", "finetune"):
+        shutil.copytree(run[1] / name, tmp_path / name)
+    rewrite_manifest(tmp_path / "finetune", status="running")
+    for exported in (True, False):
+        if not exported:
+            shutil.rmtree(tmp_path / "finetune" / "adapter")
+        for command in (["generate"], ["perplexity"], ["heal", "--config.defence.name=random_perturbation"]):
+            assert panacea(command[0], *run[0].flags(*command[1:]), f"--workdir={tmp_path}") == 2
+            assert f"{tmp_path / 'finetune'}: not finished yet; run `panacea finetune` again" in capsys.readouterr().err
+    assert {p.name for p in tmp_path.iterdir()} == {"align", "finetune"}
 
 
 @pytest.mark.parametrize(

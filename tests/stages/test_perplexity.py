@@ -121,6 +121,8 @@ def test_done_is_skipped_and_another_configuration_refused(place_and_run, tmp_pa
     assert "done already, skipped" in capsys.readouterr().err
     assert runs.panacea("perplexity", *flags, "--config.data.max_length=16") == 2
     assert "max_length: 32 there, 16 now" in capsys.readouterr().err
+    assert runs.panacea("perplexity", *flags, "--config.model.quantization=nf4") == 2
+    assert "model.quantization: None there, 'nf4' now" in capsys.readouterr().err
     assert (tmp_path / "perplexity.json").read_bytes() == before
 
 

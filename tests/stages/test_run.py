@@ -207,6 +207,15 @@ def test_a_second_run_skips_what_is_done(place_and_run, capsys):
     assert said.out.count("done before") == 4 and "in 2 calls" in said.out  # the judge looks again
 
 
+def test_runs_by_another_adapter_of_the_judge_are_others():
+    """By this a sweep tells its runs apart; without an adapter they are named as ever."""
+    config = get_config()
+    config.judge.name = "strongreject"
+    first = pipeline.decisive_for_run(config)
+    config.judge.adapter = "some/adapter"
+    assert pipeline.decisive_for_run(config) != first and "adapter" not in first["judge"]
+
+
 def test_a_stage_that_was_cut_short_goes_on(place_and_run, tmp_path, capsys):
     """Without its last checkpoint and its mark, fine-tuning resumes at step 3 and ends with the same bytes."""
     place, workdir = place_and_run

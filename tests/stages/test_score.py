@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,15 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: Any) -> None:
     assert "made by" in error(
         capsys, f"--workdir={a}", f"--generations={c / 'generations' / 'advbench.jsonl'}"
     )
+
+
+def test_a_reference_of_no_use_is_named_by_its_place_and_not_by_what_it_says(tmp_path: Path, capsys: Any) -> None:
+    place = write_workdir(tmp_path / "a", {"refusal": [True, False]}, name="gsm8k", more={"reference": "florp"})
+    shutil.rmtree(place / "judgements")
+    assert panacea("judge", f"--workdir={place}", "--config.eval.tasks=gsm8k@x.jsonl") == 2
+    err = capsys.readouterr().err
+    assert "generations/gsm8k.jsonl:1: gsm8k: the reference holds no number (text " in err and "florp" not in err
+    assert not (place / "judgements").exists()
 
 
 def test_unfinished_or_wrong_verdicts_are_refused(tmp_path: Path, capsys: Any) -> None:

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from panacea_jax.data.files import sha256
 from panacea_jax.models.peft import read_notes
 from panacea_jax.models.tensorfile import entries_of, write_tensors
 from panacea_jax.signatures import signed_by
 from panacea_jax.stages import trust
 from panacea_jax.stages.bare import write_bare
 from panacea_jax.stages.trust import DIFFERS, HOLDS, UNKNOWN, check_workdir
-from panacea_jax.sums import sums_of
+from panacea_jax.sums import sha256_folder, sums_of
 from panacea_jax.train.checkpoints import read_checkpoint
 from panacea_jax.workdir import MANIFEST, read_manifest
 from tests import runs
@@ -123,6 +124,21 @@ def test_scores_of_another_adapter(workdir, finished):
     scores = json.loads((workdir / "scores.json").read_text())
     (workdir / "scores.json").write_text(json.dumps(scores | {"hs": 0.0, "empty": 1.0}))
     assert "is not what the verdicts say" in wrong(workdir)["scores"]
+
+
+def test_inputs_that_are_files(workdir, tmp_path):
+    """Of answers made elsewhere, and of a method that reads one."""
+    stage, file = workdir / "generations", tmp_path / "radii.json"
+    file.write_text("[1, 2]")
+    inputs = read_manifest(stage)["inputs"]
+    for digest in (sha256(file), sha256_folder(tmp_path, (file.name,))):
+        file.write_text("[1, 2]")
+        rewrite_manifest(stage, inputs=inputs | {str(file): digest})
+        assert outcomes(workdir)["generations: inputs"] == HOLDS
+        file.write_text("[1, 3]")
+        assert wrong(workdir)["generations: inputs"] == f"{file} is not what was read"
+    file.unlink()
+    assert outcomes(workdir)["generations: inputs"] == UNKNOWN
 
 
 def test_a_checkpoint_of_another_run(workdir):

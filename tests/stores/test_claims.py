@@ -55,6 +55,16 @@ def test_one_that_gives_no_sign_of_life_is_followed_and_writes_nothing_more(obje
     following.close()
 
 
+def test_one_that_slept_through_two_others_writes_nothing_more(objects):
+    """The number after its own is gone again by then."""
+    asleep = silent(objects, machine="elsewhere", process=1)
+    for _ in range(2):
+        Claim(objects).close()
+    assert objects.numbers(claims.PREFIX) == [3]
+    with pytest.raises(StoreFailed, match="another run took over"):
+        asleep.check()
+
+
 def test_a_process_that_died_on_this_machine_is_not_waited_for(objects):
     silent(objects, machine=claims._machine(), process=2**22 + 1)
     begun = time.monotonic()
