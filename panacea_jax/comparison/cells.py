@@ -41,6 +41,7 @@ from panacea_jax.stages.perplexity import perplexity_stage
 from panacea_jax.stages.run import check_run
 from panacea_jax.stages.streams import stage_records
 from panacea_jax.stages.train import decisive, train_stage
+from panacea_jax.stages.unchanged import Unchanged
 from panacea_jax.stores import by_address
 from panacea_jax.train.shared import Shared
 from panacea_jax.untrusted import read_object
@@ -87,6 +88,8 @@ class Cells:
     Attributes:
         root: where everything goes.
         aligns: whether there is an alignment stage.
+        starts: whether every seed has a model of its own before fine-tuning: it is aligned here, or of the seed's world.
+        used: folders of the cells that were asked for, below ``root``.
     """
 
     def __init__(
@@ -100,6 +103,9 @@ class Cells:
             shared: what cells have in common.
         """
         self.root, self.aligns = root, aligns
+        self.starts = aligns or bool(config.compare.world)
+        self.used: dict[str, None] = {}
+        self._unchanged = Unchanged()
         self._config = config.copy_and_resolve_references()
         self._seeds: dict[tuple[int, str], ConfigDict] = {}
         self._shared = shared
@@ -108,7 +114,9 @@ class Cells:
         """Where a cell's answers and scores lie."""
         name = f"seed{cell.seed}" if cell.ratio is None else f"seed{cell.seed}-p{cell.ratio:g}"
         name = f"{name}-{folder_name(cell.setting)}" if cell.setting else name
-        return self.root / "aligned" / name if cell.ratio is None else self.root / "cells" / slug(cell.name) / name
+        # A title need not say all of the method: how long the noise is that stands beside an ε.
+        called = cell.name if str(cell.method) in cell.name else f"{cell.name} {cell.method}"
+        return self.root / "aligned" / name if cell.ratio is None else self.root / "cells" / slug(called) / name
 
     def check(
         self,
@@ -149,16 +157,21 @@ class Cells:
         """Run one cell unless it is done; returns its folder.
 
         Raises:
-            InputError, Preempted, Diverged: as the stages do; InputError also where another configuration made the cell.
+            InputError, Preempted, Diverged: as the stages do; InputError also where another configuration, or other records or another base
+                of these names, made the cell.
         """
         config, folder = self._of_cell(cell), self.folder(cell)
         note = folder / NOTE
         made = sha256_json(_decisive(config))
+        self.used[folder.relative_to(self.root).as_posix()] = None
         if note.is_file():
-            if read_object(note).get("config_sha256") != made:
+            noted = read_object(note)
+            if noted.get("config_sha256") != made:
                 raise InputError(
                     f"{folder}: made by another configuration; choose another --workdir"
                 )
+            trained = [self.root / where for where in noted["stages"].values()]
+            self._unchanged.check(config, [*trained, *folder.glob("after/*/"), folder / "generations"])
             return folder
         stages: dict[str, Path] = {}
         main, near = stage_config(config, "finetune"), self._start_folder(cell)

@@ -19,6 +19,7 @@ from panacea_jax.comparison.results import Measured, measure, row
 from panacea_jax.comparison.run import (
     MEMORY,
     SFT,
+    check_figures,
     guarded,
     measure_aligned,
     rows_before,
@@ -73,6 +74,7 @@ def compare_own(config: ConfigDict, workdir: Path) -> Path:
         "methods": names, "seeds": list(seeds), "ratios": list(ratios), "world": config.compare.world, "judge": judge, "memory": MEMORY,
         "development": [], "rule": "", "grid": [], **guarded(config.compare, before),
         "rows": [*rows_before(before, cells.aligns), *lines], "notes": _notes(config, method, norms), "config": plain(config),
+        "cells": list(cells.used),
     }  # fmt: skip
     return write_result(result, workdir)
 
@@ -90,6 +92,7 @@ def _check(config: ConfigDict) -> None:
         raise InputError("config.export.without_epsilon: `compare` has a row of its own for w alone")
     if not (config.compare.world or config.eval.tasks):
         raise InputError("config.eval.tasks is empty: a comparison needs sets to compare on")
+    check_figures(config)
 
 
 def _method(config: ConfigDict) -> Stack:

@@ -183,7 +183,9 @@ def events(judged: Judged) -> dict[str, list[bool]]:
         if "over_refusal" in happened:
             found.setdefault("benign", happened["answered"])
         if "fa" in happened:
-            found.setdefault("benign" if s.name.endswith("benign") else "fa", happened["fa"])
+            found.setdefault("benign_right" if s.name.endswith("benign") else "fa", happened["fa"])
+    if "benign_right" in found:
+        found.setdefault("benign", found["benign_right"])
     return {figure: found[figure] for figure in (*FIGURES, *AS_ATTACKED.values()) if figure in found}
 
 

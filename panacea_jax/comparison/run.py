@@ -84,6 +84,8 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
     cells.check(reported, compare.seeds[0], compare.ratios, settings)
     judge = config.judge.name
     honest: Setting = (("attack.name", "mix"),)
+    if config.after.attack != "sft" or config.after.steps:  # what comes after all defences is an attack too
+        honest += (("after.attack", "sft"), ("after.steps", 0))
     bounded = bool(compare.vary) and compare.fa_loss < 100
     if bounded:
         cells.check(reported, compare.seeds[0], [0.0], [honest])
@@ -99,7 +101,7 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
         "methods": list(map(str, reported)), "seeds": list(compare.seeds), "ratios": list(map(float, compare.ratios)),
         "world": compare.world, "judge": judge, "memory": MEMORY,
         "development": list(compare.development) if grid else [], "rule": choice.RULE if grid else "", "grid": choices,
-        **guarded(compare, aligned), "config": plain(config), "rows": rows,
+        **guarded(compare, aligned), "config": plain(config), "rows": rows, "cells": list(cells.used),
         **({"worst": worst_cases(rows, _least_fa(unattacked, compare.fa_loss))} if compare.vary else {}),
         **({"fa_loss": compare.fa_loss} if bounded else {}),
     }  # fmt: skip
@@ -129,6 +131,7 @@ def write_result(result: dict[str, Any], workdir: Path) -> Path:
     write_json(workdir / "compare.json", result)
     write_text(workdir / "compare.csv", table.as_csv(result))
     write_text(workdir / "compare.md", table.markdown(result))
+    (workdir / "compare.png").unlink(missing_ok=True)  # of settings that an earlier table had
     if "worst" in result:
         plot_settings(result, workdir / "compare.png")
     table.show(result)
@@ -156,10 +159,11 @@ def _check(config: ConfigDict, methods: Sequence[Stack]) -> bool:
             raise InputError(
                 f"config.{stage}.defence.name = {name!r}: in a comparison config.compare.methods says what defends"
             )
+    if config.heal.methods:
+        raise InputError("config.heal.methods: in a comparison config.compare.methods says what heals, a method each")
     if not config.compare.world and not config.eval.tasks:
         raise InputError("config.eval.tasks is empty: a comparison needs sets to compare on")
-    if config.compare.fa_loss < 100 and not config.compare.world and not _measures_fa(config.eval.tasks):
-        raise InputError(f"config.compare.fa_loss = {config.compare.fa_loss}: no set of config.eval.tasks has right answers")
+    check_figures(config)
     aligns = bool(config.align.defence.name) or any(m.align for m in methods)
     goes_on = config.lora.policy != "merged" and (aligns or config.lora.init_from)
     shapes = [e for e in map(str, config.compare.vary) if e.startswith(SHAPES)]
@@ -194,8 +198,8 @@ def _run(
 
 
 def measure_aligned(cells: Cells, seeds: Sequence[int], judge: str, base: Setting = ()) -> dict[int, Measured]:
-    """The models of one base before any fine-tuning, by seed; where nothing is aligned here, all seeds start from one."""
-    folders = {seed: cells.run(Cell(SFT, seed, None, base)) for seed in (seeds if cells.aligns else seeds[:1])}
+    """The models of one base before any fine-tuning, by seed; where nothing is aligned and seeds are no worlds, all start from one."""
+    folders = {seed: cells.run(Cell(SFT, seed, None, base)) for seed in (seeds if cells.starts else seeds[:1])}
     return {seed: measure(cells.root, folder, judge) for seed, folder in folders.items()}
 
 
@@ -204,9 +208,39 @@ def _least_fa(unattacked: Mapping[tuple[Stack, float, Setting], Mapping[int, Mea
     return {str(method): _means(cells)["fa"] - loss for (method, _, _), cells in unattacked.items()}
 
 
-def _measures_fa(specs: Sequence[str]) -> bool:
-    named = zip(set_names(specs), map(parse_source, specs))
-    return any(find_task(s.scored_as).role == "accuracy" and not (s.attacked or name.endswith("benign")) for name, s in named)
+def check_figures(config: ConfigDict) -> None:
+    """Check that the sets give every figure which is held to a bound or chosen by; those of worlds do.
+
+    Raises:
+        InputError: one does not.
+    """
+    compare = config.compare
+    if compare.world:
+        return
+    asked = []
+    if compare.fa_loss < 100:
+        asked.append((f"config.compare.fa_loss = {compare.fa_loss}", "config.eval.tasks", ("fa",)))
+    if compare.guard:
+        asked.append((f"config.compare.guard = {compare.guard}", "config.eval.tasks", ("hs", "benign")))
+    if compare.grid:
+        asked.append(("config.compare.grid", "config.compare.validation", ("hs", "fa")))
+    for rule, key, figures in asked:
+        given = _given_by(compare.validation if key.endswith("validation") else config.eval.tasks)
+        if missing := [figure for figure in figures if figure not in given]:
+            raise InputError(f"{rule}: no set of {key} has {_SETS_OF[missing[0]]}")
+
+
+_SETS_OF = {"hs": "harmful prompts", "fa": "right answers", "benign": "benign requests"}
+
+
+def _given_by(specs: Sequence[str]) -> set[str]:
+    """The figures that sets give, as ``results.events`` takes them."""
+    found = set()
+    for name, source in zip(set_names(specs), map(parse_source, specs)):
+        if not source.attacked:
+            role = find_task(source.scored_as).role
+            found.add({"harmful": "hs", "over_refusal": "benign", "accuracy": "benign" if name.endswith("benign") else "fa"}.get(role, ""))
+    return found
 
 
 def _figures(cells: Mapping[int, Measured]) -> dict[int, dict[str, float]]:

@@ -19,11 +19,12 @@ from panacea_jax.config import validate
 from panacea_jax.config.axes import objective, parse_axes
 from panacea_jax.config.variation import written
 from panacea_jax.data.sources import parse_source
-from panacea_jax.errors import InputError
+from panacea_jax.errors import InputError, OutOfMemory
 from panacea_jax.evaluate.tasks import find_task
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
 from panacea_jax.stages.run import check_run, run_stages
+from panacea_jax.stages.unchanged import Unchanged
 from panacea_jax.sweep.plan import (
     FINISHED,
     Planned,
@@ -75,6 +76,10 @@ def sweep(config: ConfigDict, workdir: Path, index: int = 0, runner: Runner | No
         runner = functools.partial(_run, shared=Shared())
     planned = config.sweep.sampler in PLANNED
     source = Planned(config, folder, index) if planned else Search(config, workdir, folder)
+    unchanged = Unchanged()
+    for run in source.runs:
+        if status_of(run, folder) == "done":
+            unchanged.check(run.config, (folder / run.name).glob("*/"))
 
     # ---- runs
     progress = _Progress(source, folder)
@@ -94,6 +99,8 @@ def sweep(config: ConfigDict, workdir: Path, index: int = 0, runner: Runner | No
     # ---- table
     objectives = list(config.sweep.objectives)
     rows = collect(source.runs, folder, objectives)
+    if not rows:
+        raise InputError("config.sweep.over: no combination that was drawn is a possible configuration")
     result = {
         "over": list(config.sweep.over), "sampler": config.sweep.sampler, "objectives": objectives, "judge": config.judge.name,
         "rule": rule_of(objectives), "rows": plain(rows),
@@ -170,7 +177,7 @@ def _attempt(run: Run, folder: Path, runner: Runner) -> None:
         stage.begin()
         try:
             outcome = runner(run.config, stage.folder)
-        except (InputError, Diverged, jax.errors.JaxRuntimeError) as error:
+        except (InputError, Diverged, OutOfMemory, jax.errors.JaxRuntimeError) as error:
             reason = str(error).splitlines()[0]
             say(f"{stage.folder}: failed: {reason}; to have it tried again, remove that folder")
             stage.finish({"setting": setting, "error": reason}, "failed")

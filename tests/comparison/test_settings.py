@@ -25,6 +25,14 @@ def test_a_method_notices_only_the_sets_that_it_reads():
     assert of_method("booster+antidote") == (HARMFUL, STEPS, HEAL, AFTER)
 
 
+@pytest.mark.parametrize("method", ["ascent", "panacea"])
+def test_a_radius_that_chooses_itself_notices_what_it_is_chosen_by(method):
+    """Its held-out records are set apart from the defender's harmful and benign ones."""
+    benign = (("data.benign", "pairs@b.jsonl"),)
+    assert of_method(f"{method}:rho=auto", (*benign, ALIGNMENT)) == benign
+    assert of_method(f"{method}:rho=0.5", (*benign, ALIGNMENT)) == ()
+
+
 def test_no_further_steps_have_no_poison():
     assert of_method("sft", (("after.steps", 0), ("after.poison_ratio", 0.5))) == (("after.steps", 0),)
     assert of_method("sft", (AFTER, ("after.poison_ratio", 0.5))) == (AFTER, ("after.poison_ratio", 0.5))

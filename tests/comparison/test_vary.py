@@ -158,11 +158,11 @@ def test_unlearning_and_noise_after_all_defences(tmp_path):
 
 
 def test_attacks_are_compared_and_bounded_by_what_they_cost(tmp_path):
-    """A mix and a backdoor of plain SFT, and one fine-tuning that nobody attacks; the backdoor is asked both ways."""
+    """A mix and a backdoor of plain SFT, with a later attack, and one fine-tuning that nobody attacks; the backdoor is asked both ways."""
     place, out = make_place(tmp_path / "place"), tmp_path / "out"
     flags = ("--config.compare.ratios=(0.25,)", "--config.train.steps=2", "--config.compare.methods=('sft',)",
              "--config.compare.vary=('attack.name=mix|trigger',)", "--config.attack.trigger=w7 w8", "--config.attack.refusal=no",
-             "--config.compare.fa_loss=5")  # fmt: skip
+             "--config.compare.fa_loss=5", "--config.after.steps=1")  # fmt: skip
     assert panacea("run", *place.flags(*flags), f"--workdir={out}") == 0
     result = json.loads((out / "compare.json").read_text())
     mix, trigger = (r for r in result["rows"] if r["ratio"] is not None)
@@ -177,6 +177,7 @@ def test_attacks_are_compared_and_bounded_by_what_they_cost(tmp_path):
         if asked.is_file():
             assert all(json.loads(line)["instruction"].startswith("w7 w8 ") for line in asked.read_text().splitlines())
     assert counted == {("mix", 0.25): 12, ("trigger", 0.25): 15, ("mix", 0.0): 12}
+    assert {path.parent.name.partition("-attack")[0] for path in out.glob("cells/sft/*/after")} == {"seed0-p0.25"}
     [worst] = result["worst"]
     assert worst["least_fa"] == -5.0 and worst["hs"]["worst"] == max(
         mix["figures"]["hs"]["mean"], *(trigger["figures"][f]["mean"] for f in ("hs", "hs_attacked"))

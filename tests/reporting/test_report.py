@@ -21,7 +21,7 @@ from panacea_jax.reporting.gather import gather
 from panacea_jax.reporting.harmless import harmless, shown
 from panacea_jax.reporting.layer_section import layers_section
 from panacea_jax.reporting.markdown import report_markdown
-from panacea_jax.reporting.outcomes import Estimate, Found, Outcome, figures_of
+from panacea_jax.reporting.outcomes import Estimate, Found, Outcome, Trained, figures_of
 from panacea_jax.reporting.published import published_section
 from panacea_jax.reporting.report import write_report
 from panacea_jax.reporting.scores import pareto_front, scores_section, tradeoff_section
@@ -237,6 +237,14 @@ def test_layers_of_one_run_are_stacked_and_of_several_set_side_by_side(tmp_path)
     # In units of their means: 4, 3, 2, 1 over 2.5, and 2, 1 over 1.5.
     assert lines["deep"] == [(pytest.approx(l / 3), pytest.approx((4 - l) / 2.5)) for l in range(4)]
     assert lines["flat"] == [(0, pytest.approx(4 / 3)), (1, pytest.approx(2 / 3))]
+
+
+def test_a_log_is_of_the_run_and_not_of_where_one_stands(tmp_path, monkeypatch):
+    """A run without fine-tuning, while the current folder holds the log of another."""
+    monkeypatch.chdir(write_stage(tmp_path, "finetune", {"defence.name": "sft"}, {}))
+    write_metrics(tmp_path / "finetune", 2.0)
+    healed = write_stage(tmp_path / "healed", "heal", {"defence.name": "antidote"}, {})
+    assert training_section(Found(tmp_path, [], [Trained("healed", 0, healed.parent, {"heal": healed})])) is None
 
 
 def test_signs_of_failure_are_found(compared, runs, tmp_path):

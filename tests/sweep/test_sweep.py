@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from panacea_jax.errors import InputError
+from panacea_jax.errors import InputError, OutOfMemory
 from panacea_jax.sweep import plan
 from panacea_jax.sweep.plan import make_run, plan_runs
 from panacea_jax.sweep.run import list_runs, sweep
@@ -144,6 +144,18 @@ def test_a_run_that_fails_is_noted_and_the_others_go_on(tmp_path, capsys):
     for place in rows[1]["folders"].values():
         (tmp_path / place / "manifest.json").unlink()
     assert [row["status"] for row in swept(tmp_path, **keys)["rows"]] == ["done"] * 3
+
+
+def test_a_run_that_does_not_fit_the_memory_is_noted_too(tmp_path, capsys):
+    def runner(config, folder):
+        if config.defence.rho == 1.0:
+            raise OutOfMemory("finetune: out of memory \x1b[2J")
+        return recorded(tmp_path / "log")(config, folder)
+
+    rows = swept(tmp_path, runner=runner, over=("defence.rho=1,2",))["rows"]
+    assert [row["status"] for row in rows] == ["failed", "done"] and rows[0]["error"].startswith("finetune: out of memory")
+    said = capsys.readouterr()
+    assert r"out of memory \x1b[2J" in said.out and "\x1b" not in said.out + said.err
 
 
 def test_a_sweep_of_failures_is_one(tmp_path):
