@@ -28,6 +28,7 @@ from panacea_jax.data.sources import parse_source
 from panacea_jax.defences.ascent import AUTO
 from panacea_jax.defences.spec import Part, Stack, parse_stack, slug
 from panacea_jax.errors import InputError
+from panacea_jax.evaluate.judges import Judge, make_judge
 from panacea_jax.evaluate.tasks import find_task
 from panacea_jax.stages import lineage
 from panacea_jax.stages.bare import write_bare
@@ -106,6 +107,7 @@ class Cells:
         self.starts = aligns or bool(config.compare.world)
         self.used: dict[str, None] = {}
         self._unchanged = Unchanged()
+        self._judge: Judge | None = None
         self._config = config.copy_and_resolve_references()
         self._seeds: dict[tuple[int, str], ConfigDict] = {}
         self._shared = shared
@@ -172,6 +174,7 @@ class Cells:
                 )
             trained = [self.root / where for where in noted["stages"].values()]
             self._unchanged.check(config, [*trained, *folder.glob("after/*/"), folder / "generations"])
+            self._check_judge(config, folder)
             return folder
         stages: dict[str, Path] = {}
         main, near = stage_config(config, "finetune"), self._start_folder(cell)
@@ -218,6 +221,18 @@ class Cells:
             **({"setting": dict(cell.setting)} if cell.setting else {}),
         })  # fmt: skip
         return folder
+
+    def _check_judge(self, config: ConfigDict, folder: Path) -> None:
+        """Make sure that a cell which is done was judged as the others will be.
+
+        Raises:
+            InputError: by another version of the judge.
+        """
+        self._judge = self._judge or make_judge(config)
+        scores, now = folder / f"scores.{self._judge.name}.json", self._judge.version
+        if scores.is_file() and (before := read_object(scores)["judge"]["version"]) != now:
+            rule = f"move its judgements and its {NOTE} away to judge again"
+            raise InputError(f"{folder}: by version {before} of the judge, not {now}; {rule}")
 
     def is_done(self, cell: Cell) -> bool:
         """Whether a cell has been run."""

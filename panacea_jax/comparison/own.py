@@ -25,7 +25,7 @@ from panacea_jax.comparison.run import (
     rows_before,
     write_result,
 )
-from panacea_jax.config import get_config, part_of, stage_config
+from panacea_jax.config import attack_of, get_config, part_of, stage_config
 from panacea_jax.config.variation import Setting
 from panacea_jax.defences.spec import Part, Stack
 from panacea_jax.errors import InputError
@@ -109,13 +109,18 @@ def _axes(config: ConfigDict) -> tuple[Sequence[int], Sequence[float]]:
     """
     compare, unsaid = config.compare, get_config().compare
     seeds = compare.seeds if compare.world or compare.seeds != unsaid.seeds else (config.seed,)
-    if config.data.attack or compare.world:
+    if _has_attack(config):
         ratios = compare.ratios if compare.ratios != unsaid.ratios else (config.data.poison_ratio,)
     elif compare.ratios == unsaid.ratios:
         ratios = (0.0,)
     else:
         raise InputError(f"config.compare.ratios = {compare.ratios}: shares of config.data.attack, which is not set")
     return seeds, tuple(map(float, ratios))
+
+
+def _has_attack(config: ConfigDict) -> bool:
+    """Whether anything is mixed into the user's records, or made of them."""
+    return bool(config.data.attack or config.compare.world or attack_of(config).is_benign)
 
 
 def _rows(cells: Cells, method: Stack, seed: int, ratio: float) -> tuple[dict[str, Path], float | None]:
@@ -160,6 +165,6 @@ def _notes(config: ConfigDict, method: Stack, norms: Sequence[float]) -> list[st
         ]  # fmt: skip
     else:
         lines = [f"{method} has no ε, so neither noise of its length nor w alone stands beside it."]
-    if not (config.data.attack or config.compare.world):
+    if not _has_attack(config):
         lines.append("p is 0 because nothing was mixed into the user's records; what they hold themselves is not known here.")
     return lines

@@ -13,15 +13,13 @@ from ml_collections import ConfigDict
 from panacea_jax.comparison import choice, table
 from panacea_jax.comparison.cells import Cell, Cells
 from panacea_jax.comparison.picture import plot_settings
-from panacea_jax.comparison.results import Measured, measure, row
+from panacea_jax.comparison.results import Measured, given_by, measure, row
 from panacea_jax.comparison.settings import of_base, of_method
 from panacea_jax.comparison.worst import worst_cases
 from panacea_jax.config import variations
 from panacea_jax.config.variation import Setting, written
-from panacea_jax.data.sources import parse_source
 from panacea_jax.defences.spec import Stack, candidates, parse_stack
 from panacea_jax.errors import InputError
-from panacea_jax.evaluate.tasks import find_task, set_names
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
 from panacea_jax.reporting.report import write_report
@@ -225,22 +223,12 @@ def check_figures(config: ConfigDict) -> None:
     if compare.grid:
         asked.append(("config.compare.grid", "config.compare.validation", ("hs", "fa")))
     for rule, key, figures in asked:
-        given = _given_by(compare.validation if key.endswith("validation") else config.eval.tasks)
+        given = given_by(compare.validation if key.endswith("validation") else config.eval.tasks)
         if missing := [figure for figure in figures if figure not in given]:
             raise InputError(f"{rule}: no set of {key} has {_SETS_OF[missing[0]]}")
 
 
 _SETS_OF = {"hs": "harmful prompts", "fa": "right answers", "benign": "benign requests"}
-
-
-def _given_by(specs: Sequence[str]) -> set[str]:
-    """The figures that sets give, as ``results.events`` takes them."""
-    found = set()
-    for name, source in zip(set_names(specs), map(parse_source, specs)):
-        if not source.attacked:
-            role = find_task(source.scored_as).role
-            found.add({"harmful": "hs", "over_refusal": "benign", "accuracy": "benign" if name.endswith("benign") else "fa"}.get(role, ""))
-    return found
 
 
 def _figures(cells: Mapping[int, Measured]) -> dict[int, dict[str, float]]:

@@ -15,12 +15,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from panacea_jax.comparison.results import given_by
 from panacea_jax.config import validate
 from panacea_jax.config.axes import objective, parse_axes
 from panacea_jax.config.variation import written
-from panacea_jax.data.sources import parse_source
 from panacea_jax.errors import InputError, OutOfMemory
-from panacea_jax.evaluate.tasks import find_task
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
 from panacea_jax.stages.run import check_run, run_stages
@@ -47,8 +46,6 @@ Runner = Callable[[ConfigDict, Path], Mapping[str, Any]]
 PLANNED = ("grid", "random")
 # Seconds between two looks at runs that other processes are at.
 POLL = 2.0
-# Roles of evaluation sets that give a figure.
-_GIVEN_BY = {"hs": "harmful", "hs_plus": "harmful", "hs_attacked": "harmful", "fa": "accuracy"}
 
 
 def sweep(config: ConfigDict, workdir: Path, index: int = 0, runner: Runner | None = None) -> Path:
@@ -136,11 +133,9 @@ def _check(config: ConfigDict, index: int) -> None:
         raise InputError("config.compare: a comparison has axes of its own; start `panacea run`")
     if not config.eval.tasks:
         raise InputError("config.eval.tasks is empty: a sweep needs sets to choose by")
-    given = {(find_task(s.scored_as).role, s.attacked) for s in map(parse_source, config.eval.tasks)}
+    given = given_by(config.eval.tasks)
     for name in config.sweep.objectives:
-        figure = objective(name)[0]
-        role = _GIVEN_BY.get(figure)
-        if role and (role, figure == "hs_attacked") not in given:
+        if objective(name)[0] not in given:
             raise InputError(f"config.sweep.objectives: {name}: no set of config.eval.tasks gives it")
     if index and config.sweep.sampler not in PLANNED:
         raise InputError(f"config.sweep.sampler = {config.sweep.sampler}: decides as it goes, so its runs have no list")

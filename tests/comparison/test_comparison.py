@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -196,7 +197,7 @@ def test_sets_to_choose_by_give_what_is_chosen_by(given, missing, tmp_path, caps
     assert not out.exists()
 
 
-def test_what_changed_under_its_name_is_not_mixed_with_what_was_made_before(tmp_path, capsys):
+def test_what_changed_under_its_name_is_not_mixed_with_what_was_made_before(tmp_path, capsys, monkeypatch):
     place, out = make_place(tmp_path / "place"), tmp_path / "out"
     flags = ("--config.compare.methods=('random_perturbation:rho=0.1',)", "--config.compare.ratios=(0.25,)", "--config.train.steps=2")
     flags = place.flags(*flags)
@@ -209,6 +210,10 @@ def test_what_changed_under_its_name_is_not_mixed_with_what_was_made_before(tmp_
         name = place.base if path.suffix == ".json" else f"pairs@{path}"
         assert f"made by another run (input {name}: " in error and "choose another --workdir" in error
         path.write_bytes(before)
+    with monkeypatch.context() as patch:
+        patch.setattr("panacea_jax.comparison.cells.make_judge", lambda config: SimpleNamespace(name="refusal", version="99"))
+        assert panacea("run", *flags, f"--workdir={out}") == 2
+    assert "of the judge, not 99; move its judgements and its cell.json away" in capsys.readouterr().err
     assert panacea("run", *flags, f"--workdir={out}") == 0
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from panacea_jax.comparison import run
+from panacea_jax.comparison import own, run
 from panacea_jax.comparison.own import NOISE
 from panacea_jax.comparison.results import row
-from panacea_jax.config import defence_section, part_of
+from panacea_jax.config import defence_section, get_config, part_of
 from panacea_jax.defences.spec import Stack, parse_stack
 from panacea_jax.errors import InputError
 from panacea_jax.models.peft import read_notes
@@ -201,6 +201,13 @@ def test_what_it_cannot_follow_is_refused_before_anything_is_made(flag, message,
     assert panacea("compare", *place.flags(*flags), f"--workdir={tmp_path / 'out'}") == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_an_attack_without_harmful_records_has_its_ratio():
+    config = get_config()
+    assert own._axes(config) == ((0,), (0.0,))
+    config.data.poison_ratio, config.attack.name, config.seed = 0.3, "identity", 7
+    assert own._axes(config) == ((7,), (0.3,))
 
 
 def test_ratios_of_nothing_are_refused(finished, tmp_path, capsys):

@@ -24,11 +24,12 @@ from panacea_jax.reporting.markdown import report_markdown
 from panacea_jax.reporting.outcomes import Estimate, Found, Outcome, Trained, figures_of
 from panacea_jax.reporting.published import published_section
 from panacea_jax.reporting.report import write_report
+from panacea_jax.reporting.rerun import rerun_section
 from panacea_jax.reporting.scores import pareto_front, scores_section, tradeoff_section
 from panacea_jax.reporting.sheets import as_sheet, outcome_rows
 from panacea_jax.reporting.training import POINTS, training_section
 from panacea_jax.reporting.variation import place_of, variation_section
-from panacea_jax.workdir import plain, read_manifest
+from panacea_jax.workdir import StageFolder, plain, read_manifest
 from tests.reporting.folders import (
     METHODS,
     RATIOS,
@@ -339,6 +340,17 @@ def test_commands_ask_for_what_was_made(runs):
     config = parse_command("generate", command[2:])[1]
     assert list(config.eval.tasks) == answers["config"]["eval"]["tasks"] and config.generate.adapter == "invented/adapter"
     assert (config.generate.max_new_tokens, config.model.dtype, config.eval.num_examples) == (8, "float32", 0)
+
+
+def test_only_commands_are_commands(tmp_path):
+    """A base that was merged first has a folder and a manifest as stages have."""
+    write_run(tmp_path / "ours", 2, 5)
+    with StageFolder(tmp_path / "ours", "base", {"merged": "an/adapter"}, {}) as stage:
+        stage.begin()
+        stage.finish({})
+    section = rerun_section(gather(tmp_path / "ours"))
+    assert sorted(shlex.split(command)[1] for command in section.commands) == ["finetune", "generate"]
+    assert sorted(row[1] for row in section.tables[0].rows) == ["base", "finetune", "generations"]
 
 
 def test_the_command_of_a_comparison_is_the_one_that_made_it():

@@ -193,6 +193,7 @@ def test_random_draws_of_too_few_points_are_refused(monkeypatch):
         ({"sweep.over": ()}, "config.sweep.over is empty"),
         ({"eval.tasks": ()}, "config.eval.tasks is empty"),
         ({"eval.tasks": ("pairs@test.jsonl",)}, "config.sweep.objectives: hs: no set of config.eval.tasks"),
+        ({"sweep.objectives": ("hs", "benign")}, "config.sweep.objectives: benign: no set of config.eval.tasks"),
         ({"compare.methods": ("sft",)}, "a comparison has axes of its own"),
     ],
 )
