@@ -1,6 +1,6 @@
 """Whether what finished stages read is still what it was: records and base models may change under their names."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -37,7 +37,7 @@ class Unchanged:
             if inputs and (change := processes.first_change(inputs, inputs | self._now(config, inputs))):
                 raise InputError(f"{stage}: made by another run (input {change}); choose another --workdir")
 
-    def _now(self, config: ConfigDict, names: Iterable[str]) -> dict[str, str]:
+    def _now(self, config: ConfigDict, names: Collection[str]) -> dict[str, str]:
         """Fingerprints as they are now, of those names that the configuration has."""
         keys = {config.data[name]: f"config.data.{name}" for name in _SETS} | dict.fromkeys(config.eval.tasks, "config.eval.tasks")
         for spec in names:

@@ -74,9 +74,9 @@ def sweep(config: ConfigDict, workdir: Path, index: int = 0, runner: Runner | No
     planned = config.sweep.sampler in PLANNED
     source = Planned(config, folder, index) if planned else Search(config, workdir, folder)
     unchanged = Unchanged()
-    for run in source.runs:
-        if status_of(run, folder) == "done":
-            unchanged.check(run.config, (folder / run.name).glob("*/"))
+    for earlier in source.runs:
+        if status_of(earlier, folder) == "done":
+            unchanged.check(earlier.config, (folder / earlier.name).glob("*/"))
 
     # ---- runs
     progress = _Progress(source, folder)
