@@ -133,7 +133,8 @@ def test_nothing_stands_on_anything_else_in_the_picture(monkeypatch, tmp_path):
     """Correlations, legend and panels of six models, in the pixels that they take."""
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: figures.append(self))
-    models = [run(f"r{i}", f"a model of a longer name {i}", *(0.4, 0.3, 0.2, 0.1)[: 2 + i % 3]) for i in range(6)]
+    shares = itertools.islice(itertools.permutations((0.4, 0.3, 0.2, 0.1)), 6)
+    models = [run(f"r{i}", f"a model of a longer name {i}", *each) for i, each in enumerate(shares)]
     plot_comparison([compare_runs(models, "last")], tmp_path / "p.png")
     FigureCanvasAgg(figures[0]).draw()
     panels = figures[0].axes
