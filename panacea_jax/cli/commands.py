@@ -169,6 +169,8 @@ def _run(values: "FlagValues", config: "ConfigDict") -> Path:
     if config.compare.methods or config.compare.grid:
         from panacea_jax.comparison.run import compare_methods
 
+        if values.profile:
+            raise InputError(f"--profile={values.profile}: of the steps of one run, and a comparison has many")
         return compare_methods(config, _workdir(values))
     from panacea_jax.stages.run import run_stages
     from panacea_jax.train.watch import Profile

@@ -154,6 +154,7 @@ def test_other_settings_are_refused_in_the_same_folder(finished, capsys):
         ("--config.compare.ratios=(1.5,)", "config.compare.ratios"),
         ("--config.compare.ratios=()", "config.compare.ratios"),
         ("--config.compare.ratios=(0.1,0.1)", "config.compare.ratios = (0.1, 0.1): one is there twice"),
+        ("--profile=1:2", "--profile=1:2: of the steps of one run"),
         ("--config.heal.methods=('random_prune',)", "config.heal.methods: in a comparison"),
         ("--config.compare.world=huge", "config.compare.world"),
         ("--config.compare.grid=('panacea:rho=1|2',)", "config.compare.development"),
