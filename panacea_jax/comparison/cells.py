@@ -7,8 +7,9 @@ is run once. A cell's own folder holds what is its alone: heal, answers, scores,
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -50,6 +51,8 @@ from panacea_jax.workdir import sha256_json, write_json, write_text
 from panacea_jax.worlds.miniature import eval_tasks, make_world, settings, sources
 
 _SFT = Part("sft")
+# Rows that are computed together: another machine has room for others.
+_NEUTRAL = {"generate": ("batch_size",), "judge": ("batch_size",)}
 
 
 class Cell(NamedTuple):
@@ -164,11 +167,11 @@ class Cells:
         """
         config, folder = self._of_cell(cell), self.folder(cell)
         note = folder / NOTE
-        made = sha256_json(_decisive(config))
+        made, made_before = _made_by(config)
         self.used[folder.relative_to(self.root).as_posix()] = None
         if note.is_file():
             noted = read_object(note)
-            if noted.get("config_sha256") != made:
+            if noted.get("config_sha256") not in (made, made_before):
                 raise InputError(
                     f"{folder}: made by another configuration; choose another --workdir"
                 )
@@ -344,13 +347,18 @@ def _left(start: Start, tuned: Path) -> Start:
     return dataclasses.replace(start, adapter=by_address(tuned))
 
 
-def _decisive(config: ConfigDict) -> dict[str, Any]:
-    """What a cell that is done is compared by."""
+def _made_by(config: ConfigDict) -> tuple[str, str]:
+    """Hash of what a cell that is done is compared by; and as notes from before have it, in which the neutral keys counted too."""
+    return sha256_json(_decisive(config, _NEUTRAL)), sha256_json(_decisive(config))
+
+
+def _decisive(config: ConfigDict, neutral: Mapping[str, Sequence[str]] = MappingProxyType({})) -> dict[str, Any]:
+    """What decides a cell, but for keys of these sections."""
     stages = {
         stage: _of_stage(stage_config(config, stage)) for stage in ("align", "finetune", "heal")
     }
     sections = ("eval", "generate", "judge", *(["after"] if _attack_after(config) else []))
-    rest = {key: config[key].to_dict() for key in sections}
+    rest = {key: {k: v for k, v in config[key].to_dict().items() if k not in neutral.get(key, ())} for key in sections}
     if not config.eval.every:  # a key that came later: comparisons from before go on
         rest["eval"].pop("every")
     if not config.judge.adapter:  # likewise
