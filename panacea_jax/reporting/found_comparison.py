@@ -7,7 +7,7 @@ from panacea_jax.config.variation import written
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.scores import Json
 from panacea_jax.reporting.commands import GENERATIONS, command_of
-from panacea_jax.reporting.outcomes import HEADLINES, Estimate, Found, Outcome, Trained
+from panacea_jax.reporting.outcomes import HEADLINES, Estimate, Found, Outcome, Trained, estimated
 from panacea_jax.stores import by_address
 from panacea_jax.untrusted import read_object
 
@@ -31,7 +31,7 @@ def read_comparison(folder: Path) -> Found:
         settings = {written(tuple(cell["setting"].items())): cell["setting"] for cell, _ in cells if "setting" in cell}
         outcomes = [_of_row(row, settings) for row in result["rows"]]
         tried = [
-            Outcome(c["method"], {name: Estimate(c[name]) for name in HEADLINES if name in c})
+            Outcome(str(c["method"]), {name: Estimate(float(c[name])) for name in HEADLINES if name in c})
             for choice in result["grid"] for c in choice["candidates"]
         ]  # fmt: skip
         failing = [(f"seed {seed}", f"fails the guard: {result['bounds']}") for seed, held in result["guard"].items() if not held]
@@ -76,11 +76,11 @@ def _of_row(row: Json, settings: Mapping[str, Json]) -> Outcome:
     if "perplexity" in row:
         costs["perplexity"] = _number(row["perplexity"])
     return Outcome(
-        row["method"],
-        {name: Estimate(found["mean"], *found["ci95"]) for name, found in row["figures"].items()},
+        str(row["method"]),
+        {name: estimated(found["mean"], found["ci95"]) for name, found in row["figures"].items()},
         row["ratio"],
         settings.get(said) or ({"setting": said} if said else {}),
-        row["seeds"],
+        list(row["seeds"]),
         attacked=row["ratio"] is not None,
         costs=costs,
     )

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from panacea_jax.comparison import cells, run
 from panacea_jax.config import get_config
 from panacea_jax.train.shared import Shared
+from tests.reporting.folders import measured
 from tests.runs import make_place, panacea
 
 # ml_collections loads recipes with a method of importlib that Python is about to drop.
@@ -198,31 +198,10 @@ def test_sets_to_choose_by_give_what_is_chosen_by(given, missing, tmp_path, caps
     assert not out.exists()
 
 
-def test_what_changed_under_its_name_is_not_mixed_with_what_was_made_before(tmp_path, capsys, monkeypatch):
-    place, out = make_place(tmp_path / "place"), tmp_path / "out"
-    flags = ("--config.compare.methods=('random_perturbation:rho=0.1',)", "--config.compare.ratios=(0.25,)", "--config.train.steps=2")
-    flags = place.flags(*flags)
-    assert panacea("run", *flags, f"--workdir={out}") == 0
-    for path in (place.root / "user.jsonl", place.root / "test.jsonl", place.base / "config.json"):
-        before = path.read_bytes()
-        path.write_bytes(before + (b"\n" if path.suffix == ".json" else before))
-        assert panacea("run", *flags, f"--workdir={out}") == 2, path
-        error = capsys.readouterr().err
-        name = place.base if path.suffix == ".json" else f"pairs@{path}"
-        assert f"made by another run (input {name}: " in error and "choose another --workdir" in error
-        path.write_bytes(before)
-    with monkeypatch.context() as patch:
-        patch.setattr("panacea_jax.comparison.cells.make_judge", lambda config: SimpleNamespace(name="refusal", version="99"))
-        assert panacea("run", *flags, f"--workdir={out}") == 2
-    assert "of the judge, not 99; move its judgements and its cell.json away" in capsys.readouterr().err
-    rows = ("--config.generate.batch_size=2", "--config.judge.batch_size=3")  # how many are computed together decides nothing
-    assert panacea("run", *(flag for flag in flags if "generate.batch_size" not in flag), *rows, f"--workdir={out}") == 0
-
-
 def test_before_is_measured_of_every_start(monkeypatch):
     """Of each seed that is a world, or is aligned here; of the one base of one's own once."""
-    monkeypatch.setattr(run, "measure", lambda root, folder, judge: folder)
-    monkeypatch.setattr(cells.Cells, "run", lambda self, cell: cell.seed)
+    monkeypatch.setattr(run, "measure", lambda root, folder, judge: measured(1, 2, 1.0))
+    monkeypatch.setattr(cells.Cells, "run", lambda self, cell: self.folder(cell))
     for world, aligns, seeds in (("tiny", False, [3, 4]), ("", True, [3, 4]), ("", False, [3])):
         config = get_config()
         config.compare.world = world

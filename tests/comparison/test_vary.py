@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -80,6 +81,25 @@ def test_settings_can_be_added_and_nothing_is_run_again(swept):
     changed = {p.name for p, stamp in before.items() if p.exists() and p.stat().st_mtime_ns != stamp and "report" not in p.parts}
     assert changed == {"compare.json", "compare.csv", "compare.md", "compare.png"}
     assert (out / "compare.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_what_changed_under_its_name_is_not_mixed_with_what_was_made_before(swept, capsys, monkeypatch):
+    place, out, flags = swept
+    for path in (place.root / "user.jsonl", place.root / "goals.jsonl", place.base / "config.json"):
+        before = path.read_bytes()
+        path.write_bytes(before + (b"\n" if path.suffix == ".json" else before))
+        try:
+            assert command(place, out, *flags) == 2, path
+        finally:
+            path.write_bytes(before)
+        error = capsys.readouterr().err
+        assert f"made by another run (input {place.base if path.suffix == '.json' else place.spec(path.stem)}: " in error
+    with monkeypatch.context() as patch:
+        patch.setattr("panacea_jax.comparison.cells.make_judge", lambda config: SimpleNamespace(name="refusal", version="99"))
+        assert command(place, out, *flags) == 2
+    assert "of the judge, not 99; move its judgements and its cell.json away" in capsys.readouterr().err
+    rows = ("--config.generate.batch_size=2", "--config.judge.batch_size=3")  # how many are computed together decides nothing
+    assert command(place, out, *flags, *rows) == 0
 
 
 def test_further_fine_tuning_shares_all_that_was_before(tmp_path):

@@ -120,6 +120,10 @@ def test_scores_that_were_not_measured_alike_are_set_apart_by_a_line(runs, tmp_p
     assert not any("NOT TO BE COMPARED" in note for note in gather(runs).notes)
 
 
+SCORED = {"hs": 1.0, "hs_plus": None, "fa": {}, "over_refusal": None, "sets": {}, "ci95": {"hs": [0.0, 2.0]}}
+JUDGE = {"judge": {"name": "refusal", "version": "1"}}
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [
@@ -130,6 +134,12 @@ def test_scores_that_were_not_measured_alike_are_set_apart_by_a_line(runs, tmp_p
         ({"sweep.json": '{"rows": 3}'}, "sweep.json: not a sweep of ours"),
         ({"scores.json": '{"hs": 1}'}, "scores.json: not a scores.json of ours"),
         ({"scores.json": '{"hs": NaN}'}, "scores.json: not readable as JSON"),
+        ({"scores.json": json.dumps(SCORED)}, "scores.json: not a scores.json of ours"),
+        ({"scores.json": json.dumps(SCORED | {"hs": "many"})}, "scores.json: not a scores.json of ours"),
+        ({"scores.json": json.dumps(SCORED | JUDGE), "layers.json": '{"epsilon": "last", "layers": [{"layer": 0}]}'},
+         "layers.json: not coefficients of ours"),
+        ({"scores.json": json.dumps(SCORED | JUDGE), "layers.json": '{"epsilon": "last", "layers": []}'},
+         "layers.json: not coefficients of ours"),
     ],
 )
 def test_a_folder_that_cannot_be_reported_is_named(tmp_path, files, words):
