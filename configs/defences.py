@@ -12,7 +12,7 @@ public Alpaca set; its refusals are the alignment set.
 
 What a variant does not reproduce:
 
-* LoRA dropout 0.1 where a script has it (there is no dropout here), and the repositories' own records (see paper.py), which the official
+* LoRA dropout 0.1 where a script has it (`--config.lora.dropout`), and the repositories' own records (see paper.py), which the official
   RepNoise, in pairs, cannot do without.
 * Another adapter form in fine-tuning than in alignment, since a run has one. Vaccine and T-Vaccine align at α 4 and fine-tune at α 1: here
   α 4. Lisa aligns at rank 16 on seven projections and fine-tunes at rank 8 on q and v: here the latter.

@@ -13,7 +13,7 @@ import absl.logging
 import pytest
 
 from panacea_jax import cli, config
-from panacea_jax.cli.dispatch import _computes
+from panacea_jax.cli.dispatch import _computes, _folders, _written
 from panacea_jax.cli.huge_pages import TUNABLES
 from panacea_jax.cli.keys import key_table
 from panacea_jax.cli.parsing import parse_command
@@ -280,3 +280,9 @@ def test_which_commands_compute():
     chosen = {name for name in cli.COMMANDS if _computes(name)}
     assert {"quickstart", "run", "sweep", "finetune", "generate", "perplexity"} <= chosen
     assert not chosen & {"doctor", "plan", "convert", "verify", "report", "launch"}
+
+
+def test_where_a_command_writes_is_known_however_it_is_said():
+    """What a full or lost disk is told by."""
+    assert _written(["--workdir", "runs/x", "--out=y", "--config.seed=1"]) == ["--workdir=runs/x", "--out=y"]
+    assert _folders(["-workdir", "runs/x"]) == ["runs/x"]

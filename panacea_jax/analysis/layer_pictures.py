@@ -95,10 +95,11 @@ def plot_comparison(results: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes.set_ylim(bottom=0)
         line[1].set_title(f"{_OF_KIND.get(result['epsilon'], result['epsilon'])}\ndensity")
         names = line[0].get_legend_handles_labels()
-        line[-1].legend(*names, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+        line[-1].legend(*names, loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False)
         found = [c for c in result["correlations"] if c["figure"] == "share" and c["spearman"] is not None]  # fmt: skip
         text = "\n".join(f"{c['a']} – {c['b']}: ρ {c['spearman']:.2f}, p {c['spearman_p']:.3g}" for c in found[:6])  # fmt: skip
-        line[0].text(0.02, 0.98, text, transform=line[0].transAxes, fontsize=6, va="top")
+        # Outside of all panels, where no line runs through it.
+        line[-1].text(1.04, 0.0, text, transform=line[-1].transAxes, fontsize=6, va="bottom")
     plot.savefig(path, dpi=150)
 
 

@@ -169,6 +169,8 @@ def _run(values: "FlagValues", config: "ConfigDict") -> Path:
     if config.compare.methods or config.compare.grid:
         from panacea_jax.comparison.run import compare_methods
 
+        if values.profile:
+            raise InputError(f"--profile={values.profile}: of the steps of one run, and a comparison has many")
         return compare_methods(config, _workdir(values))
     from panacea_jax.stages.run import run_stages
     from panacea_jax.train.watch import Profile
@@ -179,12 +181,9 @@ def _run(values: "FlagValues", config: "ConfigDict") -> Path:
 def _sweep(values: "FlagValues", config: "ConfigDict") -> Path | None:
     from panacea_jax.sweep.run import list_runs, sweep
 
-    config.sweep.over = tuple(values.over) or config.sweep.over
-    config.sweep.sampler = values.sampler or config.sweep.sampler
-    config.sweep.trials = values.trials or config.sweep.trials
     if not values.list:
         return sweep(config, _workdir(values), values.index)
-    command = shlex.join(["panacea", *(a for a in sys.argv[1:] if a.lstrip("-") != "list")])
+    command = shlex.join(["panacea", *(a for a in sys.argv[1:] if a.partition("=")[0] not in ("-list", "--list"))])
     for number, changed in enumerate(list_runs(config), start=1):
         print(f"{command} --index={number}  # {changed}")
     return None

@@ -222,8 +222,9 @@ def _folders(arguments: Sequence[str]) -> list[str]:
 
 
 def _written(arguments: Sequence[str]) -> list[str]:
-    """The flags that say where a command writes."""
-    return [a for a in arguments if re.match("--?(workdir|out)=", a)]
+    """The flags that say where a command writes, as --name=value."""
+    joined = (f"{a}={value}" if re.fullmatch("--?(workdir|out)", a) else a for a, value in zip(arguments, [*arguments[1:], ""]))
+    return [a for a in joined if re.match("--?(workdir|out)=", a)]
 
 
 def _fail(message: str, code: int) -> int:

@@ -53,6 +53,9 @@ def parse_command(
         rest = []
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}; flags are --name=value")
+    for name in ("over", "sampler", "trials"):  # in the place of a sweep's keys, before these are looked at
+        if name in values and values[name].present:
+            values.config.sweep[name] = tuple(values.over) if name == "over" else values[name].value
     config_module.validate(values.config)
     return values, values.config
 

@@ -7,8 +7,9 @@ is run once. A cell's own folder holds what is its alone: heal, answers, scores,
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -28,6 +29,7 @@ from panacea_jax.data.sources import parse_source
 from panacea_jax.defences.ascent import AUTO
 from panacea_jax.defences.spec import Part, Stack, parse_stack, slug
 from panacea_jax.errors import InputError
+from panacea_jax.evaluate.judges import Judge, make_judge
 from panacea_jax.evaluate.tasks import find_task
 from panacea_jax.stages import lineage
 from panacea_jax.stages.bare import write_bare
@@ -41,6 +43,7 @@ from panacea_jax.stages.perplexity import perplexity_stage
 from panacea_jax.stages.run import check_run
 from panacea_jax.stages.streams import stage_records
 from panacea_jax.stages.train import decisive, train_stage
+from panacea_jax.stages.unchanged import Unchanged
 from panacea_jax.stores import by_address
 from panacea_jax.train.shared import Shared
 from panacea_jax.untrusted import read_object
@@ -48,6 +51,8 @@ from panacea_jax.workdir import sha256_json, write_json, write_text
 from panacea_jax.worlds.miniature import eval_tasks, make_world, settings, sources
 
 _SFT = Part("sft")
+# Rows that are computed together: another machine has room for others.
+_NEUTRAL = {"generate": ("batch_size",), "judge": ("batch_size",)}
 
 
 class Cell(NamedTuple):
@@ -87,6 +92,8 @@ class Cells:
     Attributes:
         root: where everything goes.
         aligns: whether there is an alignment stage.
+        starts: whether every seed has a model of its own before fine-tuning: it is aligned here, or of the seed's world.
+        used: folders of the cells that were asked for, below ``root``.
     """
 
     def __init__(
@@ -100,6 +107,10 @@ class Cells:
             shared: what cells have in common.
         """
         self.root, self.aligns = root, aligns
+        self.starts = aligns or bool(config.compare.world)
+        self.used: dict[str, None] = {}
+        self._unchanged = Unchanged()
+        self._judge: Judge | None = None
         self._config = config.copy_and_resolve_references()
         self._seeds: dict[tuple[int, str], ConfigDict] = {}
         self._shared = shared
@@ -108,7 +119,9 @@ class Cells:
         """Where a cell's answers and scores lie."""
         name = f"seed{cell.seed}" if cell.ratio is None else f"seed{cell.seed}-p{cell.ratio:g}"
         name = f"{name}-{folder_name(cell.setting)}" if cell.setting else name
-        return self.root / "aligned" / name if cell.ratio is None else self.root / "cells" / slug(cell.name) / name
+        # A title need not say all of the method: how long the noise is that stands beside an ε.
+        called = cell.name if str(cell.method) in cell.name else f"{cell.name} {cell.method}"
+        return self.root / "aligned" / name if cell.ratio is None else self.root / "cells" / slug(called) / name
 
     def check(
         self,
@@ -149,16 +162,22 @@ class Cells:
         """Run one cell unless it is done; returns its folder.
 
         Raises:
-            InputError, Preempted, Diverged: as the stages do; InputError also where another configuration made the cell.
+            InputError, Preempted, Diverged: as the stages do; InputError also where another configuration, or other records or another base
+                of these names, made the cell.
         """
         config, folder = self._of_cell(cell), self.folder(cell)
         note = folder / NOTE
-        made = sha256_json(_decisive(config))
+        made, made_before = _made_by(config)
+        self.used[folder.relative_to(self.root).as_posix()] = None
         if note.is_file():
-            if read_object(note).get("config_sha256") != made:
+            noted = read_object(note)
+            if noted.get("config_sha256") not in (made, made_before):
                 raise InputError(
                     f"{folder}: made by another configuration; choose another --workdir"
                 )
+            trained = [self.root / where for where in noted["stages"].values()]
+            self._unchanged.check(config, [*trained, *folder.glob("after/*/"), folder / "generations"])
+            self._check_judge(config, folder)
             return folder
         stages: dict[str, Path] = {}
         main, near = stage_config(config, "finetune"), self._start_folder(cell)
@@ -205,6 +224,18 @@ class Cells:
             **({"setting": dict(cell.setting)} if cell.setting else {}),
         })  # fmt: skip
         return folder
+
+    def _check_judge(self, config: ConfigDict, folder: Path) -> None:
+        """Make sure that a cell which is done was judged as the others will be.
+
+        Raises:
+            InputError: by another version of the judge.
+        """
+        self._judge = self._judge or make_judge(config)
+        scores, now = folder / f"scores.{self._judge.name}.json", self._judge.version
+        if scores.is_file() and (before := read_object(scores)["judge"]["version"]) != now:
+            rule = f"move its judgements and its {NOTE} away to judge again"
+            raise InputError(f"{folder}: by version {before} of the judge, not {now}; {rule}")
 
     def is_done(self, cell: Cell) -> bool:
         """Whether a cell has been run."""
@@ -316,13 +347,18 @@ def _left(start: Start, tuned: Path) -> Start:
     return dataclasses.replace(start, adapter=by_address(tuned))
 
 
-def _decisive(config: ConfigDict) -> dict[str, Any]:
-    """What a cell that is done is compared by."""
+def _made_by(config: ConfigDict) -> tuple[str, str]:
+    """Hash of what a cell that is done is compared by; and as notes from before have it, in which the neutral keys counted too."""
+    return sha256_json(_decisive(config, _NEUTRAL)), sha256_json(_decisive(config))
+
+
+def _decisive(config: ConfigDict, neutral: Mapping[str, Sequence[str]] = MappingProxyType({})) -> dict[str, Any]:
+    """What decides a cell, but for keys of these sections."""
     stages = {
         stage: _of_stage(stage_config(config, stage)) for stage in ("align", "finetune", "heal")
     }
     sections = ("eval", "generate", "judge", *(["after"] if _attack_after(config) else []))
-    rest = {key: config[key].to_dict() for key in sections}
+    rest = {key: {k: v for k, v in config[key].to_dict().items() if k not in neutral.get(key, ())} for key in sections}
     if not config.eval.every:  # a key that came later: comparisons from before go on
         rest["eval"].pop("every")
     if not config.judge.adapter:  # likewise

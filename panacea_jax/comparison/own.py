@@ -19,12 +19,13 @@ from panacea_jax.comparison.results import NOTE, Measured, measure, row
 from panacea_jax.comparison.run import (
     MEMORY,
     SFT,
+    check_figures,
     guarded,
     measure_aligned,
     rows_before,
     write_result,
 )
-from panacea_jax.config import get_config, part_of, stage_config
+from panacea_jax.config import attack_of, get_config, part_of, stage_config
 from panacea_jax.config.variation import Setting
 from panacea_jax.defences.spec import Part, Stack
 from panacea_jax.errors import InputError
@@ -80,7 +81,7 @@ def compare_own(config: ConfigDict, workdir: Path) -> Path:
         "methods": names, "seeds": list(seeds), "ratios": list(ratios), "world": config.compare.world, "judge": judge, "memory": MEMORY,
         "development": [], "rule": "", "grid": [], **guarded(config.compare, before),
         "rows": [*rows_before(before, cells.aligns), *lines], "notes": [*_notes(config, method, norms, deployed), *learnt],
-        "config": plain(config),
+        "config": plain(config), "cells": list(cells.used),
     }  # fmt: skip
     return write_result(result, workdir)
 
@@ -98,6 +99,7 @@ def _check(config: ConfigDict) -> None:
         raise InputError("config.export.without_epsilon: `compare` has a row of its own for w alone")
     if not (config.compare.world or config.eval.tasks):
         raise InputError("config.eval.tasks is empty: a comparison needs sets to compare on")
+    check_figures(config)
 
 
 def _method(config: ConfigDict) -> Stack:
@@ -114,13 +116,18 @@ def _axes(config: ConfigDict) -> tuple[Sequence[int], Sequence[float]]:
     """
     compare, unsaid = config.compare, get_config().compare
     seeds = compare.seeds if compare.world or compare.seeds != unsaid.seeds else (config.seed,)
-    if config.data.attack or compare.world:
+    if _has_attack(config):
         ratios = compare.ratios if compare.ratios != unsaid.ratios else (config.data.poison_ratio,)
     elif compare.ratios == unsaid.ratios:
         ratios = (0.0,)
     else:
         raise InputError(f"config.compare.ratios = {compare.ratios}: shares of config.data.attack, which is not set")
     return seeds, tuple(map(float, ratios))
+
+
+def _has_attack(config: ConfigDict) -> bool:
+    """Whether anything is mixed into the user's records, or made of them."""
+    return bool(config.data.attack or config.compare.world or attack_of(config).is_benign)
 
 
 def _rows(cells: Cells, method: Stack, seed: int, ratio: float) -> tuple[dict[str, Path], float | None]:
@@ -192,6 +199,6 @@ def _notes(config: ConfigDict, method: Stack, norms: Sequence[float], deployed: 
         lines = [f"{method} has no ε, so neither noise of its length nor w alone stands beside it."]
     more = f" (and {len(deployed) - 1} more, by seed and p)" if len(deployed) > 1 else ""
     lines.append(f"What {method} would deploy lies in this folder, {deployed[0]}{more}.")
-    if not (config.data.attack or config.compare.world):
+    if not _has_attack(config):
         lines.append("p is 0 because nothing was mixed into the user's records; what they hold themselves is not known here.")
     return lines

@@ -18,7 +18,8 @@ def plot_settings(result: Mapping[str, Any], path: Path) -> None:
     """
     from matplotlib.figure import Figure  # slow to import; without pyplot no display is touched
 
-    rows = [row for row in result["rows"] if "setting" in row and "hs" in row["figures"]]
+    # Models before fine-tuning have a setting too, where the base was varied, but no attack.
+    rows = [row for row in result["rows"] if row["ratio"] is not None and "hs" in row["figures"]]
     if not rows:
         return
     settings = list(dict.fromkeys(row["setting"] for row in rows))

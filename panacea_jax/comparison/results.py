@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from panacea_jax.config.variation import Setting, written
 from panacea_jax.data.slices import ATTACKED
+from panacea_jax.data.sources import parse_source
 from panacea_jax.defences import DEFENCES, Method
 from panacea_jax.defences.protocol import (
     extra_data,
@@ -23,7 +24,7 @@ from panacea_jax.errors import InputError
 from panacea_jax.evaluate.intervals import bootstrap_mean, wilson
 from panacea_jax.evaluate.pairing import paired
 from panacea_jax.evaluate.scores import Judged, checked_pairs, outcomes
-from panacea_jax.evaluate.tasks import find_task
+from panacea_jax.evaluate.tasks import find_task, set_names
 from panacea_jax.records.judged import load_judged
 from panacea_jax.train.metrics import seconds_of_steps
 from panacea_jax.untrusted import read_object
@@ -187,8 +188,31 @@ def events(judged: Judged) -> dict[str, list[bool]]:
         if "over_refusal" in happened:
             found.setdefault("benign", happened["answered"])
         if "fa" in happened:
-            found.setdefault("benign" if s.name.endswith("benign") else "fa", happened["fa"])
+            found.setdefault("benign_right" if s.name.endswith("benign") else "fa", happened["fa"])
+    if "benign_right" in found:
+        found.setdefault("benign", found["benign_right"])
     return {figure: found[figure] for figure in (*FIGURES, *AS_ATTACKED.values()) if figure in found}
+
+
+def given_by(specs: Sequence[str]) -> set[str]:
+    """The figures that the outcomes of evaluation sets have.
+
+    Args:
+        specs: ``TASK@WHERE`` of each.
+
+    Raises:
+        InputError: as ``set_names``.
+    """
+    found: set[str] = set()
+    for name, source in zip(set_names(specs), map(parse_source, specs)):
+        role = find_task(source.scored_as).role
+        if role == "harmful":
+            found |= set(AS_ATTACKED.values() if source.attacked else (*AS_ATTACKED, "empty"))
+        elif role == "over_refusal" or (role == "accuracy" and name.endswith("benign")):
+            found.add("benign")
+        elif role == "accuracy":
+            found.add("fa")
+    return found
 
 
 def over_seeds(cells: Mapping[int, Measured]) -> _Json:

@@ -13,15 +13,13 @@ from ml_collections import ConfigDict
 from panacea_jax.comparison import choice, table
 from panacea_jax.comparison.cells import Cell, Cells
 from panacea_jax.comparison.picture import plot_settings
-from panacea_jax.comparison.results import Measured, measure, row
+from panacea_jax.comparison.results import Measured, given_by, measure, row
 from panacea_jax.comparison.settings import of_base, of_method
 from panacea_jax.comparison.worst import worst_cases
 from panacea_jax.config import variations
 from panacea_jax.config.variation import Setting, written
-from panacea_jax.data.sources import parse_source
 from panacea_jax.defences.spec import Stack, candidates, parse_stack
 from panacea_jax.errors import InputError
-from panacea_jax.evaluate.tasks import find_task, set_names
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
 from panacea_jax.reporting.report import write_report
@@ -84,6 +82,8 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
     cells.check(reported, compare.seeds[0], compare.ratios, settings)
     judge = config.judge.name
     honest: Setting = (("attack.name", "mix"),)
+    if config.after.attack != "sft" or config.after.steps:  # what comes after all defences is an attack too
+        honest += (("after.attack", "sft"), ("after.steps", 0))
     bounded = bool(compare.vary) and compare.fa_loss < 100
     if bounded:
         cells.check(reported, compare.seeds[0], [0.0], [honest])
@@ -99,7 +99,7 @@ def compare_methods(config: ConfigDict, workdir: Path) -> Path:
         "methods": list(map(str, reported)), "seeds": list(compare.seeds), "ratios": list(map(float, compare.ratios)),
         "world": compare.world, "judge": judge, "memory": MEMORY,
         "development": list(compare.development) if grid else [], "rule": choice.RULE if grid else "", "grid": choices,
-        **guarded(compare, aligned), "config": plain(config), "rows": rows,
+        **guarded(compare, aligned), "config": plain(config), "rows": rows, "cells": list(cells.used),
         **({"worst": worst_cases(rows, _least_fa(unattacked, compare.fa_loss))} if compare.vary else {}),
         **({"fa_loss": compare.fa_loss} if bounded else {}),
     }  # fmt: skip
@@ -129,6 +129,7 @@ def write_result(result: dict[str, Any], workdir: Path) -> Path:
     write_json(workdir / "compare.json", result)
     write_text(workdir / "compare.csv", table.as_csv(result))
     write_text(workdir / "compare.md", table.markdown(result))
+    (workdir / "compare.png").unlink(missing_ok=True)  # of settings that an earlier table had
     if "worst" in result:
         plot_settings(result, workdir / "compare.png")
     table.show(result)
@@ -156,10 +157,11 @@ def _check(config: ConfigDict, methods: Sequence[Stack]) -> bool:
             raise InputError(
                 f"config.{stage}.defence.name = {name!r}: in a comparison config.compare.methods says what defends"
             )
+    if config.heal.methods:
+        raise InputError("config.heal.methods: in a comparison config.compare.methods says what heals, a method each")
     if not config.compare.world and not config.eval.tasks:
         raise InputError("config.eval.tasks is empty: a comparison needs sets to compare on")
-    if config.compare.fa_loss < 100 and not config.compare.world and not _measures_fa(config.eval.tasks):
-        raise InputError(f"config.compare.fa_loss = {config.compare.fa_loss}: no set of config.eval.tasks has right answers")
+    check_figures(config)
     aligns = bool(config.align.defence.name) or any(m.align for m in methods)
     goes_on = config.lora.policy != "merged" and (aligns or config.lora.init_from)
     shapes = [e for e in map(str, config.compare.vary) if e.startswith(SHAPES)]
@@ -194,8 +196,8 @@ def _run(
 
 
 def measure_aligned(cells: Cells, seeds: Sequence[int], judge: str, base: Setting = ()) -> dict[int, Measured]:
-    """The models of one base before any fine-tuning, by seed; where nothing is aligned here, all seeds start from one."""
-    folders = {seed: cells.run(Cell(SFT, seed, None, base)) for seed in (seeds if cells.aligns else seeds[:1])}
+    """The models of one base before any fine-tuning, by seed; where nothing is aligned and seeds are no worlds, all start from one."""
+    folders = {seed: cells.run(Cell(SFT, seed, None, base)) for seed in (seeds if cells.starts else seeds[:1])}
     return {seed: measure(cells.root, folder, judge) for seed, folder in folders.items()}
 
 
@@ -204,9 +206,29 @@ def _least_fa(unattacked: Mapping[tuple[Stack, float, Setting], Mapping[int, Mea
     return {str(method): _means(cells)["fa"] - loss for (method, _, _), cells in unattacked.items()}
 
 
-def _measures_fa(specs: Sequence[str]) -> bool:
-    named = zip(set_names(specs), map(parse_source, specs))
-    return any(find_task(s.scored_as).role == "accuracy" and not (s.attacked or name.endswith("benign")) for name, s in named)
+def check_figures(config: ConfigDict) -> None:
+    """Check that the sets give every figure which is held to a bound or chosen by; those of worlds do.
+
+    Raises:
+        InputError: one does not.
+    """
+    compare = config.compare
+    if compare.world:
+        return
+    asked: list[tuple[str, str, tuple[str, ...]]] = []
+    if compare.fa_loss < 100:
+        asked.append((f"config.compare.fa_loss = {compare.fa_loss}", "config.eval.tasks", ("fa",)))
+    if compare.guard:
+        asked.append((f"config.compare.guard = {compare.guard}", "config.eval.tasks", ("hs", "benign")))
+    if compare.grid:
+        asked.append(("config.compare.grid", "config.compare.validation", ("hs", "fa")))
+    for rule, key, figures in asked:
+        given = given_by(compare.validation if key.endswith("validation") else config.eval.tasks)
+        if missing := [figure for figure in figures if figure not in given]:
+            raise InputError(f"{rule}: no set of {key} has {_SETS_OF[missing[0]]}")
+
+
+_SETS_OF = {"hs": "harmful prompts", "fa": "right answers", "benign": "benign requests"}
 
 
 def _figures(cells: Mapping[int, Measured]) -> dict[int, dict[str, float]]:

@@ -2,10 +2,13 @@
 
 from panacea_jax.config import defence_section, make_defence
 from panacea_jax.config.variation import WORLD, Setting, written
+from panacea_jax.defences.ascent import AUTO
 from panacea_jax.defences.protocol import extra_data
 from panacea_jax.defences.spec import Part, Stack, slug
 from panacea_jax.workdir import sha256_json
 
+# Sets that held-out records are taken from, see ``stages.held_out``.
+_CHOSEN_BY = ("harmful", "benign")
 # Characters of a setting that a folder is called by.
 LONGEST = 80
 # The defender's sets, by the keys that say which records they hold.
@@ -66,4 +69,6 @@ def _without(setting: Setting, *sections: str) -> Setting:
 
 
 def _read_by(part: Part) -> set[str]:
-    return set(extra_data(make_defence(defence_section(part))))
+    """The defender's sets that a method is given, or chooses its radius by."""
+    method = make_defence(defence_section(part))
+    return {*extra_data(method), *(_CHOSEN_BY if getattr(method, "rho", None) == AUTO else ())}

@@ -218,10 +218,13 @@ def _validate_compare(compare: ConfigDict) -> None:
         for seed in compare[key]:
             good = isinstance(seed, int) and 0 <= seed < 2**31
             require(good, f"compare.{key}", seed, "a whole number from 0 to 2147483647")
-        require(len(set(compare[key])) == len(compare[key]), f"compare.{key}", compare[key], "one is there twice")  # fmt: skip
     for ratio in compare.ratios:
         good = isinstance(ratio, float | int) and 0 <= ratio <= 1
         require(good, "compare.ratios", ratio, "a share between 0 and 1")
+    for key in ("seeds", "development", "ratios"):
+        require(len(set(compare[key])) == len(compare[key]), f"compare.{key}", compare[key], "one is there twice")  # fmt: skip
+    for key in ("seeds", "ratios"):
+        require(len(compare[key]) > 0, f"compare.{key}", compare[key], "name at least one")
     require(0 <= compare.fa_loss <= 100, "compare.fa_loss", compare.fa_loss, "points from 0 to 100")
     bounds = compare.guard
     good = len(bounds) in (0, 2) and all(isinstance(x, float | int) and 0 <= x <= 100 for x in bounds)
@@ -230,8 +233,6 @@ def _validate_compare(compare: ConfigDict) -> None:
         rule = "name methods that are to have these settings in config.compare.methods"
         require(not compare.vary, "compare.vary", compare.vary, rule)
         return
-    for key in ("seeds", "ratios"):
-        require(len(compare[key]) > 0, f"compare.{key}", compare[key], "name at least one")
     if compare.grid:
         require(len(compare.development) > 0, "compare.development", compare.development, "name seeds to choose the grid on")  # fmt: skip
     if compare.grid and compare.world:

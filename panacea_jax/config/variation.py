@@ -30,7 +30,7 @@ def variations(entries: Sequence[str], config: ConfigDict) -> list[Setting]:
         config: whose keys they are.
 
     Raises:
-        InputError: an entry of another form, a key that is none or may not vary, or a value of the wrong type.
+        InputError: an entry of another form, a key that is none or may not vary, or a value of the wrong type or that is there twice.
     """
     known = {key for key in keys(config) if key.startswith(tuple(f"{s}." for s in SECTIONS))}
     if config.compare.world:
@@ -47,6 +47,8 @@ def variations(entries: Sequence[str], config: ConfigDict) -> list[Setting]:
         if key in alternatives:
             raise InputError(f"{_KEY}: {key} is there twice")
         alternatives[key] = [read_value(text.strip(), key, config, _KEY) for text in written.split("|")]
+        if len(set(map(repr, alternatives[key]))) < len(alternatives[key]):
+            raise InputError(f"{_KEY}: {entry!r}: a value is there twice")
     return [tuple(zip(alternatives, values)) for values in itertools.product(*alternatives.values())]
 
 

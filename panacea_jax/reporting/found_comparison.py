@@ -7,7 +7,15 @@ from panacea_jax.config.variation import written
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.scores import Json
 from panacea_jax.reporting.commands import GENERATIONS, command_of
-from panacea_jax.reporting.outcomes import HEADLINES, Estimate, Found, Outcome, ToSft, Trained
+from panacea_jax.reporting.outcomes import (
+    HEADLINES,
+    Estimate,
+    Found,
+    Outcome,
+    ToSft,
+    Trained,
+    estimated,
+)
 from panacea_jax.stores import by_address
 from panacea_jax.untrusted import read_object
 
@@ -22,21 +30,20 @@ def read_comparison(folder: Path) -> Found:
     """
     path = folder / COMPARISON
     result = read_object(path, strict=True)
-    cells = [
-        (read_object(note, strict=True), note.parent)
-        for where in ("aligned/*", "cells/*/*")
-        for note in sorted(folder.glob(f"{where}/cell.json"))
-    ]
-    settings = {written(tuple(cell["setting"].items())): cell["setting"] for cell, _ in cells if "setting" in cell}
+    notes = [note for where in ("aligned/*", "cells/*/*") for note in sorted(folder.glob(f"{where}/cell.json"))]
     table = folder / "compare.md"
     try:
+        if "cells" in result:  # others in the folder are of an earlier table; comparisons from before do not say which are theirs
+            notes = [note for note in notes if note.parent.relative_to(folder).as_posix() in result["cells"]]
+        cells = [(read_object(note, strict=True), note.parent) for note in notes]
+        settings = {written(tuple(cell["setting"].items())): cell["setting"] for cell, _ in cells if "setting" in cell}
         outcomes = [_of_row(row, settings) for row in result["rows"]]
         tried = [
-            Outcome(c["method"], {name: Estimate(c[name]) for name in HEADLINES if name in c})
+            Outcome(str(c["method"]), {name: Estimate(float(c[name])) for name in HEADLINES if name in c})
             for choice in result["grid"] for c in choice["candidates"]
         ]  # fmt: skip
         failing = [(f"seed {seed}", f"fails the guard: {result['bounds']}") for seed, held in result["guard"].items() if not held]
-        commands = [command_of(_made_by(result["config"]), result["config"], by_address(folder))] if "config" in result else []
+        commands = [_command(result["config"], folder)] if "config" in result else []
         before = next((outcome.method for outcome in outcomes if not outcome.attacked), "aligned")
         runs = [
             Trained(_cell_label(cell, before), cell["seed"], where, _stages(cell, where, folder))
@@ -46,8 +53,14 @@ def read_comparison(folder: Path) -> Found:
         runs.sort(key=lambda run: (order.get(run.label, len(order)), run.seed))
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{path}: not a comparison of ours ({type(error).__name__}: {error})") from error
-    notes = [line.removeprefix("* ") for line in _text(table).splitlines() if line.startswith("* ")]
-    return Found(folder, outcomes, runs, tried, notes, failing, commands)
+    lines = [line.removeprefix("* ") for line in _text(table).splitlines() if line.startswith("* ")]
+    return Found(folder, outcomes, runs, tried, lines, failing, commands)
+
+
+def _command(config: Json, folder: Path) -> str:
+    """What made the comparison: ``run`` over the methods that are listed, or ``compare`` of the one that is configured."""
+    listed = config["compare"]["methods"] or config["compare"]["grid"]
+    return command_of("run" if listed else "compare", config, by_address(folder))
 
 
 def _stages(cell: Json, where: Path, root: Path) -> dict[str, Path]:
@@ -71,21 +84,15 @@ def _of_row(row: Json, settings: Mapping[str, Json]) -> Outcome:
     if "perplexity" in row:
         costs["perplexity"] = _number(row["perplexity"])
     return Outcome(
-        row["method"],
-        {name: Estimate(found["mean"], *found["ci95"]) for name, found in row["figures"].items()},
+        str(row["method"]),
+        {name: estimated(found["mean"], found["ci95"]) for name, found in row["figures"].items()},
         row["ratio"],
         settings.get(said) or ({"setting": said} if said else {}),
-        row["seeds"],
+        list(row["seeds"]),
         attacked=row["ratio"] is not None,
         costs=costs,
         to_sft={name: ToSft(found["difference"], found["p"]) for name, found in (row["against_sft"] or {}).items()},
     )
-
-
-def _made_by(config: Json) -> str:
-    """The command that compares by a configuration: without methods and grid ``run`` would train the defence alone."""
-    asked = config["compare"]
-    return "run" if asked["methods"] or asked["grid"] else "compare"
 
 
 def _number(value: float | None) -> str:

@@ -9,7 +9,7 @@ from panacea_jax.defences.spec import Part
 from panacea_jax.evaluate.scores import Json
 from panacea_jax.reporting.outcomes import Estimate, Found, Outcome, Trained, figures_of
 from panacea_jax.train.metrics import seconds_of_steps
-from panacea_jax.untrusted import read_object
+from panacea_jax.untrusted import parsing, read_object
 from panacea_jax.workdir import MANIFEST
 
 SCORES = "scores.json"
@@ -51,7 +51,8 @@ def read_runs(folder: Path, workdirs: Sequence[Path]) -> Found:
             scores = read_object(path, strict=True)
             outcomes.append(_of_run(name, manifests, stages, figures_of(scores, path)))
             scored[name] = path
-            notes.append(f"Judge {scores['judge']['name']}, version {scores['judge']['version']}. {READING}")
+            with parsing(path, "not a scores.json of ours"):
+                notes.append(f"Judge {scores['judge']['name']}, version {scores['judge']['version']}. {READING}")
     return Found(folder, outcomes, runs, notes=list(dict.fromkeys(notes)), scores=scored)
 
 

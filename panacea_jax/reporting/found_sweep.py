@@ -8,7 +8,7 @@ from panacea_jax.defences.spec import Part
 from panacea_jax.errors import InputError
 from panacea_jax.evaluate.scores import Json
 from panacea_jax.reporting.found_runs import READING, stages_of
-from panacea_jax.reporting.outcomes import Estimate, Found, Outcome, Trained
+from panacea_jax.reporting.outcomes import Found, Outcome, Trained, estimated
 from panacea_jax.untrusted import read_object
 
 SWEEP = "sweep.json"
@@ -74,7 +74,7 @@ def _of_row(row: Json, names: Mapping[str, str]) -> Outcome:
     }
     return Outcome(
         "+".join(parts) or "sft",
-        {name: Estimate(found["mean"], *found["ci95"]) for name, found in row.get("figures", {}).items()},
+        {name: estimated(found["mean"], found["ci95"]) for name, found in row.get("figures", {}).items()},
         ratio,
         left,
         list(map(int, row["folders"])),

@@ -11,7 +11,7 @@ from panacea_jax.reporting.found_runs import SCORES, is_run, read_runs
 from panacea_jax.reporting.found_sweep import SWEEP, read_sweep
 from panacea_jax.reporting.outcomes import Found
 from panacea_jax.stores import by_address
-from panacea_jax.untrusted import read_object
+from panacea_jax.untrusted import parsing, read_object
 from panacea_jax.workdir import MANIFEST
 
 
@@ -76,7 +76,8 @@ def _unlike(scores: Mapping[str, Path]) -> list[str]:
     """A line where scores stand side by side that were not measured alike."""
     try:
         if len(scores) > 1:
-            require_comparable({name: read_object(path, strict=True) for name, path in scores.items()})
+            with parsing(" and ".join(scores), "not all scores of ours"):
+                require_comparable({name: read_object(path, strict=True) for name, path in scores.items()})
     except InputError as error:
         return [f"NOT TO BE COMPARED: {error}"]
     return []

@@ -2,9 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from panacea_jax.errors import InputError
 from panacea_jax.evaluate.intervals import wilson
 from panacea_jax.healing.choice import Share
 from panacea_jax.healing.curve import COLUMNS, LOSSES, from_json
@@ -14,7 +12,7 @@ from panacea_jax.reporting.charts import line_chart
 from panacea_jax.reporting.outcomes import Estimate, Found, Outcome
 from panacea_jax.reporting.parts import Chart, Section, Table, numbered
 from panacea_jax.reporting.scores import tradeoff_section
-from panacea_jax.untrusted import read_object
+from panacea_jax.untrusted import parsing, read_object
 
 RADIUS, HEALED = "radius.json", "heal.json"
 CURVES = 12
@@ -30,13 +28,16 @@ def healing_section(found: Found) -> Section | None:
     charts: list[Chart] = []
     tables = []
     for where, path in _files(found, HEALED):
-        table, outcomes = _tried(where, path)
+        with parsing(path, "not ours"):
+            table, outcomes = _tried(where, path)
+            drawn = tradeoff_section(Found(found.folder, outcomes, []))
         tables.append(table)
-        if drawn := tradeoff_section(Found(found.folder, outcomes, [])):
+        if drawn:
             charts += [c._replace(name=f"healed_{c.name}", title=f"{c.title}: {where}, held-out records") for c in drawn.charts]
     radii = list(_files(found, RADIUS))
     for where, path in radii[:CURVES]:
-        charts += _curve(where, _read(path, from_json))
+        with parsing(path, "not ours"):
+            charts += list(_curve(where, from_json(read_object(path, strict=True))))
     if not charts and not tables:
         return None
     text = ["By held-out records, which radii and methods were chosen on; the scores above are of others. Broken line: the radius chosen."]
@@ -55,21 +56,9 @@ def _files(found: Found, name: str) -> Iterator[tuple[str, Path]]:
                     yield run.name if path.parent == folder else f"{run.name}, {path.parents[1].name}", path
 
 
-def _read(path: Path, made: Any) -> Any:
-    """What a file says.
-
-    Raises:
-        InputError: it is none of ours.
-    """
-    try:
-        return made(read_object(path, strict=True))
-    except (LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not ours ({type(error).__name__})") from error
-
-
 def _tried(where: str, path: Path) -> tuple[Table, list[Outcome]]:
     """The lines of a heal.json as a table, and those that were measured."""
-    rows, best, budget = _read(path, rows_from_json)
+    rows, best, budget = rows_from_json(read_object(path, strict=True))
     lines = [cells(row, rows, best, budget) for row in rows]
     outcomes = [Outcome(row.method, {n: _estimate(s) for n, s in row.figures.items()}) for row in rows if row.figures is not None]
     return Table(HEADS, lines, f"{where}: methods side by side, held-out records"), outcomes

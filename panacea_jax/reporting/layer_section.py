@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from panacea_jax.analysis.layer_comparison import (
+    FIGURES,
     LayerRun,
     compare_runs,
     relative_depth,
@@ -15,7 +16,7 @@ from panacea_jax.export import load_epsilon
 from panacea_jax.reporting.charts import bar_chart, line_chart
 from panacea_jax.reporting.outcomes import Found, Trained
 from panacea_jax.reporting.parts import Chart, Section, Table
-from panacea_jax.untrusted import read_json_value
+from panacea_jax.untrusted import parsing, read_json_value
 
 KINDS = {"last": "ε of the last step", "mean": "running mean of ε"}
 LINES = 24
@@ -50,10 +51,30 @@ def _coefficients(run: Trained) -> dict[str, Coefficients]:
     path = run.folder / "layers.json"
     if path.is_file():
         content = read_json_value(path, strict=True)
-        return {each["epsilon"]: each for each in (content if isinstance(content, list) else [content])}
+        with parsing(path, "not coefficients of ours"):
+            found = {str(each["epsilon"]): each for each in (content if isinstance(content, list) else [content])}
+            for each in found.values():
+                _check(each["layers"])
+        return found
     stage = run.stages.get("finetune", run.folder)
     files = {"last": stage / "epsilon.safetensors", "mean": stage / "epsilon_mean.safetensors"}
     return {kind: layer_coefficients(load_epsilon(file), kind=kind) for kind, file in files.items() if file.is_file()}
+
+
+def _check(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Look at all that is drawn of a layers.json.
+
+    Raises:
+        LookupError, TypeError, AttributeError, ValueError: something of it is not there, or no number.
+    """
+    rows[0]
+    for row in rows:
+        int(row["layer"])
+        for held in row["modules"].values():
+            float(held["share"])
+        for figure in FIGURES:
+            if figure == "share" or row[figure] is not None:
+                float(row[figure])
 
 
 def _modules(kind: str, result: Coefficients) -> Chart:

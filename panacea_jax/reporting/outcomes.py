@@ -36,6 +36,16 @@ class ToSft(NamedTuple):
     p: float
 
 
+def estimated(mean: Any, bounds: Any) -> Estimate:
+    """What a file says of a figure.
+
+    Raises:
+        TypeError, ValueError: something else than a number and two bounds.
+    """
+    low, high = map(float, bounds)
+    return Estimate(float(mean), low, high)
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What a method came to.
@@ -148,19 +158,19 @@ def figures_of(scores: Json, where: Path) -> dict[str, Estimate]:
         bounds, found = scores["ci95"], dict[str, Estimate]()
         for name in ("hs", "hs_plus"):
             if scores[name] is not None:
-                found[name] = Estimate(scores[name], *bounds[name])
+                found[name] = estimated(scores[name], bounds[name])
         for name, value in scores["fa"].items():
             kind = "benign" if name.endswith("benign") else "fa"
-            found.setdefault(kind, Estimate(value, *bounds["fa"][name]))
+            found.setdefault(kind, estimated(value, bounds["fa"][name]))
         if (answered := scores.get("answered")) is not None:
-            found["benign"] = Estimate(answered, *bounds["answered"])
+            found["benign"] = estimated(answered, bounds["answered"])
         elif (refused := scores["over_refusal"]) is not None:  # scored before empty answers were told from others
             low, high = bounds["over_refusal"]
             found["benign"] = Estimate(100 - refused, 100 - high, 100 - low)
         for harmful in [s for s in scores["sets"].values() if "hs" in s][:1]:
             for name in ("incoherent", "empty", "truncated"):
                 if name in harmful:
-                    found[name] = Estimate(harmful[name], *harmful["ci95"][name])
-    except (LookupError, TypeError, AttributeError) as error:
+                    found[name] = estimated(harmful[name], harmful["ci95"][name])
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{where}: not a scores.json of ours ({type(error).__name__})") from error
     return {name: found[name] for name in TITLES if name in found}

@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from panacea_jax.records.jsonl import Line, read_lines
@@ -45,8 +44,8 @@ def training_section(found: Found) -> Section | None:
 
 
 def _log(run: Trained, stage: str) -> list[Line]:
-    path = run.stages.get(stage, Path()) / "metrics.jsonl"
-    return read_lines(path) if path.is_file() else []
+    path = run.stages[stage] / "metrics.jsonl" if stage in run.stages else None
+    return read_lines(path) if path is not None and path.is_file() else []
 
 
 def _chart(metric: str, title: str, logs: list[tuple[Trained, str, list[Line]]]) -> Chart | None:

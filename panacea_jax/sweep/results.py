@@ -20,6 +20,7 @@ from panacea_jax.reporting.outcomes import TITLES
 from panacea_jax.spreadsheet import as_csv_text
 from panacea_jax.stages.curve import CURVE
 from panacea_jax.sweep.plan import FINISHED, Run, status_of
+from panacea_jax.terminal import safe_text
 from panacea_jax.untrusted import read_object
 from panacea_jax.workdir import MANIFEST, read_manifest
 
@@ -159,4 +160,4 @@ def show_table(rows: Sequence[_Json], objectives: Sequence[str]) -> None:
     lines = [f"Best: {rule_of(objectives)}. Front: no other row is better in one of {names} and no worse in the rest."]
     lines += [f"Failed: {' '.join(row['folders'].values())}: {row['error']}" for row in rows if "error" in row]
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(safe_text(line), markup=False, highlight=False, soft_wrap=True)

@@ -15,15 +15,15 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from panacea_jax.comparison.results import given_by
 from panacea_jax.config import validate
 from panacea_jax.config.axes import objective, parse_axes
 from panacea_jax.config.variation import written
-from panacea_jax.data.sources import parse_source
-from panacea_jax.errors import InputError
-from panacea_jax.evaluate.tasks import find_task
+from panacea_jax.errors import InputError, OutOfMemory
 from panacea_jax.parallel import processes
 from panacea_jax.progress import say
 from panacea_jax.stages.run import check_run, run_stages
+from panacea_jax.stages.unchanged import Unchanged
 from panacea_jax.sweep.plan import (
     FINISHED,
     Planned,
@@ -46,8 +46,6 @@ Runner = Callable[[ConfigDict, Path], Mapping[str, Any]]
 PLANNED = ("grid", "random")
 # Seconds between two looks at runs that other processes are at.
 POLL = 2.0
-# Roles of evaluation sets that give a figure.
-_GIVEN_BY = {"hs": "harmful", "hs_plus": "harmful", "hs_attacked": "harmful", "fa": "accuracy"}
 
 
 def sweep(config: ConfigDict, workdir: Path, index: int = 0, runner: Runner | None = None) -> Path:
@@ -75,6 +73,10 @@ def sweep(config: ConfigDict, workdir: Path, index: int = 0, runner: Runner | No
         runner = functools.partial(_run, shared=Shared())
     planned = config.sweep.sampler in PLANNED
     source = Planned(config, folder, index) if planned else Search(config, workdir, folder)
+    unchanged = Unchanged()
+    for earlier in source.runs:
+        if status_of(earlier, folder) == "done":
+            unchanged.check(earlier.config, (folder / earlier.name).glob("*/"))
 
     # ---- runs
     progress = _Progress(source, folder)
@@ -94,6 +96,8 @@ def sweep(config: ConfigDict, workdir: Path, index: int = 0, runner: Runner | No
     # ---- table
     objectives = list(config.sweep.objectives)
     rows = collect(source.runs, folder, objectives)
+    if not rows:
+        raise InputError("config.sweep.over: no combination that was drawn is a possible configuration")
     result = {
         "over": list(config.sweep.over), "sampler": config.sweep.sampler, "objectives": objectives, "judge": config.judge.name,
         "rule": rule_of(objectives), "rows": plain(rows),
@@ -129,11 +133,9 @@ def _check(config: ConfigDict, index: int) -> None:
         raise InputError("config.compare: a comparison has axes of its own; start `panacea run`")
     if not config.eval.tasks:
         raise InputError("config.eval.tasks is empty: a sweep needs sets to choose by")
-    given = {(find_task(s.scored_as).role, s.attacked) for s in map(parse_source, config.eval.tasks)}
+    given = given_by(config.eval.tasks)
     for name in config.sweep.objectives:
-        figure = objective(name)[0]
-        role = _GIVEN_BY.get(figure)
-        if role and (role, figure == "hs_attacked") not in given:
+        if objective(name)[0] not in given:
             raise InputError(f"config.sweep.objectives: {name}: no set of config.eval.tasks gives it")
     if index and config.sweep.sampler not in PLANNED:
         raise InputError(f"config.sweep.sampler = {config.sweep.sampler}: decides as it goes, so its runs have no list")
@@ -170,7 +172,7 @@ def _attempt(run: Run, folder: Path, runner: Runner) -> None:
         stage.begin()
         try:
             outcome = runner(run.config, stage.folder)
-        except (InputError, Diverged, jax.errors.JaxRuntimeError) as error:
+        except (InputError, Diverged, OutOfMemory, jax.errors.JaxRuntimeError) as error:
             reason = str(error).splitlines()[0]
             say(f"{stage.folder}: failed: {reason}; to have it tried again, remove that folder")
             stage.finish({"setting": setting, "error": reason}, "failed")

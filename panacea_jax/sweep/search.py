@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from panacea_jax.config.axes import Axis, objective, parse_axes
 from panacea_jax.errors import InputError
 from panacea_jax.parallel import processes
+from panacea_jax.progress import say
 from panacea_jax.stages.run import decisive_for_run
 from panacea_jax.sums import sha256_json
 from panacea_jax.sweep.plan import FINISHED, Run, make_folder, make_run, status_of
@@ -91,8 +92,7 @@ class Search:
     def take(self, claim: Callable[[Run], bool]) -> Run | None:
         """A run that ``claim`` makes ours: one that another process left behind, or a new one; None if all are under way or finished.
 
-        Raises:
-            InputError: a combination that is no possible configuration; it counts as failed.
+        A combination that is no possible configuration counts as failed, which is said.
         """
         with self._alone():
             for trial in self._running():
@@ -121,9 +121,10 @@ class Search:
         """The trial's run, if it is ours. That of a trial with the setting of another may be finished, or under way elsewhere."""
         try:
             run = self._run_of(trial)
-        except InputError:
+        except InputError as error:
             self._fail(trial.number)
-            raise
+            say(f"sweep: trial {trial.number} counts as failed: {error}")
+            return None
         if status_of(run, self._folder) in FINISHED:
             self._tell(trial.number, run)
         elif claim(run):

@@ -1,13 +1,17 @@
 """Several runs in one picture: by hand for models of three and five layers, and the files."""
 
 import csv
+import itertools
 import json
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from panacea_jax.analysis.layer_comparison import LayerRun, common_kinds, compare_runs, told_apart
 from panacea_jax.analysis.layer_files import write_comparison
+from panacea_jax.analysis.layer_pictures import plot_comparison
 from panacea_jax.errors import InputError
 
 
@@ -123,3 +127,20 @@ def test_files(runs, tmp_path):
     assert (tmp_path / "layers_compared.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     write_comparison([found, found], tmp_path)
     assert json.loads(path.read_text()) == [found, found]
+
+
+def test_nothing_stands_on_anything_else_in_the_picture(monkeypatch, tmp_path):
+    """Correlations, legend and panels of six models, in the pixels that they take."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: figures.append(self))
+    shares = itertools.islice(itertools.permutations((0.4, 0.3, 0.2, 0.1)), 6)
+    models = [run(f"r{i}", f"a model of a longer name {i}", *each) for i, each in enumerate(shares)]
+    plot_comparison([compare_runs(models, "last")], tmp_path / "p.png")
+    FigureCanvasAgg(figures[0]).draw()
+    panels = figures[0].axes
+    boxes = [panel.get_window_extent() for panel in panels] + [panels[-1].get_legend().get_window_extent()]
+    texts = [text for panel in panels for text in panel.texts]
+    assert texts and all(len(text.get_text().splitlines()) == 6 for text in texts)
+    boxes += [text.get_window_extent() for text in texts]
+    assert not [(a, b) for a, b in itertools.combinations(boxes, 2) if a.overlaps(b)]
+    assert all(figures[0].bbox.containsx(box.x0) and figures[0].bbox.containsx(box.x1) for box in boxes)

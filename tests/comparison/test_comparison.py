@@ -8,7 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from panacea_jax.comparison import cells
+from panacea_jax.comparison import cells, run
+from panacea_jax.config import get_config
+from panacea_jax.train.shared import Shared
+from tests.reporting.folders import measured
 from tests.runs import make_place, panacea
 
 # ml_collections loads recipes with a method of importlib that Python is about to drop.
@@ -150,6 +153,9 @@ def test_other_settings_are_refused_in_the_same_folder(finished, capsys):
         ("--config.compare.seeds=(-1,)", "config.compare.seeds"),
         ("--config.compare.ratios=(1.5,)", "config.compare.ratios"),
         ("--config.compare.ratios=()", "config.compare.ratios"),
+        ("--config.compare.ratios=(0.1,0.1)", "config.compare.ratios = (0.1, 0.1): one is there twice"),
+        ("--profile=1:2", "--profile=1:2: of the steps of one run"),
+        ("--config.heal.methods=('random_prune',)", "config.heal.methods: in a comparison"),
         ("--config.compare.world=huge", "config.compare.world"),
         ("--config.compare.grid=('panacea:rho=1|2',)", "config.compare.development"),
         ("--config.compare.grid=('panacea:rho=1|2','vaccine:rho=1|2|3')", "the same number of candidates"),
@@ -180,6 +186,27 @@ def test_every_ratio_is_looked_at_before_anything_is_trained(tmp_path, capsys):
     assert panacea("run", *flags, f"--workdir={out}") == 2
     assert "config.data.num_examples=1 at poison_ratio=0.25 leaves no record" in capsys.readouterr().err
     assert not (out / "shared").exists()
+
+
+@pytest.mark.parametrize(("given", "missing"), [("goals", "right answers"), ("user", "harmful prompts")])
+def test_sets_to_choose_by_give_what_is_chosen_by(given, missing, tmp_path, capsys):
+    place, out = make_place(tmp_path / "place"), tmp_path / "out"
+    flags = ("--config.compare.grid=('random_perturbation:rho=0.1|5',)", "--config.compare.development=(1,)",
+             f"--config.compare.validation=('{place.spec(given)}',)")  # fmt: skip
+    assert panacea("run", *place.flags(*flags), f"--workdir={out}") == 2
+    assert f"config.compare.grid: no set of config.compare.validation has {missing}" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_before_is_measured_of_every_start(monkeypatch):
+    """Of each seed that is a world, or is aligned here; of the one base of one's own once."""
+    monkeypatch.setattr(run, "measure", lambda root, folder, judge: measured(1, 2, 1.0))
+    monkeypatch.setattr(cells.Cells, "run", lambda self, cell: self.folder(cell))
+    for world, aligns, seeds in (("tiny", False, [3, 4]), ("", True, [3, 4]), ("", False, [3])):
+        config = get_config()
+        config.compare.world = world
+        found = run.measure_aligned(cells.Cells(config, Path("out"), aligns, Shared()), (3, 4), "refusal")
+        assert list(found) == seeds
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from panacea_jax.comparison import run
+from panacea_jax.comparison import own, run
 from panacea_jax.comparison.own import NOISE
 from panacea_jax.comparison.results import row
-from panacea_jax.config import defence_section, part_of
+from panacea_jax.config import defence_section, get_config, part_of
 from panacea_jax.defences.spec import Stack, parse_stack
 from panacea_jax.errors import InputError
 from panacea_jax.models.peft import read_notes
+from panacea_jax.reporting.found_comparison import read_comparison
 from panacea_jax.stages.bare import write_bare
 from panacea_jax.train.checkpoints import read_checkpoint
 from tests import runs
@@ -148,6 +149,14 @@ def test_an_epsilon_of_healing_and_records_as_they_came(finished, tmp_path):
     assert result["seeds"] == [3] and "nothing was mixed into the user's records" in result["notes"][-1]
     healed, noise = (norm(next(tmp_path.glob(f"cells/{name}*/*/heal/epsilon.safetensors"))) for name in ("ascent", "sft_"))
     assert healed == pytest.approx(0.25, rel=1e-6) and noise == pytest.approx(healed, rel=1e-6)
+    # Another ρ, in the same folder: it has noise of its own length, and the report is of the cells in the table alone.
+    assert panacea("compare", *flags[:-2], "--config.heal.defence.rho=0.5", flags[-1], f"--workdir={tmp_path}") == 0
+    assert list(rows_of(tmp_path)) == ["before", "sft", NOISE, "ascent:rho=0.5"]
+    lengths = [norm(path) for path in tmp_path.glob("cells/sft_*/*/heal/epsilon.safetensors")]
+    assert sorted(lengths) == pytest.approx([0.25, 0.5], rel=1e-6)
+    found = read_comparison(tmp_path)
+    assert sorted(run.label for run in found.runs) == sorted(outcome.label for outcome in found.outcomes)
+    assert " compare " in found.commands[0] and f"Gaussian noise of norm {0.5:.4g} on" in "".join(content(tmp_path)["notes"])
 
 
 def test_a_defence_without_epsilon_has_no_noise_beside_it(finished):
@@ -193,13 +202,24 @@ def test_a_section_is_the_line_that_it_was_made_of(text):
         ("--config.export.without_epsilon=True", "config.export.without_epsilon: `compare` has a row of its own"),
         ("--config.eval.tasks=()", "config.eval.tasks is empty"),
         ("--config.data.harmful=", "config.data.harmful"),
+        ("--config.compare.seeds=()", "config.compare.seeds = (): name at least one"),
+        ("--config.compare.ratios=()", "config.compare.ratios = (): name at least one"),
+        ("--config.compare.guard=(2, 95)", "config.compare.guard = (2, 95): no set of config.eval.tasks has benign requests"),
     ],
 )
 def test_what_it_cannot_follow_is_refused_before_anything_is_made(flag, message, finished, tmp_path, capsys):
     place, _ = finished
-    assert panacea("compare", *place.flags(flag), f"--workdir={tmp_path / 'out'}") == 2
+    flags = (flag, f"--config.eval.tasks=('{place.spec('goals')}', '{place.spec('test')}')") if "guard" in flag else (flag,)
+    assert panacea("compare", *place.flags(*flags), f"--workdir={tmp_path / 'out'}") == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_an_attack_without_harmful_records_has_its_ratio():
+    config = get_config()
+    assert own._axes(config) == ((0,), (0.0,))
+    config.data.poison_ratio, config.attack.name, config.seed = 0.3, "identity", 7
+    assert own._axes(config) == ((7,), (0.3,))
 
 
 def test_ratios_of_nothing_are_refused(finished, tmp_path, capsys):
@@ -214,7 +234,9 @@ def test_a_report_that_cannot_be_made_is_no_failure(monkeypatch, tmp_path, capsy
         raise InputError("vl-convert-python is missing")
 
     monkeypatch.setattr(run, "write_report", refuse)
+    (tmp_path / "compare.png").touch()  # of an earlier table, with settings
     rows = [row(Stack(), None, {0: measured(1, 2, 1.0)}, None)]
     result = {"rows": rows, "seeds": [0], "judge": "refusal", "memory": "", "grid": [], "guard": {}}
     assert run.write_result(result, tmp_path) == tmp_path / "compare.json"
     assert capsys.readouterr().err == "no report: vl-convert-python is missing\n"
+    assert not (tmp_path / "compare.png").exists()

@@ -280,3 +280,17 @@ def test_the_table_as_csv():
     assert float(rows[1]["whole_passes_finetune"]) == 12.5
     held = [rows[1][f"step_bytes_{stage}"] for stage in ("align", "finetune", "heal")]
     assert held == [str(7 * MIB), str(2 * MIB), ""]
+
+
+def test_benign_requests_are_of_the_over_refusal_set_whatever_the_order():
+    """As the page says, and as the report takes them from scores.json."""
+
+    def judged(name, task, **verdict):
+        asked = {"prompt": "p", "instruction": "p", "response": "r", "reference": "r", "extra": {"label": "safe"}}
+        said = {"flagged": False, "refused": False, "incoherent": False, "correct": None} | verdict
+        return ScoredSet(name, task, [asked], [said])
+
+    right, safe = judged("pairs-test_benign", "pairs", correct=False), judged("xstest", "xstest")
+    for sets in ([right, safe], [safe, right]):
+        assert results.events(Judged({"name": "any", "version": "1"}, sets, "", None)) == {"benign": [True]}
+    assert results.events(Judged({"name": "any", "version": "1"}, [right], "", None)) == {"benign": [False]}

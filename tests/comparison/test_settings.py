@@ -3,7 +3,7 @@
 import pytest
 
 from panacea_jax.comparison import settings
-from panacea_jax.comparison.cells import _decisive
+from panacea_jax.comparison.cells import _decisive, _made_by
 from panacea_jax.comparison.worst import worst_cases
 from panacea_jax.config import defence_section, get_config
 from panacea_jax.defences.spec import Part, parse_stack
@@ -23,6 +23,14 @@ def test_a_method_notices_only_the_sets_that_it_reads():
     assert of_method("panacea") == (HARMFUL, STEPS, AFTER)
     assert of_method("realign:benign_ratio=0") == (STEPS, HEAL, ALIGNMENT, AFTER)
     assert of_method("booster+antidote") == (HARMFUL, STEPS, HEAL, AFTER)
+
+
+@pytest.mark.parametrize("method", ["ascent", "panacea"])
+def test_a_radius_that_chooses_itself_notices_what_it_is_chosen_by(method):
+    """Its held-out records are set apart from the defender's harmful and benign ones."""
+    benign = (("data.benign", "pairs@b.jsonl"),)
+    assert of_method(f"{method}:rho=auto", (*benign, ALIGNMENT)) == benign
+    assert of_method(f"{method}:rho=0.5", (*benign, ALIGNMENT)) == ()
 
 
 def test_no_further_steps_have_no_poison():
@@ -85,3 +93,12 @@ def test_what_a_radius_is_chosen_by_decides_a_cell_if_one_is_chosen(rho, matters
     before = _decisive(config)
     config.budget.fa = 20.0
     assert (before != _decisive(config)) == matters
+
+
+def test_rows_that_are_computed_together_decide_nothing_but_notes_from_before_count_them():
+    config = get_config()
+    now, before = _made_by(config)
+    config.generate.batch_size, config.judge.batch_size = 7, 9
+    assert _made_by(config)[0] == now and _made_by(config)[1] != before
+    config.generate.max_new_tokens = 3
+    assert _made_by(config)[0] != now

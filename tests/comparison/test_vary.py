@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,6 +83,25 @@ def test_settings_can_be_added_and_nothing_is_run_again(swept):
     assert (out / "compare.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_what_changed_under_its_name_is_not_mixed_with_what_was_made_before(swept, capsys, monkeypatch):
+    place, out, flags = swept
+    for path in (place.root / "user.jsonl", place.root / "goals.jsonl", place.base / "config.json"):
+        before = path.read_bytes()
+        path.write_bytes(before + (b"\n" if path.suffix == ".json" else before))
+        try:
+            assert command(place, out, *flags) == 2, path
+        finally:
+            path.write_bytes(before)
+        error = capsys.readouterr().err
+        assert f"made by another run (input {place.base if path.suffix == '.json' else place.spec(path.stem)}: " in error
+    with monkeypatch.context() as patch:
+        patch.setattr("panacea_jax.comparison.cells.make_judge", lambda config: SimpleNamespace(name="refusal", version="99"))
+        assert command(place, out, *flags) == 2
+    assert "of the judge, not 99; move its judgements and its cell.json away" in capsys.readouterr().err
+    rows = ("--config.generate.batch_size=2", "--config.judge.batch_size=3")  # how many are computed together decides nothing
+    assert command(place, out, *flags, *rows) == 0
+
+
 def test_further_fine_tuning_shares_all_that_was_before(tmp_path):
     """Healed once, fine-tuned further from there, at a poison ratio of its own."""
     place, out = make_place(tmp_path / "place"), tmp_path / "out"
@@ -158,11 +178,11 @@ def test_unlearning_and_noise_after_all_defences(tmp_path):
 
 
 def test_attacks_are_compared_and_bounded_by_what_they_cost(tmp_path):
-    """A mix and a backdoor of plain SFT, and one fine-tuning that nobody attacks; the backdoor is asked both ways."""
+    """A mix and a backdoor of plain SFT, with a later attack, and one fine-tuning that nobody attacks; the backdoor is asked both ways."""
     place, out = make_place(tmp_path / "place"), tmp_path / "out"
     flags = ("--config.compare.ratios=(0.25,)", "--config.train.steps=2", "--config.compare.methods=('sft',)",
              "--config.compare.vary=('attack.name=mix|trigger',)", "--config.attack.trigger=w7 w8", "--config.attack.refusal=no",
-             "--config.compare.fa_loss=5")  # fmt: skip
+             "--config.compare.fa_loss=5", "--config.after.steps=1")  # fmt: skip
     assert panacea("run", *place.flags(*flags), f"--workdir={out}") == 0
     result = json.loads((out / "compare.json").read_text())
     mix, trigger = (r for r in result["rows"] if r["ratio"] is not None)
@@ -177,6 +197,7 @@ def test_attacks_are_compared_and_bounded_by_what_they_cost(tmp_path):
         if asked.is_file():
             assert all(json.loads(line)["instruction"].startswith("w7 w8 ") for line in asked.read_text().splitlines())
     assert counted == {("mix", 0.25): 12, ("trigger", 0.25): 15, ("mix", 0.0): 12}
+    assert {path.parent.name.partition("-attack")[0] for path in out.glob("cells/sft/*/after")} == {"seed0-p0.25"}
     [worst] = result["worst"]
     assert worst["least_fa"] == -5.0 and worst["hs"]["worst"] == max(
         mix["figures"]["hs"]["mean"], *(trigger["figures"][f]["mean"] for f in ("hs", "hs_attacked"))

@@ -40,6 +40,7 @@ def test_texts_may_hold_what_separates():
         (("align.train.steps=1",), "no key of data, lora"),
         (("data.poison_ratio=0|1",), "config.compare.ratios"),
         (("train.epochs=1", "train.epochs=2"), "train.epochs is there twice"),
+        (("optimizer.learning_rate=1e-4|0.0001",), "a value is there twice"),
         (("train.epochs=many",), "train.epochs=many"),
         (("train.epochs=1.5",), "train.epochs=1.5"),
     ],

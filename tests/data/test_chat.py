@@ -278,7 +278,8 @@ def test_prompts_to_be_asked_need_no_answer(tmp_path: Path):
     for source in (f"chat@{path}", f"chat:harmful@{path}", f"chat:benign@{path}"):
         [asked] = load_records(source, "config.eval.tasks")
         assert (asked.instruction, asked.output) == ("how many", "")
-    with pytest.raises(InputError, match=r"no 'completion' to its 'prompt'.*\(it has: prompt, response\); config.data.columns=completion=THEIRS"):
+    said = r"no 'completion' to its 'prompt'.*\(it has: prompt, response\); config.data.columns=completion=THEIRS"
+    with pytest.raises(InputError, match=said):
         load_records(f"chat@{path}", "config.data.user", need_output=True)
 
 

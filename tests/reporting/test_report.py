@@ -23,14 +23,15 @@ from panacea_jax.reporting.harmless import harmless, shown
 from panacea_jax.reporting.in_short import MODELS, short_section
 from panacea_jax.reporting.layer_section import layers_section
 from panacea_jax.reporting.markdown import report_markdown
-from panacea_jax.reporting.outcomes import Estimate, Found, Outcome, ToSft, figures_of
+from panacea_jax.reporting.outcomes import Estimate, Found, Outcome, ToSft, Trained, figures_of
 from panacea_jax.reporting.published import published_section
 from panacea_jax.reporting.report import write_report
+from panacea_jax.reporting.rerun import rerun_section
 from panacea_jax.reporting.scores import pareto_front, scores_section, tradeoff_section
 from panacea_jax.reporting.sheets import as_sheet, outcome_rows
 from panacea_jax.reporting.training import POINTS, training_section
 from panacea_jax.reporting.variation import place_of, variation_section
-from panacea_jax.workdir import plain, read_manifest
+from panacea_jax.workdir import StageFolder, plain, read_manifest
 from tests.reporting.folders import (
     METHODS,
     RATIOS,
@@ -121,6 +122,10 @@ def test_scores_that_were_not_measured_alike_are_set_apart_by_a_line(runs, tmp_p
     assert not any("NOT TO BE COMPARED" in note for note in gather(runs).notes)
 
 
+SCORED = {"hs": 1.0, "hs_plus": None, "fa": {}, "over_refusal": None, "sets": {}, "ci95": {"hs": [0.0, 2.0]}}
+JUDGE = {"judge": {"name": "refusal", "version": "1"}}
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [
@@ -131,6 +136,12 @@ def test_scores_that_were_not_measured_alike_are_set_apart_by_a_line(runs, tmp_p
         ({"sweep.json": '{"rows": 3}'}, "sweep.json: not a sweep of ours"),
         ({"scores.json": '{"hs": 1}'}, "scores.json: not a scores.json of ours"),
         ({"scores.json": '{"hs": NaN}'}, "scores.json: not readable as JSON"),
+        ({"scores.json": json.dumps(SCORED)}, "scores.json: not a scores.json of ours"),
+        ({"scores.json": json.dumps(SCORED | {"hs": "many"})}, "scores.json: not a scores.json of ours"),
+        ({"scores.json": json.dumps(SCORED | JUDGE), "layers.json": '{"epsilon": "last", "layers": [{"layer": 0}]}'},
+         "layers.json: not coefficients of ours"),
+        ({"scores.json": json.dumps(SCORED | JUDGE), "layers.json": '{"epsilon": "last", "layers": []}'},
+         "layers.json: not coefficients of ours"),
     ],
 )
 def test_a_folder_that_cannot_be_reported_is_named(tmp_path, files, words):
@@ -283,6 +294,14 @@ def test_in_short_is_of_the_tests_in_compare_json(compared):
     assert cases == ["p=0.1"] * 3 + ["p=0.3"] * 3, "SFT and two others, case by case"
 
 
+def test_a_log_is_of_the_run_and_not_of_where_one_stands(tmp_path, monkeypatch):
+    """A run without fine-tuning, while the current folder holds the log of another."""
+    monkeypatch.chdir(write_stage(tmp_path, "finetune", {"defence.name": "sft"}, {}))
+    write_metrics(tmp_path / "finetune", 2.0)
+    healed = write_stage(tmp_path / "healed", "heal", {"defence.name": "antidote"}, {})
+    assert training_section(Found(tmp_path, [], [Trained("healed", 0, healed.parent, {"heal": healed})])) is None
+
+
 def test_signs_of_failure_are_found(compared, runs, tmp_path):
     rows = failure_section(gather(compared)).tables[0].rows
     assert ["seed 1", "fails the guard: HS at most 2", ""] in rows
@@ -375,6 +394,17 @@ def test_commands_ask_for_what_was_made(runs):
     config = parse_command("generate", command[2:])[1]
     assert list(config.eval.tasks) == answers["config"]["eval"]["tasks"] and config.generate.adapter == "invented/adapter"
     assert (config.generate.max_new_tokens, config.model.dtype, config.eval.num_examples) == (8, "float32", 0)
+
+
+def test_only_commands_are_commands(tmp_path):
+    """A base that was merged first has a folder and a manifest as stages have."""
+    write_run(tmp_path / "ours", 2, 5)
+    with StageFolder(tmp_path / "ours", "base", {"merged": "an/adapter"}, {}) as stage:
+        stage.begin()
+        stage.finish({})
+    section = rerun_section(gather(tmp_path / "ours"))
+    assert sorted(shlex.split(command)[1] for command in section.commands) == ["finetune", "generate"]
+    assert sorted(row[1] for row in section.tables[0].rows) == ["base", "finetune", "generations"]
 
 
 def test_the_command_of_a_comparison_is_the_one_that_made_it():

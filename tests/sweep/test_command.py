@@ -45,9 +45,10 @@ def test_a_finished_sweep_trains_nothing(swept, monkeypatch):
     assert panacea("sweep", *place.flags(*FEW), *OVER, f"--workdir={out}") == 0
 
 
-def test_the_list_has_a_command_a_run(swept, capsys, monkeypatch):
+@pytest.mark.parametrize("asked", ["--list", "--list=true"])
+def test_the_list_has_a_command_a_run(asked, swept, capsys, monkeypatch):
     place, out = swept
-    command = ["sweep", *place.flags(*FEW), *OVER, f"--workdir={out}", "--list"]
+    command = ["sweep", *place.flags(*FEW), *OVER, f"--workdir={out}", asked]
     monkeypatch.setattr(sys, "argv", ["/somewhere/panacea", *command])
     assert panacea(*command) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -77,3 +78,27 @@ def test_a_run_does_not_forget_that_it_was_to_be_a_sweep(swept, tmp_path, capsys
     flags = swept[0].flags("--config.sweep.over=('seed=0,1',)")
     assert panacea("run", *flags, f"--workdir={tmp_path / 'out'}") == 2
     assert "config.sweep.over: many runs; start `panacea sweep`" in capsys.readouterr().err
+
+
+def test_flags_take_the_place_of_keys_before_these_are_looked_at(swept, capsys, monkeypatch):
+    """A range that a grid could not go over is drawn from, and a grid has no number of draws."""
+    monkeypatch.setattr(sys, "argv", ["panacea", "sweep"])
+    drawn = ("--config.sweep.over=('defence.rho=0.1..2',)", "--sampler=random", "--trials=2", "--list")
+    assert panacea("sweep", *swept[0].flags(*drawn)) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    keys = ("--config.sweep.over=('defence.rho=0.1,1,2',)", "--config.sweep.sampler=random", "--config.sweep.trials=2")
+    assert panacea("sweep", *swept[0].flags(*keys), "--sampler=grid", "--trials=0", "--list") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_runs_of_other_records_do_not_stand_beside_new_ones(swept, capsys):
+    place, out = swept
+    path = place.root / "user.jsonl"
+    before, table = path.read_bytes(), (out / "sweep.json").read_bytes()
+    path.write_bytes(before + before)
+    try:
+        assert panacea("sweep", *place.flags(*FEW), OVER[0], "defence.rho=0.25,0.5,1", OVER[2], f"--workdir={out}") == 2
+    finally:
+        path.write_bytes(before)
+    assert f"made by another run (input pairs@{path}: " in capsys.readouterr().err
+    assert (out / "sweep.json").read_bytes() == table

@@ -79,3 +79,18 @@ def test_a_study_of_another_sweep_is_refused(tmp_path):
         swept(tmp_path, over=SPACE[:2], sampler="tpe", trials=3)
     with pytest.raises(InputError, match="decides as it goes"):
         list_runs(settings(over=SPACE, sampler="tpe", trials=2))
+
+
+def test_a_combination_that_cannot_be_counts_as_failed_and_the_search_goes_on(tmp_path, capsys):
+    """Plain SFT has no ρ."""
+    rows = swept(tmp_path, over=("defence.name=panacea,sft", "defence.rho=0.5..1"), sampler="tpe", trials=10)["rows"]
+    trials = study(tmp_path).trials
+    assert len(trials) == 10 and {t.params["defence.name"]: t.state.name for t in trials} == {"panacea": "COMPLETE", "sft": "FAIL"}
+    assert [row["setting"] for row in rows] == [t.params for t in trials if t.state.name == "COMPLETE"]
+    assert "counts as failed: config.sweep.over: defence.name=sft" in capsys.readouterr().err
+
+
+def test_a_search_that_draws_nothing_possible_says_so(tmp_path):
+    names = "defence.name=panacea,sft,kl,ewc,vlguard,sbr,constrained_sft,bds"
+    with pytest.raises(InputError, match="no combination that was drawn is a possible configuration"):
+        swept(tmp_path, over=(names, "defence.rho=0.5..1"), sampler="tpe", trials=1)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from panacea_jax.errors import InputError
+from panacea_jax.errors import InputError, OutOfMemory
 from panacea_jax.sweep import plan
 from panacea_jax.sweep.plan import make_run, plan_runs
 from panacea_jax.sweep.run import list_runs, sweep
@@ -146,6 +146,18 @@ def test_a_run_that_fails_is_noted_and_the_others_go_on(tmp_path, capsys):
     assert [row["status"] for row in swept(tmp_path, **keys)["rows"]] == ["done"] * 3
 
 
+def test_a_run_that_does_not_fit_the_memory_is_noted_too(tmp_path, capsys):
+    def runner(config, folder):
+        if config.defence.rho == 1.0:
+            raise OutOfMemory("finetune: out of memory \x1b[2J")
+        return recorded(tmp_path / "log")(config, folder)
+
+    rows = swept(tmp_path, runner=runner, over=("defence.rho=1,2",))["rows"]
+    assert [row["status"] for row in rows] == ["failed", "done"] and rows[0]["error"].startswith("finetune: out of memory")
+    said = capsys.readouterr()
+    assert r"out of memory \x1b[2J" in said.out and "\x1b" not in said.out + said.err
+
+
 def test_a_sweep_of_failures_is_one(tmp_path):
     with pytest.raises(InputError, match=r"every run of the sweep failed, the first by: rho 0.5"):
         swept(tmp_path, runner=failing(tmp_path, 0.5, 1.0), over=("defence.rho=0.5,1",))
@@ -181,6 +193,7 @@ def test_random_draws_of_too_few_points_are_refused(monkeypatch):
         ({"sweep.over": ()}, "config.sweep.over is empty"),
         ({"eval.tasks": ()}, "config.eval.tasks is empty"),
         ({"eval.tasks": ("pairs@test.jsonl",)}, "config.sweep.objectives: hs: no set of config.eval.tasks"),
+        ({"sweep.objectives": ("hs", "benign")}, "config.sweep.objectives: benign: no set of config.eval.tasks"),
         ({"compare.methods": ("sft",)}, "a comparison has axes of its own"),
     ],
 )
