@@ -118,7 +118,7 @@ def main() -> None:
             continue
         for length in args.lengths:
             q, k, v, segments, mask = operands(model, args.rows, length)
-            fused = fused_attention(backend.name, model, mesh, segments, mask, None)
+            fused = fused_attention(backend.name, model, mesh, segments, mask, None, segments.sum(axis=1))
             if fused is None:
                 print(f"{name:12} {length:6} {backend.name} does not take rows of this length")
                 continue

@@ -41,7 +41,7 @@ PARTS: dict[str, tuple[Any, str, Any]] = {
     "embedding": (Decoder, "embed", _no_embedding),
     "attention": (Attention, "__call__", lambda self, x, *rest: (x, None)),
     "MLP": (MLP, "__call__", lambda self, x, *rest: x),
-    "lm head, cross-entropy": (Loss, "_sum", lambda self, params, x, batch: (x.sum(dtype=jnp.float32), 1)),
+    "lm head, cross-entropy": (Loss, "_sum", lambda self, params, x, batch, scale=None: (x.sum(dtype=jnp.float32), 1)),
 }
 
 

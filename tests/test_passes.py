@@ -2,12 +2,16 @@
 
 import runpy
 from pathlib import Path
+from unittest import mock
 
+import jax
 import pytest
 
-from panacea_jax.defences import DEFENCES, Defence
+from panacea_jax.defences import DEFENCES, Defence, Loss
+from panacea_jax.models import lora
 
-BENCHMARK = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "passes.py"))
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARK = runpy.run_path(str(BENCHMARKS / "passes.py"))
 CEILINGS = {"panacea": 3.05, "vaccine": 2.05}
 # T-Vaccine recomputes every layer's forward pass in its backward passes, which its facts give as memory saved, not as passes.
 RECOMPUTED = {"t_vaccine": 4 / 3}
@@ -47,3 +51,12 @@ def test_a_step_costs_what_the_method_states(name, model, sft):
     ratio = BENCHMARK["step_flops"](model, defence) / sft
     assert ratio == pytest.approx(BENCHMARK["stated"](defence) * RECOMPUTED.get(name, 1), rel=0.05)
     assert ratio <= CEILINGS.get(name, float("inf"))
+
+
+def test_the_parts_that_a_step_is_timed_without(model):
+    """What benchmarks/cheaper.py puts in the place of a part takes and gives what the part does."""
+    parts, params = runpy.run_path(str(BENCHMARKS / "cheaper.py"))["PARTS"], lora.init(model, 2, 4, key=jax.random.key(0))
+    batch = BENCHMARK["_batch"](0, 1)
+    for patch in parts.values():
+        with mock.patch.object(*patch):
+            assert jax.eval_shape(Loss.of(model), params, batch).shape == ()

@@ -30,7 +30,7 @@ class LayerRun(NamedTuple):
 
 
 def told_apart(runs: Iterable[LayerRun]) -> list[LayerRun]:
-    """The runs, those of one name which are of several models by number of layers and modules named apart."""
+    """The runs, those of one name which are of several models by their layers and modules named apart."""
     runs = list(runs)
     forms: dict[str, set[str]] = {}
     for run in runs:
@@ -44,7 +44,16 @@ def told_apart(runs: Iterable[LayerRun]) -> list[LayerRun]:
 def _form(run: LayerRun) -> str:
     layers = next(iter(run.kinds.values()))["layers"]
     modules = " ".join(name.removesuffix("_proj") for name in layers[0]["modules"])
-    return f"{len(layers)} layers, {modules}"
+    return f"{layers_in_words(layers)}, {modules}"
+
+
+def layers_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
+    """"4 layers", where these are the lowest; else "layers 20–29" or "layers 2, 7"."""
+    numbers = [row["layer"] for row in rows]
+    first, last = numbers[0], numbers[-1]
+    if numbers != list(range(first, last + 1)):
+        return f"layers {', '.join(map(str, numbers))}"
+    return f"layers {first}–{last}" if first else f"{len(numbers)} layers"
 
 
 def common_kinds(runs: Sequence[LayerRun]) -> list[str]:
@@ -84,9 +93,9 @@ def compare_runs(runs: Sequence[LayerRun], kind: str) -> dict[str, Any]:
     rows = {i: run.kinds[kind]["layers"] for i, run in enumerate(runs)}
     models = {name: [i for i in rows if runs[i].model == name] for name in dict.fromkeys(run.model for run in runs)}  # fmt: skip
     for name, members in models.items():
-        depths = {len(rows[i]) for i in members}
-        if len(depths) > 1:
-            raise InputError(f"layers: runs of {sorted(depths)} layers are both called {name!r}")
+        held = {layers_in_words(rows[i]) for i in members}
+        if len(held) > 1:
+            raise InputError(f"layers: runs of {' and of '.join(sorted(held))} are both called {name!r}")
     found = [_model(name, [rows[i] for i in members]) for name, members in models.items()]
     return {
         "epsilon": kind,

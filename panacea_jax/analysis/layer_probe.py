@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from panacea_jax.analysis.layer_comparison import mean_and_std, relative_depth
+from panacea_jax.analysis.layer_comparison import layers_in_words, mean_and_std, relative_depth
 from panacea_jax.analysis.layers import Coefficients
 from panacea_jax.analysis.rank_correlation import pairwise
 from panacea_jax.errors import InputError
@@ -42,11 +42,12 @@ def probed(
         out there.
 
     Raises:
-        InputError: ``trained`` is of another number of layers.
+        InputError: ``trained`` is of other layers.
     """
-    if differing := [c for c in trained if len(c["layers"]) != len(numbers)]:
-        raise InputError(f"layers: fine-tuning's ε has {len(differing[0]['layers'])} layers, the probed model {len(numbers)}")
     rows: list[dict[str, Any]] = [{"layer": l} for l in numbers]
+    for c in trained:
+        if (theirs := layers_in_words(c["layers"])) != (ours := layers_in_words(rows)):
+            raise InputError(f"layers: fine-tuning's ε has {theirs}, the probed model {ours}")
     rows = [row | {"depth": depth} for row, depth in zip(rows, relative_depth(rows))]
     for name, values in figures.items():
         for l, row in enumerate(rows):

@@ -1,7 +1,8 @@
 """Hugging Face's ``config.json`` → :class:`ModelConfig`, one short function a family.
 
-Defaults for absent keys are those of the configuration classes in transformers 5; keys that change
-what the model computes and are not understood here are refused rather than ignored.
+Defaults for absent keys are those of the configuration classes in transformers 5, but that without num_key_value_heads
+each query head has its own; keys that change what the model computes and are not understood here are refused rather than
+ignored.
 """
 
 import dataclasses

@@ -115,48 +115,39 @@ def fused_attention(
         return functools.partial(_splash, config, mesh, segments)
     if segments.shape[1] % 2:
         return None
-    if lengths is not None and distance is None:
-        return functools.partial(_causal_cudnn, config, lengths)
-    return functools.partial(_cudnn, config, mask, distance)
+    by_lengths = lengths is not None and distance is None
+    seen = functools.partial(_by_lengths, config, lengths) if by_lengths else functools.partial(_by_mask, mask, distance)
+    return functools.partial(_cudnn, config, seen)
 
 
-def _causal_cudnn(
-    config: ModelConfig,
-    lengths: Int[Array, "B"],
-    q: Float[Array, "B T H hd"],
-    k: Float[Array, "B KV T hd"],
-    v: Float[Array, "B KV T hd"],
-    window: Int[Array, ""] | None,
-) -> Float[Array, "B T H hd"]:
-    """By the lengths of the rows: no mask of T² is read, none has a gradient, and half of the scores are left out. A row has one token at
-    least, since none would be 0/0.
+def _by_lengths(config: ModelConfig, lengths: Int[Array, "B"], window: Int[Array, ""] | None) -> dict[str, Any]:
+    """What cuDNN may see, by the lengths of the rows: no mask of T² is read, none has a gradient, and half of the scores are left out. A
+    row has one token at least, since none would be 0/0.
     """
     width = config.windows[0] if config.windows else 0
-    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     lengths = jnp.maximum(lengths, 1)
-    return jax.nn.dot_product_attention(
-        q, k, v, scale=config.query_scale, is_causal=True, query_seq_lengths=lengths, key_value_seq_lengths=lengths,
-        local_window_size=(width - 1, 0) if width else None, implementation="cudnn",
-    )  # fmt: skip
+    local = (width - 1, 0) if width else None
+    return {"is_causal": True, "query_seq_lengths": lengths, "key_value_seq_lengths": lengths, "local_window_size": local}
+
+
+def _by_mask(mask: Bool[Array, "B T T"], distance: Int[Array, "B T T"] | None, window: Int[Array, ""] | None) -> dict[str, Any]:
+    """The same by a mask. A row that sees nothing would be 0/0: padding sees itself."""
+    if window is not None and distance is not None:
+        mask = mask & ((window == 0) | (distance < window))
+    return {"mask": (mask | jnp.eye(mask.shape[-1], dtype=bool))[:, None]}
 
 
 def _cudnn(
     config: ModelConfig,
-    mask: Bool[Array, "B T T"],
-    distance: Int[Array, "B T T"] | None,
+    seen: Callable[[Array | None], dict[str, Any]],
     q: Float[Array, "B T H hd"],
     k: Float[Array, "B KV T hd"],
     v: Float[Array, "B KV T hd"],
     window: Int[Array, ""] | None,
 ) -> Float[Array, "B T H hd"]:
-    """By a mask. cuDNN splits over devices as its operands are. A row that sees nothing would be 0/0: padding sees itself."""
-    if window is not None and distance is not None:
-        mask = mask & ((window == 0) | (distance < window))
-    mask = mask | jnp.eye(mask.shape[-1], dtype=bool)
+    """cuDNN splits over devices as its operands are."""
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    return jax.nn.dot_product_attention(
-        q, k, v, mask=mask[:, None], scale=config.query_scale, implementation="cudnn"
-    )
+    return jax.nn.dot_product_attention(q, k, v, scale=config.query_scale, implementation="cudnn", **seen(window))
 
 
 def _splash(

@@ -208,16 +208,17 @@ def describe(meta: Metadata, family: Family, tensors: Tensors) -> Json:
 
 
 def _rope_scaling(meta: Metadata, tensors: Tensors, config: Json) -> Json | None:
-    kind = meta.get("rope.scaling.type") or "none"
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": meta.number("rope.scaling.factor", 1.0)}
-    if kind != "none":
+    # llama.cpp takes a factor without a type as linear, 0 as none, and knows an older key for it.
+    kind = meta.get("rope.scaling.type") or "linear"
+    if kind not in ("none", "linear"):
         raise InputError(f"{meta.file}: {meta.architecture}.rope.scaling.type {kind}: not supported")
-    if ROPE_FACTORS not in tensors:
-        return None
-    factors = _dequantised(tensors[ROPE_FACTORS], meta.file)
+    factor = meta.number("rope.scaling.factor", meta.number("rope.scale_linear", 0.0)) if kind == "linear" else 0.0
+    linear = {"rope_type": "linear", "factor": factor} if factor not in (0.0, 1.0) else None
+    factors = _dequantised(tensors[ROPE_FACTORS], meta.file) if ROPE_FACTORS in tensors else np.ones(1)
     if np.allclose(factors, 1.0):
-        return None
+        return linear
+    if linear:
+        raise InputError(f"{meta.file}: {ROPE_FACTORS}: beside a linear stretch by {factor:g}, which is not supported")
     # The file holds the outcome only. Every published Llama 3 has it from these settings.
     settings = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     stretch, length = round(float(factors.max()), 4), 8192

@@ -121,8 +121,12 @@ def _byte_level(meta: Metadata, tokens: Sequence[str]) -> tuple[Tokenizer, bool]
             f"{meta.file}: tokenizer.ggml.pre {name}: how text is split is not known; known: {', '.join(SPLITS)}"
         )
     split = SPLITS[name]
+    vocabulary = _vocabulary(meta, tokens)
     merges = [tuple(m.split(" ", 1)) for m in meta.value("tokenizer.ggml.merges") or ()]
-    core = Tokenizer(models.BPE(_vocabulary(meta, tokens), merges, ignore_merges=split.whole))
+    for merge in merges:
+        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
+            raise InputError(f"{meta.file}: tokenizer.ggml.merges: {' '.join(merge)!r:.80}: not two tokens of the file that make a third")
+    core = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split.whole))
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.gpt2)
     core.pre_tokenizer = pre_tokenizers.Sequence([*split.before, bytes_])
     if split.normalizer is not None:

@@ -49,8 +49,8 @@ def by_embedding(
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two matrices hold the same values."""
-    if a.shape != b.shape:
+    """Whether two matrices hold the same values; of what is no matrix it is refused elsewhere that it is none."""
+    if a.shape != b.shape or len(a.shape) != 2:
         return False
     rows, width = a.shape
     for start in range(0, rows, _ROWS):

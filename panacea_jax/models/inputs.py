@@ -47,7 +47,7 @@ class Inputs:
         Args:
             tokens: ids.
             valid: by default all are.
-            positions: by default each token's index among the valid ones of its row, or in its segment, counted from ``first`` on.
+            positions: by default each token's index in its segment, or else among the valid ones of its row, counted from ``first`` on.
             segments: by default one text a row.
             dropout: by default none.
             entering: by default it is computed.

@@ -22,7 +22,7 @@ from panacea_jax.models.model import Model, abstract_model
 from panacea_jax.models.peft_base import check_copy, lost_factors
 from panacea_jax.models.peft_config import CONFIG_FILE, PeftConfig, read_peft_config
 from panacea_jax.models.precision import wide
-from panacea_jax.models.tensorfile import FORMAT, entries_of, write_tensors
+from panacea_jax.models.tensorfile import FORMAT, STORED_DTYPES, entries_of, write_tensors
 from panacea_jax.parallel import processes
 from panacea_jax.parallel.sharding import adapter_shardings
 from panacea_jax.progress import Progress
@@ -200,6 +200,11 @@ def _tensors(folder: Path) -> dict[str, np.ndarray]:
         )
         raise InputError(f"{folder}: {why}")
     try:
+        with safe_open(path, "numpy") as file:
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no dict
+        for name, kind in kinds.items():
+            if kind not in STORED_DTYPES:
+                raise InputError(f"{path}: tensor {name} has type {kind}; known: {', '.join(STORED_DTYPES)}")
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: damaged or truncated ({error})") from error

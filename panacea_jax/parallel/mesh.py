@@ -41,7 +41,7 @@ def make_mesh(
     sizes = mesh_sizes(
         {"replica": replica or slices, "data": data, "fsdp": fsdp, "tensor": tensor}, len(devices)
     )
-    if devices[0].platform != "tpu":
+    if devices[0].platform != "tpu" or len(set(devices)) < len(devices):  # stand-ins have no links
         grid = np.asarray(devices, dtype=object).reshape(sizes)
     elif slices == 1:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)

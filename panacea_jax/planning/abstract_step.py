@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from panacea_jax.config import batch_sizes, make_defence
 from panacea_jax.data.batches import Batch
 from panacea_jax.defences import Defence
-from panacea_jax.defences.protocol import has_steps
+from panacea_jax.defences.protocol import Method, has_steps
 from panacea_jax.errors import InputError
 from panacea_jax.models import lora, quantise
 from panacea_jax.models.config import ModelConfig
@@ -74,12 +74,9 @@ def abstract_step(
         raise InputError(
             f"config.defence.name = {config.defence.name}: acts in one shot; there is no step to plan"
         )
-    defence = defence.for_steps(config.train.steps or 1)  # any number: it decides no shape
-    defence = defence.for_records(config.data.num_examples or 1)  # 0: as many as the source holds, a few bytes each
+    defence = told(defence, config)
     optimizer = optimizer_of(config.optimizer, config.optimizer.learning_rate, defence)
-    state = jax.eval_shape(lambda params: fresh_state(params, defence, optimizer), params)
-    shardings = state_shardings(state, params)
-    state = placed(state, shardings)
+    state, shardings = abstract_state(params, defence, optimizer)
     parts, length = batch_rows(mesh) * config.train.accumulate, config.data.max_length
 
     def batch(size: int) -> Batch:
@@ -112,6 +109,19 @@ def abstract_step(
     )
 
 
+def told(defence: Defence, config: ConfigDict) -> Defence:
+    """A method that has been told how many steps and records there are, as far as the configuration says."""
+    defence = defence.for_steps(config.train.steps or 1)  # any number: it decides no shape
+    return defence.for_records(config.data.num_examples or 1)  # 0: as many as the source holds, a few bytes each
+
+
+def abstract_state(params: Any, method: Method, optimizer: Any) -> tuple[TrainState, Any]:
+    """The state before step 0 as shapes with places, of arrays or shapes that are trained; and the places alone."""
+    state = jax.eval_shape(lambda params: fresh_state(params, method, optimizer), params)
+    shardings = state_shardings(state, params)
+    return placed(state, shardings), shardings
+
+
 def stream_sizes(config: ConfigDict, defence: Defence) -> dict[str, int]:
     """Records a step of the user's stream and of those that the defence asks for."""
     sizes = batch_sizes(config.train)
@@ -122,12 +132,18 @@ def stream_sizes(config: ConfigDict, defence: Defence) -> dict[str, int]:
 def abstract_weights(
     config: ConfigDict, shapes: Mapping[str, tuple[int, ...]], mesh: Mesh
 ) -> dict[str, Any]:
-    """All weights by path, as they are kept: float32 where they are trained, the projections in few bits if so configured."""
+    """All weights by path, as they are kept: float32 where they are trained, the projections in few bits if so configured.
+
+    Raises:
+        InputError: an axis of the mesh does not divide a layer's weight.
+    """
     kept = jnp.dtype("float32" if config.train.full_parameters else config.model.dtype)
     bits = config.model.quantization
+    # Weights in few bits are loaded whole first, so that the mesh has to divide them too.
+    places = {path: weight_sharding(mesh, path, shape) for path, shape in shapes.items()}
     return {
         path: quantise.abstract_quantised(mesh, path, shape, bits) if bits and quantise.is_quantised(path)
-        else _like(shape, kept, weight_sharding(mesh, path, shape))
+        else _like(shape, kept, places[path])
         for path, shape in shapes.items()
     }  # fmt: skip
 
@@ -155,16 +171,20 @@ def _like(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeSt
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def resident(step: AbstractStep) -> dict[str, int]:
-    """Bytes of one device by kind, of what stays between steps."""
-    state = step.state
+def resident(state: TrainState, weights: Any) -> dict[str, int]:
+    """Bytes of one device by kind, of what stays between steps.
+
+    Args:
+        state: of training.
+        weights: of the base; None where all are trained.
+    """
     kinds = {
         "trained weights": state.params,
         "optimizer": state.opt_state,
         "defence": state.defence_state,
     }
-    if step.weights is not None:
-        kinds = {"base weights": step.weights, **kinds, "start of training": state.params}
+    if weights is not None:
+        kinds = {"base weights": weights, **kinds, "start of training": state.params}
     return {kind: tree_bytes(tree) for kind, tree in kinds.items()}
 
 

@@ -17,14 +17,19 @@ from panacea_jax.parallel.sharding import batch_rows
 from panacea_jax.planning.abstract_step import AbstractStep, tree_bytes
 
 
-def _turns(step: AbstractStep) -> int:
-    """Times that a pass goes through the layers' weights: forward, backward, and forward again where that is repeated."""
-    return 3 if step.remat == "full" else 2
-
-
 def _with_backward(step: AbstractStep) -> float:
     """Share of the layers that have a backward pass: those from the lowest adapted one on."""
     return 1 - getattr(step.state.params, "lowest", 0) / step.model.config.num_layers
+
+
+def _back(step: AbstractStep) -> int:
+    """Times that a pass goes through the weights of a layer behind the forward one: backward, and forward again where that is repeated."""
+    return 2 if step.remat == "full" else 1
+
+
+def _turns(step: AbstractStep) -> float:
+    """Times that a pass goes through the weights of a layer, on average over the layers."""
+    return 1 + _back(step) * _with_backward(step)
 
 
 def _passes(step: AbstractStep) -> float:
@@ -34,8 +39,8 @@ def _passes(step: AbstractStep) -> float:
 def flops(step: AbstractStep) -> float:
     """Floating-point operations of one device a step, padding and recomputation included."""
     full = step.weights is None
-    backward = _turns(step) - 1 + full  # the gradient by the weights is one more matrix product each
-    turns = 1 + backward * _with_backward(step)
+    # The gradient by the weights is one more matrix product each.
+    turns = 1 + (_back(step) + full) * _with_backward(step)
     total = 0.0
     for name, passes in passes_as_received(step.defence).items():
         rows, length = step.batches[name].tokens.shape
@@ -44,12 +49,12 @@ def flops(step: AbstractStep) -> float:
 
 
 def weights_read(step: AbstractStep) -> float:
-    """Bytes of gathered weights that one device reads a step, as they are kept: each pass once forward, once backward, once more where
-    it is repeated.
+    """Bytes of gathered weights that one device reads a step, as they are kept: each pass once forward, once backward from the lowest
+    adapted layer on, once more where it is repeated; embedding and head once forward and once backward.
     """
-    kept = jax.tree.leaves(step.state.params if step.weights is None else step.weights)
-    whole = sum(x.size * x.dtype.itemsize for x in kept)
-    return _passes(step) * _turns(step) * whole / step.model.mesh.shape["tensor"]
+    kept = step.state.params if step.weights is None else step.weights
+    layers, whole = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (kept["layers"], kept))
+    return _passes(step) * (_turns(step) * layers + 2 * (whole - layers)) / step.model.mesh.shape["tensor"]
 
 
 def sent(step: AbstractStep) -> float:
@@ -65,7 +70,7 @@ def sent(step: AbstractStep) -> float:
     layers = (c.matmul_parameters() - c.hidden_size * c.vocab_size) * width / tensor
     head = c.hidden_size * c.vocab_size * width / tensor
     # A gathered layer is used and dropped; the backward pass gathers it again, once for both of its turns. The head is kept.
-    gathered = (_passes(step) * 2 * layers + head) * (fsdp - 1) / fsdp
+    gathered = (_passes(step) * (1 + _with_backward(step)) * layers + head) * (fsdp - 1) / fsdp
     summed, reduced = 0.0, 0.0
     for name, passes in passes_as_received(step.defence).items():
         rows, length = step.batches[name].tokens.shape

@@ -94,11 +94,6 @@ def operations(text: str, devices: int) -> list[Operation]:
     return found
 
 
-def exchanges(text: str, devices: int) -> list[Operation]:
-    """Those of a program's operations in which more than one device takes part."""
-    return [o for o in operations(text, devices) if o.group > 1]
-
-
 def custom_calls(text: str) -> dict[str, int]:
     """How often a compiled program calls each kernel that is no part of it, as its text has it: a call inside a loop is one.
 

@@ -141,7 +141,7 @@ def _plan(config: ConfigDict, model: ModelConfig, machine: Topology, compiled: b
     mesh = make_mesh(**config.mesh, devices=devices)
     chip = machine.chip
     step = abstract_step(config, model, mesh, chip if chip.platform == "gpu" else None)
-    kept, modelled = resident(step), cost_model.temporary(step)
+    kept, modelled = resident(step.state, step.weights), cost_model.temporary(step)
     temporary, arguments, refused = sum(modelled.values()), None, ""
     sent, taken, calls, explained = cost_model.sent(step), None, {}, None
     if compiled and machine.devices is not None:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from panacea_jax.config import make_defence
+from panacea_jax.defences.protocol import has_steps
 from panacea_jax.errors import InputError
 from panacea_jax.memory import limit_of
 from panacea_jax.models import lora
@@ -20,10 +21,16 @@ from panacea_jax.models.head import as_found
 from panacea_jax.models.model import Model, abstract_model
 from panacea_jax.models.weights import find_tensors
 from panacea_jax.parallel import weight_sharding
-from panacea_jax.planning.abstract_step import abstract_weights, fresh_adapter, placed, tree_bytes
+from panacea_jax.planning.abstract_step import (
+    abstract_state,
+    abstract_weights,
+    fresh_adapter,
+    resident,
+    told,
+    tree_bytes,
+)
 from panacea_jax.stages.doctor_report import NOT_LOOKED_AT, Report, gib, mib, model_folder
 from panacea_jax.train.optimizer import optimizer_of
-from panacea_jax.train.step import state_shardings
 
 Bytes = list[tuple[str, int]]
 PLACES = ("path", "shape", "axes", "#per device")
@@ -162,25 +169,24 @@ def resident_bytes(
     Raises:
         InputError: ``config.lora.init_from`` is no adapter for this model.
     """
-    base = abstract_weights(config, shapes, model.mesh)
+    base = unflatten_dict(abstract_weights(config, shapes, model.mesh), sep="/")
     full = config.train.full_parameters
-    params = unflatten_dict(base, sep="/") if full else adapter or _adapter(model, config)
-    defence = make_defence(config.defence)
-    optimizer = optimizer_of(config.optimizer, config.optimizer.learning_rate, defence)
+    params = base if full else adapter or _adapter(model, config)
+    method = make_defence(config.defence)
+    if has_steps(method):
+        method = told(method, config)
+    optimizer = optimizer_of(config.optimizer, config.optimizer.learning_rate, method)
+    state, _ = abstract_state(params, method, optimizer)
     what = "all weights" if full else f"adapter, r {params.rank} on {' '.join(params.targets)}"
-    kinds = [
-        (f"trained: {what} (float32)", tree_bytes(params)),
-        ("optimizer: AdamW's moments", _abstract_bytes(optimizer.init, params)),
-        (
-            f"defence: {config.defence.name}'s state, such as ε",
-            _abstract_bytes(defence.init, params),
-        ),
-    ]
-    if full:
-        return kinds
-    # The adapter as it was at step 0 is kept to measure the distance moved.
-    started = ("trained: where it started, for ‖w − w₀‖", tree_bytes(params))
-    return [(f"base weights ({_base_dtype(config).name})", tree_bytes(base)), *kinds, started]
+    titles = {
+        "base weights": f"base weights ({_base_dtype(config).name})",
+        "trained weights": f"trained: {what} (float32)",
+        "optimizer": "optimizer: AdamW's moments",
+        "defence": f"defence: {config.defence.name}'s state, such as ε",
+        # The adapter as it was at step 0 is kept to measure the distance moved.
+        "start of training": "trained: where it started, for ‖w − w₀‖",
+    }
+    return [(titles[kind], n) for kind, n in resident(state, None if full else base).items()]
 
 
 def _adapter(model: Model, config: ConfigDict) -> Any:
@@ -188,11 +194,6 @@ def _adapter(model: Model, config: ConfigDict) -> Any:
     if config.lora.init_from:
         return lora.load(config.lora.init_from, model)
     return fresh_adapter(model, config)
-
-
-def _abstract_bytes(init: Any, params: Any) -> int:
-    made = jax.eval_shape(init, params)
-    return tree_bytes(placed(made, state_shardings(made, params)))
 
 
 def _shape(shape: Sequence[int]) -> str:

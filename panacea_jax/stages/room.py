@@ -38,7 +38,7 @@ def needed_by_a_step(config: ConfigDict, start: Start, method: Method) -> dict[s
     with contextlib.suppress(InputError):
         model = config_from_folder(local_folder(start.base, ["config.json"]))
         step = abstract_step(config, model, make_mesh(**config.mesh))
-        return resident(step) | cost_model.temporary(step)
+        return resident(step.state, step.weights) | cost_model.temporary(step)
     return {}
 
 

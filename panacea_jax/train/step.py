@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, Key
 from panacea_jax.data.batches import Batch
 from panacea_jax.defences import Defence, Loss
 from panacea_jax.defences.dropout import with_dropout
-from panacea_jax.defences.protocol import LikeWeights, Metrics
+from panacea_jax.defences.protocol import LikeWeights, Method, Metrics
 from panacea_jax.models.model import Model
 from panacea_jax.parallel.sharding import weight_sharding
 from panacea_jax.train.optimizer import Partial, where_trained
@@ -41,7 +41,7 @@ Step = Callable[[TrainState, Any, Mapping[str, Batch], Key[Array, ""]], tuple[Tr
 
 
 def fresh_state(
-    params: Any, defence: Defence, optimizer: optax.GradientTransformation
+    params: Any, defence: Method, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """The state before step 0, of ``params`` themselves."""
     step = jnp.zeros((), jnp.int32)

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from panacea_jax.analysis.layer_comparison import LayerRun, common_kinds, compare_runs, told_apart
 from panacea_jax.analysis.layer_files import write_comparison
 from panacea_jax.analysis.layer_pictures import plot_comparison
+from panacea_jax.analysis.layer_probe import probed
 from panacea_jax.errors import InputError
 
 
@@ -92,8 +93,23 @@ def test_what_is_named_alike_but_is_not_is_told_apart():
     runs = [run("a", "base", 0.5, 0.5), run("b", "base", 1.0), run("c", "other", 1.0)]
     names = [r.model for r in told_apart(runs)]
     assert names == ["base, 2 layers, q", "base, 1 layers, q", "other"]
-    with pytest.raises(InputError, match=r"\[1, 2\] layers are both called 'base'"):
+    with pytest.raises(InputError, match="1 layers and of 2 layers are both called 'base'"):
         compare_runs(runs, "last")
+
+
+@pytest.mark.parametrize(("numbers", "named"), [((2, 3), "layers 2–3"), ((0, 3), "layers 0, 3")])
+def test_adapters_of_other_layers_of_one_model_are_told_apart(numbers, named):
+    """As many as there are, so a mean over both would be of unlike layers."""
+    runs = [run("a", "base", 0.5, 0.5), run("b", "base", 0.4, 0.6)]
+    for row, number in zip(runs[1].kinds["last"]["layers"], numbers):
+        row["layer"] = number
+    assert [r.model for r in told_apart(runs)] == ["base, 2 layers, q", f"base, {named}, q"]
+    with pytest.raises(InputError, match=f"2 layers and of {named} are both called 'base'"):
+        compare_runs(runs, "last")
+    trained = runs[1].kinds["last"]
+    with pytest.raises(InputError, match=f"fine-tuning's ε has {named}, the probed model 2 layers"):
+        probed({"change": np.ones((1, 2))}, [0, 1], [trained])
+    assert probed({"change": np.ones((1, 2))}, numbers, [trained])["figures"][1]["share_in_training"]["last"] == 0.6
 
 
 def test_kinds_that_not_all_have_are_left_out():

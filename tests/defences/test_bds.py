@@ -150,7 +150,7 @@ def test_it_keeps_three_numbers_a_record():
     config.defence.name, config.lora.rank, config.data.max_length = "bds", 2, 16
     config.data.num_examples = 500
     step = abstract_step(config, config_from_dict(TINY), make_mesh(devices=jax.devices()[:1]))
-    assert resident(step)["defence"] == 3 * 500 * 4 + 4
+    assert resident(step.state, step.weights)["defence"] == 3 * 500 * 4 + 4
 
 
 def test_suspects_are_named_by_number():

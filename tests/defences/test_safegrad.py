@@ -124,7 +124,7 @@ def test_it_keeps_one_adapter_more():
     config = get_config()
     config.defence.name, config.lora.rank, config.data.max_length = "safegrad", 2, 16
     step = abstract_step(config, config_from_dict(TINY), make_mesh(devices=jax.devices()[:1]))
-    assert resident(step)["defence"] == tree_bytes(step.state.params) > 0
+    assert resident(step.state, step.weights)["defence"] == tree_bytes(step.state.params) > 0
 
 
 @pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])

@@ -236,6 +236,27 @@ def test_the_stretch_of_llama_3(tmp_path):
     other = write(tmp_path / "other.gguf", theirs, "llama", Q.F32, add(1.5))
     with pytest.raises(InputError, match=r"rope_freqs\.weight: not the stretch"):
         convert_gguf(other, tmp_path / "never")
+    both = write(tmp_path / "both.gguf", theirs, "llama", Q.F32, add(1), **{"llama.rope.scaling.factor": 4.0})
+    with pytest.raises(InputError, match=r"rope_freqs\.weight: beside a linear stretch by 4"):
+        convert_gguf(both, tmp_path / "never")
+
+
+@pytest.mark.parametrize(
+    ("keys", "factor"),
+    [
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, 4.0),
+        ({"rope.scaling.factor": 4.0}, 4.0),
+        ({"rope.scale_linear": 4.0}, 4.0),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+        ({"rope.scaling.type": "linear"}, None),
+        ({"rope.scaling.factor": 0.0}, None),
+    ],
+)
+def test_the_linear_stretch(keys, factor, tmp_path):
+    """As llama.cpp's loader takes these keys: a factor without a type is linear, and there is an older name for it."""
+    file = write(tmp_path / "t.gguf", model_of("llama2"), "llama", Q.F32, **{f"llama.{key}": value for key, value in keys.items()})
+    config = json.loads((convert_gguf(file, tmp_path / "out") / "config.json").read_text())
+    assert config.get("rope_scaling") == (factor and {"rope_type": "linear", "factor": factor})
 
 
 def test_tokenizer_and_ends(tmp_path):
@@ -281,6 +302,16 @@ def test_a_sentencepiece_vocabulary(name, tmp_path):
     for text in (*texts, *TEXTS, "  x\n\ny  12 ", "<s> [INST] hi [/INST] ok </s>"):
         assert ours(text).input_ids == real.encode(text).ids, text
     assert ours.decode(ours("how many  loaves").input_ids, skip_special_tokens=True) == "how many  loaves"
+
+
+@pytest.mark.parametrize("merge", ["zz qq", "ow", "l </s>"])
+def test_a_merge_of_what_is_no_token(merge, tmp_path, monkeypatch):
+    tokens, merges, kinds = byte_tokens()
+    theirs = model_of("llama2")
+    monkeypatch.setitem(globals(), "byte_tokens", lambda: (tokens, [*merges, merge], kinds))
+    file = write(tmp_path / "t.gguf", theirs, "llama", Q.F32)
+    with pytest.raises(InputError, match=rf"tokenizer\.ggml\.merges: '{merge}': not two tokens"):
+        convert_gguf(file, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

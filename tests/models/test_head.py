@@ -11,6 +11,7 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 
+from panacea_jax.errors import InputError
 from panacea_jax.export import save_model
 from panacea_jax.models import lora
 from panacea_jax.models import model as models
@@ -74,6 +75,19 @@ def test_a_tied_config(family, change, tied, tmp_path, caplog):
     assert len(said) == (not tied) and all(line.startswith(f"{folder}: ") for line in said)
     model = models.load(folder, dtype="float32")
     assert model.config.tie_embeddings == tied and ("lm_head" in model.weights) == (not tied)
+
+
+def test_what_is_no_matrix_is_refused(tmp_path):
+    """By its shape, the two being alike or not."""
+    for name, change in {"alike": lambda row: row.clone(), "unlike": lambda row: row + 1}.items():
+
+        def cut(tensors, change=change):
+            tensors[EMBEDDING] = tensors[EMBEDDING][0].clone()
+            tensors[HEAD] = change(tensors[EMBEDDING])
+
+        folder = edited("llama2", tmp_path / name, cut)
+        with pytest.raises(InputError, match=rf"tensor {EMBEDDING} has shape \(\d+,\)"):
+            models.load(folder)
 
 
 @pytest.mark.parametrize("change", [own, same, under_the_head])

@@ -190,6 +190,20 @@ def test_adapters_of_other_shapes_are_refused(model, folder, tmp_path):
             load_adapter(folder, model)
 
 
+@pytest.mark.parametrize("kind", ["F8_E4M3", "I8", "BOOL"])
+def test_factors_of_types_that_are_no_numbers_of_ours_are_refused(kind, model, folder):
+    """numpy has no name for the first, and would take the others for numbers; under the names and with the bytes of a good file."""
+    good = load_file(folder / WEIGHTS_FILE)
+    header, at = {}, 0
+    for name, tensor in good.items():
+        header[name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": [at, at + tensor.size]}
+        at += tensor.size
+    text = json.dumps(header).encode()
+    (folder / WEIGHTS_FILE).write_bytes(len(text).to_bytes(8, "little") + text + bytes(at))
+    with pytest.raises(InputError, match=rf"{WEIGHTS_FILE}: tensor \S+ has type {kind}; known: BF16"):
+        load_adapter(folder, model)
+
+
 def test_missing_pickled_and_damaged_weights(model, folder, tmp_path):
     weights = folder / WEIGHTS_FILE
     weights.write_bytes(weights.read_bytes()[:-4])

@@ -86,6 +86,12 @@ def test_only_replica_crosses_slices(replica, data, wanted):
         assert {device.slice_index for device in grid.flat} == {half}
 
 
+def test_stand_ins_on_a_tpu_have_no_torus():
+    """One chip in every place, as a plan for other machines has it."""
+    mesh = make_mesh(1, 2, 4, devices=slices(1)[:1] * 8)
+    assert tuple(mesh.shape.values()) == (1, 1, 2, 4)
+
+
 def test_a_slice_is_not_cut():
     with pytest.raises(InputError, match=r"replica = 1: there are 2 slices, .* a multiple of 2"):
         make_mesh(1, 4, 2, devices=slices(2), replica=1)

@@ -14,8 +14,7 @@ from panacea_jax.models.families import config_from_dict
 from panacea_jax.parallel import make_mesh
 from panacea_jax.planning import cost_model
 from panacea_jax.planning.abstract_step import abstract_step
-from panacea_jax.planning.hlo import exchanges
-from tests.planning.planned import SHAPE
+from tests.planning.planned import SHAPE, exchanges
 
 
 def made_by(lowered):

@@ -12,7 +12,7 @@ from panacea_jax.models.families import config_from_dict
 from panacea_jax.parallel import make_mesh, sharding
 from panacea_jax.planning import cost_model
 from panacea_jax.planning.abstract_step import abstract_step, resident
-from panacea_jax.planning.hlo import exchanges
+from panacea_jax.planning.hlo import operations
 from panacea_jax.train.step import make_step
 
 SHAPE = {
@@ -25,13 +25,19 @@ LENGTH = 65  # more positions than have their logits at once
 CHUNK = 32
 
 
+def exchanges(text, devices):
+    """Those of a program's operations in which more than one device takes part."""
+    return [o for o in operations(text, devices) if o.group > 1]
+
+
 @mock.patch.object(cross_entropy, "CHUNK", CHUNK)
 def main(meshes, remat):
     model = config_from_dict(SHAPE)
     found = []
-    for data, fsdp, tensor, batch, *cut in meshes:
-        sharding.ADAPTER_SPLIT_FROM = 0 if cut else 2**30
+    for data, fsdp, tensor, batch, *how in meshes:
+        sharding.ADAPTER_SPLIT_FROM = 0 if "cut" in how else 2**30
         config = get_config()
+        config.lora.layers = "upper:1" if "upper" in how else ""
         config.model.dtype, config.model.remat, config.lora.rank = "float32", remat, 4
         config.train.batch_size = config.train.harmful_batch_size = batch
         config.data.max_length = LENGTH
@@ -50,7 +56,7 @@ def main(meshes, remat):
             "flops": cost_model.flops(step),
             "counted_flops": compiled.cost_analysis()["flops"],
             "arguments": compiled.memory_analysis().argument_size_in_bytes,
-            "resident": {k: n for k, n in resident(step).items() if k != "start of training"},
+            "resident": {k: n for k, n in resident(step.state, step.weights).items() if k != "start of training"},
             "kinds": {c.kind: 0 for c in exchanged} | {
                 kind: sum(c.sent for c in exchanged if c.kind == kind) for kind in {c.kind for c in exchanged}
             },

@@ -10,6 +10,7 @@ from panacea_jax import cli
 from panacea_jax.config import get_config
 from panacea_jax.defences import DEFENCES, Defence
 from panacea_jax.defences.cross_entropy import CHUNK
+from panacea_jax.errors import InputError
 from panacea_jax.models.families import config_from_dict
 from panacea_jax.parallel import make_mesh
 from panacea_jax.parallel.chips import CHIPS, Chip
@@ -17,13 +18,14 @@ from panacea_jax.parallel.mesh import stand_ins
 from panacea_jax.planning import cost_model, plan
 from panacea_jax.planning.abstract_step import abstract_step
 from panacea_jax.planning.explain import explain
-from panacea_jax.planning.hlo import exchanges, operations
+from panacea_jax.planning.hlo import operations
 from panacea_jax.planning.topology import Topology, topology
 from panacea_jax.stages import plan as plan_command
 from panacea_jax.train.step import make_step
 from tests.on_devices import on_devices
+from tests.planning.planned import exchanges
 
-# Data, fsdp, tensor, records; "cut": the adapter is, like its matrices.
+# Data, fsdp, tensor, records; "cut": the adapter is, like its matrices; "upper": of the last layer of three alone.
 MESHES = (
     (8, 1, 1, 8),
     (1, 8, 1, 8),
@@ -36,6 +38,7 @@ MESHES = (
     (4, 1, 1, 4),
     (1, 8, 1, 8, "cut"),
     (2, 4, 1, 8, "cut"),
+    (1, 8, 1, 8, "upper"),
 )
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096,
@@ -115,6 +118,36 @@ def test_the_step_of_every_method_can_be_planned(name):
     program = make_step(step.model, step.defence, step.optimizer, step.shardings)
     program.trace(step.state, step.weights, step.batches, step.key)
     assert cost_model.flops(step) > 0
+
+
+@pytest.mark.parametrize(("remat", "back"), [("none", 1), ("full", 2)])
+def test_layers_below_the_lowest_adapted_one_have_no_backward_pass(remat, back):
+    """By hand, for an adapter of the upper 8 of 32 layers: their weights are neither read nor gathered again, nor their sums sent."""
+    config = get_config()
+    config.lora.layers, config.model.remat, config.train.batch_size = "upper:8", remat, 8
+    config.defence.name, config.model.dtype = "sft", "bfloat16"
+    model = config_from_dict(CONFIG)
+    turns, matrices = 1 + back / 4, 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    kept = abstract_step(config, model, make_mesh(1, 1, 1, stand_ins(1)))
+    rest = 2 * 4096 * 32000 + 4096
+    assert cost_model.weights_read(kept) == pytest.approx(2 * (turns * (matrices + 32 * 2 * 4096) + 2 * rest))
+    parameters = matrices + 4096 * 32000
+    flops = 8 * config.data.max_length * turns * model.flops_per_token(config.data.max_length)
+    assert cost_model.flops(kept) == pytest.approx(flops) and model.matmul_parameters() == parameters
+    gathered = cost_model.sent(abstract_step(config, model, make_mesh(1, 8, 1, stand_ins(8))))
+    reduced = 3 * 8 * (4096 + 4096) * 32 * 2 * 2 * 7 / 8  # q, k, v; 8 layers, rank 32, summed in bfloat16
+    assert gathered == pytest.approx(2 * (1.25 * matrices + 4096 * 32000) * 7 / 8 + reduced)
+    summed = cost_model.sent(abstract_step(config, model, make_mesh(1, 1, 8, stand_ins(8))))
+    stream = 8 * config.data.max_length * 4096 * 2
+    assert summed == pytest.approx(2 * turns * 32 * stream * 2 * 7 / 8)
+
+
+def test_a_base_in_few_bits_is_divided_like_any_other():
+    """It is loaded whole first, so what loading refuses is not planned."""
+    config = get_config()
+    config.model.quantization = "nf4"
+    with pytest.raises(InputError, match=r"config\.mesh\.fsdp = 3: does not divide 4096"):
+        abstract_step(config, config_from_dict(CONFIG), make_mesh(1, 3, 1, stand_ins(3)))
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

@@ -124,6 +124,9 @@ def test_bytes_by_kind(config: ConfigDict, folder: Path):
     config.model.dtype = "bfloat16"
     assert resident_bytes(model, config, shapes)[0][1] == 2 * PARAMETERS
 
+    config.defence.name, config.data.num_examples = "bds", 500
+    assert resident_bytes(model, config, shapes)[3][1] == 3 * 500 * 4 + 4  # a logit a record with its moments, and a counter
+
 
 def test_sources(config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config.data.user = pairs(tmp_path / "user.jsonl", 12)
