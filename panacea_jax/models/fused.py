@@ -115,9 +115,9 @@ def fused_attention(
         return functools.partial(_splash, config, mesh, segments)
     if segments.shape[1] % 2:
         return None
-    by_lengths = lengths is not None and distance is None
-    seen = functools.partial(_by_lengths, config, lengths) if by_lengths else functools.partial(_by_mask, mask, distance)
-    return functools.partial(_cudnn, config, seen)
+    if lengths is not None and distance is None:
+        return functools.partial(_cudnn, config, functools.partial(_by_lengths, config, lengths))
+    return functools.partial(_cudnn, config, functools.partial(_by_mask, mask, distance))
 
 
 def _by_lengths(config: ModelConfig, lengths: Int[Array, "B"], window: Int[Array, ""] | None) -> dict[str, Any]:
