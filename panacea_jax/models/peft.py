@@ -201,7 +201,7 @@ def _tensors(folder: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{folder}: {why}")
     try:
         with safe_open(path, "numpy") as file:
-            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no dict
         for name, kind in kinds.items():
             if kind not in STORED_DTYPES:
                 raise InputError(f"{path}: tensor {name} has type {kind}; known: {', '.join(STORED_DTYPES)}")
