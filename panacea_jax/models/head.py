@@ -30,7 +30,9 @@ def as_found(config: ModelConfig, tensors: Mapping[str, Tensor], folder: Path) -
     if not config.tie_embeddings or config.num_labels:
         return config
     embedding, own = tensors.get(EMBEDDING), tensors.get(HEAD)
-    if embedding is None or own is None or _equal(embedding, own):
+    if embedding is None or own is None:
+        return config
+    if len(embedding.shape) != 2 or _equal(embedding, own):  # an embedding that is no matrix is refused by its shape
         return config
     logging.warning(
         "%s: config.json says tie_word_embeddings, but %s differs from %s in the files: used as a head of its own",
@@ -49,8 +51,8 @@ def by_embedding(
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two matrices hold the same values; of what is no matrix it is refused elsewhere that it is none."""
-    if a.shape != b.shape or len(a.shape) != 2:
+    """Whether two matrices hold the same values."""
+    if a.shape != b.shape:
         return False
     rows, width = a.shape
     for start in range(0, rows, _ROWS):
